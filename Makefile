@@ -1,0 +1,39 @@
+# One word a job. Each target makes .venv on its first run and needs only python3, make and a C
+# compiler. Which torch is fetched: see scripts/make_venv.sh.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test test-slow lint bench results format clean
+
+demo: $(INSTALLED)
+	$(BIN)/sidepath demo --output demo-output
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m "not slow" -q
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow -q
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/side_path.py
+
+results: $(INSTALLED)
+	$(BIN)/python benchmarks/stories_e2e.py
+	$(BIN)/python benchmarks/minilm_sst2.py
+
+$(INSTALLED): pyproject.toml constraints.txt scripts/make_venv.sh
+	PYTHON="$(PYTHON)" sh scripts/make_venv.sh
+
+clean:
+	rm -rf .venv demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

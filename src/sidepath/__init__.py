@@ -1,0 +1,100 @@
+"""Sidepath: low-rank adaptation of language models, with proof.
+
+    import sidepath
+    from sidepath import LoRA, TrainConfig
+
+Names are loaded on first use, so that `import sidepath` itself is quick and brings in no
+server, plotting, dataset or metric library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sidepath import errors as errors
+    from sidepath.base import embedded_base as embedded_base
+    from sidepath.config import TrainConfig as TrainConfig
+    from sidepath.inject.merging import merge as merge
+    from sidepath.inject.merging import unmerge as unmerge
+    from sidepath.store.plan import Plan as Plan
+    from sidepath.store.plan import plan as plan
+    from sidepath.inject.surgery import activate as activate
+    from sidepath.inject.surgery import disabled as disabled
+    from sidepath.inject.surgery import remove as remove
+    from sidepath.inject.surgery import route as route
+    from sidepath.methods.lora import LoRA as LoRA
+    from sidepath.store.adapter import Adapter as Adapter
+    from sidepath.store.adapter import inject as inject
+    from sidepath.store.adapter import load as load
+    from sidepath.store.merge import merge_folder as merge_folder
+    from sidepath.train.data import load_data as load_data
+    from sidepath.train.evaluate import evaluate as evaluate
+    from sidepath.train.evaluate import generate as generate
+    from sidepath.train.loop import StepReport as StepReport
+    from sidepath.train.loop import train as train
+
+_HOMES = {
+    "Adapter": "sidepath.store.adapter",
+    "LoRA": "sidepath.methods.lora",
+    "Plan": "sidepath.store.plan",
+    "StepReport": "sidepath.train.loop",
+    "TrainConfig": "sidepath.config",
+    "activate": "sidepath.inject.surgery",
+    "disabled": "sidepath.inject.surgery",
+    "embedded_base": "sidepath.base",
+    "errors": "sidepath.errors",
+    "evaluate": "sidepath.train.evaluate",
+    "generate": "sidepath.train.evaluate",
+    "inject": "sidepath.store.adapter",
+    "load": "sidepath.store.adapter",
+    "load_data": "sidepath.train.data",
+    "merge": "sidepath.inject.merging",
+    "merge_folder": "sidepath.store.merge",
+    "plan": "sidepath.store.plan",
+    "remove": "sidepath.inject.surgery",
+    "route": "sidepath.inject.surgery",
+    "train": "sidepath.train.loop",
+    "unmerge": "sidepath.inject.merging",
+}
+
+__all__ = [
+    "Adapter",
+    "LoRA",
+    "Plan",
+    "StepReport",
+    "TrainConfig",
+    "__version__",
+    "activate",
+    "disabled",
+    "embedded_base",
+    "errors",
+    "evaluate",
+    "generate",
+    "inject",
+    "load",
+    "load_data",
+    "merge",
+    "merge_folder",
+    "plan",
+    "remove",
+    "route",
+    "train",
+    "unmerge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sidepath' has no attribute {name!r}")
+    home = importlib.import_module(_HOMES[name])
+    value = home if name == "errors" else getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,109 @@
+"""A module with side paths: its class is swapped, in place, for one that consults them.
+
+The module object, its parameters, their names and its hooks stay what they were; the deltas
+live in one child module called `sidepath`. `restore` is the exact inverse.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from sidepath.core.delta import Delta
+from sidepath.core.routing import Routing, Rows
+from sidepath.core.views import View
+from sidepath.errors import RoutingError
+
+CHILD = "sidepath"
+
+
+def key_of(name: str) -> str:
+    """An adapter's name as a module key: torch refuses dots and names of its own methods."""
+    return "@" + name.replace(".", "/")
+
+
+class SidePaths(nn.Module):
+    """The named deltas beside one module, and the routing they obey."""
+
+    def __init__(self, view: View, routing: Routing, path: str) -> None:
+        super().__init__()
+        self.view = view
+        self.routing = routing
+        self.path = path
+
+    def add(self, name: str, delta: Delta) -> None:
+        self.add_module(key_of(name), delta)
+
+    def drop(self, name: str) -> None:
+        del self._modules[key_of(name)]
+
+    def get(self, name: str) -> Delta | None:
+        delta = self._modules.get(key_of(name))
+        assert delta is None or isinstance(delta, Delta)
+        return delta
+
+    def routed(self, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """One base product for all rows, then each group's delta onto its rows."""
+        if x.shape[0] != rows.count:
+            raise RoutingError(
+                "the batch has another number of rows than the routing",
+                where=self.path,
+                found=f"input of shape {tuple(x.shape)}",
+                expected=f"{rows.count} rows, one adapter each",
+                hint="give route() one name (or None) for each row of the batch",
+            )
+        y = self.view(x, *args, **kwargs)
+        for name, index in rows.groups:
+            delta = self.get(name)
+            if delta is not None:
+                y[index] = delta.onto(y[index], x[index], self.view)
+        return y
+
+
+class Adapted(nn.Module):
+    """Mixed in before a module's own class: base output plus what the routing asks for."""
+
+    sidepath: SidePaths
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        side = self.sidepath
+        routing = side.routing
+        if not routing.silent:
+            if routing.rows is not None:
+                return side.routed(routing.rows, x, *args, **kwargs)
+            if routing.active is not None:
+                delta = side.get(routing.active)
+                if delta is not None:
+                    result: Tensor = delta(x, side.view, *args, **kwargs)
+                    return result
+        return side.view(x, *args, **kwargs)
+
+
+_adapted_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
+    if cls not in _adapted_classes:
+        name = f"Adapted{cls.__name__}"
+        _adapted_classes[cls] = type(name, (Adapted, cls), {"__module__": cls.__module__})
+    return _adapted_classes[cls]
+
+
+def adapt(view: View, routing: Routing, path: str) -> SidePaths:
+    """Make a view's module consult side paths; returns where they are kept. In place."""
+    module = view.module
+    side = SidePaths(view, routing, path)
+    module.__dict__.pop("forward", None)
+    module.__class__ = _adapted_class(view.base_class)
+    module.add_module(CHILD, side)
+    return side
+
+
+def restore(side: SidePaths) -> None:
+    """Give an adapted module back its own class and forward. In place."""
+    view = side.view
+    del view.module._modules[CHILD]
+    view.module.__class__ = view.base_class
+    if view.own_forward is not None:
+        view.module.__dict__["forward"] = view.own_forward

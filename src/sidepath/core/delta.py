@@ -1,0 +1,79 @@
+"""The update of one module by one adapter: what every method's deltas have in common.
+
+Dimensions: `...` any leading, O out, I in.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sidepath.core.views import DenseView, View
+
+
+class Delta(nn.Module, ABC):
+    """One adapter's change to one module of the base.
+
+    A fresh delta leaves the module's output equal to the bit. Its parameters are the
+    adapter's; it never holds, changes or registers a parameter of the base.
+    """
+
+    def forward(self, x: Tensor, base: View, *args: Any, **kwargs: Any) -> Tensor:
+        """The adapted output for the module's input `x`."""
+        return self.onto(base(x, *args, **kwargs), x, base)
+
+    @abstractmethod
+    def onto(self, y: Tensor, x: Tensor, base: View) -> Tensor:
+        """The adapted output, given the base's output `y` for `x`. `y` is not changed."""
+
+    @abstractmethod
+    def folded(self, base: View) -> dict[str, Tensor]:
+        """The module's tensors with this delta folded in, by their name within the module."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The trained tensors, by their name within the delta."""
+        return dict(self.named_parameters())
+
+
+class WeightDelta(Delta):
+    """A delta of the matrix: `onto(W0 x + b) = merged(W0) x + b`, whatever the layer's kind."""
+
+    bias: nn.Parameter | None
+    """The adapter's own bias in place of the module's, or None."""
+
+    @abstractmethod
+    def merged(self, W0_OI: Tensor) -> Tensor:
+        """`W0 + ΔW`, accumulated in float32 (float64 for float64) and rounded once."""
+
+    def folded(self, base: View) -> dict[str, Tensor]:
+        assert isinstance(base, DenseView)
+        with torch.no_grad():
+            tensors = {"weight": base.from_matrix(self.merged(base.matrix()))}
+            if self.bias is not None:
+                tensors["bias"] = fold_bias(self.bias, base)
+        return tensors
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Where sums of this dtype are accumulated: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fold_bias(bias_O: Tensor, base: View) -> Tensor:
+    """A trained bias in the dtype of the module's own."""
+    own = base.module.bias
+    assert isinstance(own, Tensor)
+    return bias_O.detach().to(own.dtype)
+
+
+def add_bias(y: Tensor, bias_O: Tensor, base: View) -> Tensor:
+    """`y` with the module's bias replaced by a trained one: `y + (b' - b)`, exact at the start."""
+    own = base.module.bias
+    assert isinstance(own, Tensor)
+    change_O = (bias_O - own).to(y.dtype)
+    if isinstance(base, DenseView) and base.kind == "conv":
+        return y + change_O.reshape(-1, *(1,) * (base.weight.dim() - 2))
+    return y + change_O

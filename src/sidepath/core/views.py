@@ -1,0 +1,179 @@
+"""What stands at one place of the base: any module, or one that holds a matrix `W0`.
+
+A view is made before a module is adapted and keeps the way to call it as it was. A dense
+view adds the one picture all dense layers share: an (O, I) matrix, whatever the layout.
+
+Dimensions: `...` any leading, O out, I in (embedding: the vocabulary; convolution: the
+input channels of a group times the kernel), R rank, G groups.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sidepath.kernels.lowrank import low_rank
+
+Kind = Literal["linear", "conv1d_transposed", "embedding", "conv"]
+
+
+class View:
+    """One module of the base, callable as it was before anything stood beside it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.base_class = type(module)
+        # Dispatchers (accelerate's device maps) shadow `forward` on the instance: keep theirs.
+        self.own_forward: Callable[..., Tensor] | None = module.__dict__.get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The base module's output, side paths left out."""
+        if self.own_forward is not None:
+            return self.own_forward(*args, **kwargs)
+        result: Tensor = self.base_class.forward(self.module, *args, **kwargs)
+        return result
+
+
+class DenseView(View, ABC):
+    """A module that holds one matrix `W0 (O, I)`."""
+
+    kind: ClassVar[Kind]
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = getattr(self.module, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I) of the matrix."""
+        rows, columns = self.matrix().shape
+        return rows, columns
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """`W0` as (O, I), sharing the parameter's storage where the layout allows."""
+
+    @abstractmethod
+    def from_matrix(self, W_OI: Tensor) -> Tensor:
+        """An (O, I) matrix in the layout of the module's own parameter."""
+
+    @abstractmethod
+    def product(self, x: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
+        """`B (A x)` in the module's own terms; the result broadcasts with its output."""
+
+
+class LinearView(DenseView):
+    """`nn.Linear`: the weight is (O, I) already."""
+
+    kind: ClassVar[Kind] = "linear"
+
+    def matrix(self) -> Tensor:
+        return self.weight
+
+    def from_matrix(self, W_OI: Tensor) -> Tensor:
+        return W_OI.contiguous()
+
+    def product(self, x: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
+        return low_rank(x, A_RI, B_OR)
+
+
+class TransposedView(LinearView):
+    """transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored (I, O)."""
+
+    kind: ClassVar[Kind] = "conv1d_transposed"
+
+    def matrix(self) -> Tensor:
+        return self.weight.T
+
+    def from_matrix(self, W_OI: Tensor) -> Tensor:
+        return W_OI.T.contiguous()
+
+
+class EmbeddingView(DenseView):
+    """`nn.Embedding`: the input is a one-hot of the vocabulary, the weight is stored (I, O)."""
+
+    kind: ClassVar[Kind] = "embedding"
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        # Gemma multiplies its embeddings' output; a delta of the weight is multiplied alike.
+        self.output_scale = float(getattr(module, "scalar_embed_scale", 1.0))
+        self.padding_idx: int | None = getattr(module, "padding_idx", None)
+
+    def matrix(self) -> Tensor:
+        return self.weight.T
+
+    def from_matrix(self, W_OI: Tensor) -> Tensor:
+        return W_OI.T.contiguous()
+
+    def product(self, x: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
+        hidden_R = F.embedding(x, A_RI.T, padding_idx=self.padding_idx)
+        return F.linear(hidden_R, B_OR) * self.output_scale
+
+
+class ConvView(DenseView):
+    """`nn.Conv1d/2d/3d`: kernels flattened to rows of (I / G · kernel) numbers.
+
+    With G groups the same `A` looks at each group's channels and `B`'s rows belong to their
+    own group, so that `ΔW = B A` holds for the flattened matrix, grouped or not.
+    """
+
+    kind: ClassVar[Kind] = "conv"
+
+    def matrix(self) -> Tensor:
+        return self.weight.reshape(self.weight.shape[0], -1)
+
+    def from_matrix(self, W_OI: Tensor) -> Tensor:
+        return W_OI.reshape(self.weight.shape).contiguous()
+
+    def product(self, x: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
+        groups = int(self.module.groups)  # type: ignore[arg-type]
+        kernel = self.weight.shape[1:]
+        point = (1,) * (len(kernel) - 1)
+        down = A_RI.reshape(-1, *kernel).repeat(groups, *(1,) * len(kernel))
+        # The module's own call knows its stride, dilation, groups and padding mode.
+        hidden = self.module._conv_forward(x.to(A_RI.dtype), down, None)  # type: ignore[operator]
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(point) - 1]
+        return convolve(hidden, B_OR.reshape(*B_OR.shape, *point), groups=groups)
+
+
+VIEWS: dict[str, type[DenseView]] = {
+    "torch.nn.modules.linear.Linear": LinearView,
+    "transformers.pytorch_utils.Conv1D": TransposedView,
+    "torch.nn.modules.sparse.Embedding": EmbeddingView,
+    "torch.nn.modules.conv.Conv1d": ConvView,
+    "torch.nn.modules.conv.Conv2d": ConvView,
+    "torch.nn.modules.conv.Conv3d": ConvView,
+}
+"""By qualified name, so that this floor imports torch alone. Subclasses inherit their view."""
+
+NEVER_CALLED = "torch.nn.modules.linear.NonDynamicallyQuantizableLinear"
+"""`nn.MultiheadAttention` reads this layer's weight and never calls it: no side path can act."""
+
+
+def view_of(module: nn.Module) -> DenseView | None:
+    """The dense view of a module, or None where no side path can stand beside it."""
+    for cls in type(module).__mro__:
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        if name == NEVER_CALLED:
+            return None
+        if name in VIEWS:
+            return VIEWS[name](module) if _plain_weight(module) else None
+    return None
+
+
+def _plain_weight(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    renormed = getattr(module, "max_norm", None) is not None
+    return isinstance(weight, Tensor) and weight.is_floating_point() and not renormed

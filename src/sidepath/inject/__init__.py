@@ -1,0 +1,1 @@
+"""From patterns to places, and adapters put in and taken out of a model (floor 3)."""

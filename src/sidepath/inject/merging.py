@@ -1,0 +1,115 @@
+"""Fold an adapter into the weights, and give the base back bit for bit.
+
+A merge swaps each changed tensor for a new one and keeps the old; nothing is subtracted, so
+nothing drifts, and unmerging puts the very same storage back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from sidepath.core.adapted import CHILD
+from sidepath.errors import MergeError, TiedWeights
+from sidepath.inject.registry import Installed, Registry, require_registry
+
+
+def merge(model: nn.Module, name: str) -> None:
+    """Fold adapter `name` into the base: `W0 + s B A`, rounded once. Changes `model` in place.
+
+    Afterwards the model runs the base's own operations. The base's tensors are kept for
+    `unmerge`, so this needs the memory of the changed tensors once more. Raises
+    `UnknownAdapter`; `MergeError` when one is merged already; `TiedWeights` when a tensor to
+    be changed is shared with a module the adapter does not mean.
+    """
+    registry = require_registry(model)
+    installed = registry.adapter(name)
+    if registry.merged is not None:
+        raise MergeError(
+            f'adapter "{registry.merged}" is merged already',
+            hint="sidepath.unmerge(model) first; several adapters are merged by `sidepath merge`",
+        )
+    owners = _owners(model)
+    _refuse_tied(installed, owners)
+    folded: dict[str, Tensor] = {}
+    for path, delta in installed.deltas.items():
+        for local, tensor in delta.folded(registry.sides[path].view).items():
+            folded[f"{path}.{local}"] = tensor
+    registry.pristine = _swap(model, folded)
+    registry.merged = name
+    registry.routing.silent = True
+
+
+def unmerge(model: nn.Module) -> None:
+    """Take the merged adapter out again: the base's own tensors, bit for bit. In place.
+
+    Raises `MergeError` when nothing is merged.
+    """
+    registry = require_registry(model)
+    if registry.merged is None:
+        raise MergeError("no adapter is merged into the base")
+    _swap(model, registry.pristine)
+    registry.pristine = {}
+    registry.merged = None
+    registry.routing.silent = False
+
+
+@contextmanager
+def unfolded(model: nn.Module, registry: Registry) -> Iterator[None]:
+    """Within the block a merged base holds its own tensors. Pointers move, nothing is copied."""
+    if registry.merged is None:
+        yield
+        return
+    folded = _swap(model, registry.pristine)
+    try:
+        yield
+    finally:
+        _swap(model, folded)
+
+
+@torch.no_grad()
+def _swap(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put tensors in the place of the model's own; returns what was there."""
+    before = {}
+    for full, tensor in tensors.items():
+        path, _, local = full.rpartition(".")
+        module = model.get_submodule(path)
+        held = module._parameters.get(local)
+        if held is not None:
+            before[full] = held.data
+            held.data = tensor
+        else:
+            before[full] = module.get_buffer(local)
+            module._buffers[local] = tensor
+    return before
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Every place that holds each parameter, by the parameter's identity."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        if CHILD in path.split("."):
+            continue
+        for local, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{path}.{local}" if path else local)
+    return owners
+
+
+def _refuse_tied(installed: Installed, owners: dict[int, list[str]]) -> None:
+    touched = tuple(f"{path}." for path in installed.deltas)
+    faults = [
+        " and ".join(names) + " are one tensor"
+        for names in owners.values()
+        if len(names) > 1 and any(name.startswith(touched) for name in names)
+    ]
+    if faults:
+        raise TiedWeights(
+            f'merging "{installed.name}" would rewrite a tensor shared with another module',
+            faults=faults,
+            hint="leave these modules out of the targets, or untie them before injecting "
+            "(tie_word_embeddings=False and a copy of the tensor)",
+        )

@@ -1,0 +1,135 @@
+"""Put adapters in, take them out, and say which one answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from sidepath.core.adapted import adapt, restore
+from sidepath.core.routing import group_rows
+from sidepath.core.views import View, view_of
+from sidepath.errors import MergeError
+from sidepath.inject.merging import unfolded
+from sidepath.inject.registry import (
+    Installed,
+    Registry,
+    check_name,
+    close_registry,
+    open_registry,
+    registry_of,
+    require_registry,
+)
+from sidepath.methods.base import Method, Site
+
+
+def put_in(
+    model: nn.Module, config: Method, name: str, sites: Iterable[Site], *, trainable: bool = True
+) -> Installed:
+    """Stand a fresh adapter beside the modules at `sites`. Changes `model` in place.
+
+    The base is frozen; its parameters keep their names and values. Which adapter is active
+    does not change. Raises `NameTaken`, `BadName`, or `MergeError` while one is merged in.
+    """
+    check_name(registry_of(model), name)
+    refuse_merged(registry_of(model), f'"{name}" cannot be put in')
+    registry = open_registry(model)
+    modules = dict(model.named_modules())
+    places = {site.path: site for site in sites}
+    deltas = {}
+    for path, site in places.items():
+        side = registry.sides.get(path)
+        view = side.view if side is not None else view_of(modules[path]) or View(modules[path])
+        delta = config.delta(site, view).train(modules[path].training).requires_grad_(trainable)
+        if side is None:
+            side = registry.sides[path] = adapt(view, registry.routing, path)
+        side.add(name, delta)
+        deltas[path] = delta
+    installed = Installed(name, config, places, deltas)
+    registry.adapters[name] = installed
+    return installed
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Take an adapter out. In place; without any left the model is what it was before the first.
+
+    Raises `UnknownAdapter`, or `MergeError` while an adapter is merged in.
+    """
+    registry = require_registry(model)
+    installed = registry.adapter(name)
+    refuse_merged(registry, f'"{name}" cannot be removed')
+    for path in installed.deltas:
+        side = registry.sides[path]
+        side.drop(name)
+        others = (other for other in registry.adapters.values() if other is not installed)
+        if not any(path in other.deltas for other in others):
+            restore(side)
+            del registry.sides[path]
+    del registry.adapters[name]
+    if registry.routing.active == name:
+        registry.routing.active = None
+    if not registry.adapters:
+        close_registry(model, registry)
+
+
+def activate(model: nn.Module, name: str | None) -> None:
+    """Let one adapter answer every row; None: the base alone. One write, whatever is loaded.
+
+    Raises `UnknownAdapter`, or `MergeError` while an adapter is merged in.
+    """
+    registry = registry_of(model) if name is None else require_registry(model)
+    if registry is None:
+        return
+    if name is not None:
+        registry.adapter(name)
+    refuse_merged(registry, "the active adapter cannot change")
+    registry.routing.active = name
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is the untouched base, to the bit, merged or not."""
+    registry = registry_of(model)
+    if registry is None:
+        yield
+        return
+    routing = registry.routing
+    before = routing.silent
+    routing.silent = True
+    try:
+        with unfolded(model, registry):
+            yield
+    finally:
+        routing.silent = before
+
+
+@contextmanager
+def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Within the block row i of each batch is answered by adapter `names[i]`; None: the base.
+
+    Every adapted layer does one base product for all rows and one low-rank product a group.
+    Raises `UnknownAdapter` for a name that is not loaded, `MergeError` while one is merged in,
+    and, when a batch comes, `RoutingError` unless it has `len(names)` rows.
+    """
+    registry = require_registry(model)
+    for name in names:
+        if name is not None:
+            registry.adapter(name)
+    refuse_merged(registry, "rows cannot be routed")
+    routing = registry.routing
+    before = routing.rows
+    routing.rows = group_rows(names)
+    try:
+        yield
+    finally:
+        routing.rows = before
+
+
+def refuse_merged(registry: Registry | None, what: str) -> None:
+    """Raise `MergeError` when an adapter is folded into the weights."""
+    if registry is not None and registry.merged is not None:
+        raise MergeError(
+            f'{what}: adapter "{registry.merged}" is merged into the base',
+            hint="sidepath.unmerge(model) first",
+        )

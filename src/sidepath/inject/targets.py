@@ -1,0 +1,172 @@
+"""From a method's patterns to the places they name, with every fault said at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from sidepath.core.views import DenseView, view_of
+from sidepath.errors import TargetNotFound, UnsupportedModule, closest
+from sidepath.inject.architecture import (
+    PRESETS,
+    block_index,
+    fused_parts,
+    modules_of,
+    preset_paths,
+)
+from sidepath.kernels.lowrank import Part
+from sidepath.methods.base import Method, Selection, Site
+from sidepath.methods.lora import name_matches
+
+
+def resolve(model: nn.Module, config: Method) -> list[Site]:
+    """Every place `config` acts on in `model`, in the model's own order. Changes nothing.
+
+    Raises `TargetNotFound` when a pattern of any kind matches nothing, naming all such
+    patterns with their nearest names, and `UnsupportedModule` for modules that hold no matrix.
+    """
+    selection = config.selection()
+    modules = dict(modules_of(model))
+    whole = _whole_paths(modules, selection.train_whole)
+    dense = _dense_sites(model, modules, selection)
+    dense = _narrowed(dense, selection, whole)
+    _check_patterns(selection.patterns, dense)
+    sites = {site.path: site for site in dense}
+    sites |= {path: Site(path, "whole", pattern=pattern) for path, pattern in whole.items()}
+    if selection.bias != "none":
+        sites |= _bias_sites(modules, selection, sites)
+    return [sites[path] for path in modules if path in sites]
+
+
+def _dense_sites(
+    model: nn.Module, modules: Mapping[str, nn.Module], selection: Selection
+) -> list[Site]:
+    views = {path: view for path, module in modules.items() if (view := view_of(module))}
+    sites: dict[str, Site] = {}
+    faults: list[str] = []
+    for pattern in selection.targets:
+        paths = _matches(model, pattern, views)
+        if not paths:
+            _refuse_unsupported(pattern, modules)
+            faults.append(_not_found(pattern, views))
+        for path in paths:
+            sites[path] = Site(path, "dense", _parts(model, pattern, views[path], path), pattern)
+    if faults:
+        raise TargetNotFound(_headline(faults), faults=faults[1:])
+    return list(sites.values())
+
+
+def _matches(model: nn.Module, pattern: str, views: Mapping[str, DenseView]) -> list[str]:
+    if pattern in PRESETS:
+        return preset_paths(model, pattern)
+    name = pattern.partition(":")[0]
+    return [path for path in views if name_matches(name, path)]
+
+
+def _parts(model: nn.Module, pattern: str, view: DenseView, path: str) -> tuple[Part, ...]:
+    _, colon, names = pattern.partition(":")
+    if not colon or pattern in PRESETS:
+        return ()
+    return fused_parts(model, path, tuple(names.split(",")), view.shape[0])
+
+
+def _narrowed(dense: list[Site], selection: Selection, whole: Mapping[str, str]) -> list[Site]:
+    """The sites left by `exclude`, `layers` and the modules trained whole."""
+    kept, faults = dense, []
+    for pattern in selection.exclude:
+        if not any(name_matches(pattern, site.path) for site in dense):
+            faults.append(_not_found(pattern, [site.path for site in dense]))
+        kept = [site for site in kept if not name_matches(pattern, site.path)]
+    if selection.layers is not None:
+        found = {block_index(site.path) for site in kept}
+        missing = [str(layer) for layer in selection.layers if layer not in found]
+        if missing:
+            faults.append(f"layers {', '.join(missing)} hold no target")
+        kept = [site for site in kept if block_index(site.path) in selection.layers]
+    if faults:
+        raise TargetNotFound(_headline(faults), faults=faults[1:])
+    roots = tuple(f"{path}." for path in whole)
+    kept = [site for site in kept if not f"{site.path}.".startswith(roots)]
+    if not kept and not whole:
+        raise TargetNotFound("every target is excluded: nothing is left to adapt")
+    return kept
+
+
+def _whole_paths(modules: Mapping[str, nn.Module], patterns: tuple[str, ...]) -> dict[str, str]:
+    """Modules trained whole, by path; one inside another counts with the outer one."""
+    found: dict[str, str] = {}
+    faults = []
+    for pattern in patterns:
+        paths = [path for path in modules if name_matches(pattern, path)]
+        if not paths:
+            faults.append(_not_found(pattern, modules))
+        for path in paths:
+            if not any(path.startswith(f"{outer}.") for outer in found):
+                found[path] = pattern
+    if faults:
+        raise TargetNotFound(_headline(faults), faults=faults[1:])
+    return found
+
+
+def _bias_sites(
+    modules: Mapping[str, nn.Module], selection: Selection, sites: Mapping[str, Site]
+) -> dict[str, Site]:
+    """Sites for `bias="all"`; raises when no bias at all is there to train."""
+    roots = tuple(f"{path}." for path, site in sites.items() if site.kind == "whole")
+    holders = [path for path, module in modules.items() if isinstance(_bias(module), nn.Parameter)]
+    inside = [path for path in holders if path in sites and sites[path].kind == "dense"]
+    if not (inside if selection.bias == "lora" else holders):
+        raise TargetNotFound(
+            f'bias="{selection.bias}" finds no bias to train',
+            hint='this base has none there: use bias="none"',
+        )
+    if selection.bias == "lora":
+        return {}
+    others = [path for path in holders if path not in sites and not f"{path}.".startswith(roots)]
+    return {path: Site(path, "bias", pattern="bias") for path in others}
+
+
+def _bias(module: nn.Module) -> object:
+    return module._parameters.get("bias")
+
+
+def _check_patterns(patterns: Iterable[str], dense: list[Site]) -> None:
+    paths = [site.path for site in dense]
+    faults = [
+        _not_found(pattern, paths)
+        for pattern in patterns
+        if not any(name_matches(pattern, path) for path in paths)
+    ]
+    if faults:
+        raise TargetNotFound(_headline(faults), faults=faults[1:])
+
+
+def _headline(faults: list[str]) -> str:
+    return faults[0] if faults else ""
+
+
+def _not_found(pattern: str, paths: Iterable[str]) -> str:
+    """The design's sentence: which pattern, out of how many, and the closest names that exist."""
+    paths = list(paths)
+    prefix = "*." if "." in pattern else ""
+    names = Counter(prefix + path.rpartition(".")[2] for path in paths)
+    close = closest(pattern.partition(":")[0], names)
+    counted = [(name, names[name]) for name in close] or names.most_common(8)
+    told = ", ".join(f'"{name}" ({count})' for name, count in counted)
+    return f'pattern "{pattern}" matched none of {len(paths)} layers. Closest: {told}.'
+
+
+def _refuse_unsupported(pattern: str, modules: Mapping[str, nn.Module]) -> None:
+    name = pattern.partition(":")[0]
+    found = [path for path in modules if name_matches(name, path)]
+    if found and pattern not in PRESETS:
+        shown = [f"{path} ({type(modules[path]).__name__})" for path in found]
+        raise UnsupportedModule(
+            f'pattern "{pattern}" matches {len(found)} modules, none of which holds a matrix '
+            "a side path can stand beside",
+            expected="Linear, Conv1D, Embedding, Conv1d/2d/3d",
+            faults=shown,
+            hint="name the dense layers inside, or train the module whole",
+        )

@@ -18,47 +18,47 @@ if TYPE_CHECKING:
     from sidepath import errors as errors
     from sidepath.base import embedded_base as embedded_base
     from sidepath.config import TrainConfig as TrainConfig
-    from sidepath.inject.merging import merge as merge
-    from sidepath.inject.merging import unmerge as unmerge
-    from sidepath.store.plan import Plan as Plan
-    from sidepath.store.plan import plan as plan
-    from sidepath.inject.surgery import activate as activate
-    from sidepath.inject.surgery import disabled as disabled
-    from sidepath.inject.surgery import remove as remove
-    from sidepath.inject.surgery import route as route
+    from sidepath.injection.merging import merge as merge
+    from sidepath.injection.merging import unmerge as unmerge
+    from sidepath.injection.surgery import activate as activate
+    from sidepath.injection.surgery import disabled as disabled
+    from sidepath.injection.surgery import remove as remove
+    from sidepath.injection.surgery import route as route
     from sidepath.methods.lora import LoRA as LoRA
     from sidepath.store.adapter import Adapter as Adapter
     from sidepath.store.adapter import inject as inject
     from sidepath.store.adapter import load as load
     from sidepath.store.merge import merge_folder as merge_folder
-    from sidepath.train.data import load_data as load_data
-    from sidepath.train.evaluate import evaluate as evaluate
-    from sidepath.train.evaluate import generate as generate
-    from sidepath.train.loop import StepReport as StepReport
-    from sidepath.train.loop import train as train
+    from sidepath.store.plan import Plan as Plan
+    from sidepath.store.plan import plan as plan
+    from sidepath.training.data import load_data as load_data
+    from sidepath.training.evaluate import evaluate as evaluate
+    from sidepath.training.evaluate import generate as generate
+    from sidepath.training.loop import StepReport as StepReport
+    from sidepath.training.loop import train as train
 
 _HOMES = {
     "Adapter": "sidepath.store.adapter",
     "LoRA": "sidepath.methods.lora",
     "Plan": "sidepath.store.plan",
-    "StepReport": "sidepath.train.loop",
+    "StepReport": "sidepath.training.loop",
     "TrainConfig": "sidepath.config",
-    "activate": "sidepath.inject.surgery",
-    "disabled": "sidepath.inject.surgery",
+    "activate": "sidepath.injection.surgery",
+    "disabled": "sidepath.injection.surgery",
     "embedded_base": "sidepath.base",
     "errors": "sidepath.errors",
-    "evaluate": "sidepath.train.evaluate",
-    "generate": "sidepath.train.evaluate",
+    "evaluate": "sidepath.training.evaluate",
+    "generate": "sidepath.training.evaluate",
     "inject": "sidepath.store.adapter",
     "load": "sidepath.store.adapter",
-    "load_data": "sidepath.train.data",
-    "merge": "sidepath.inject.merging",
+    "load_data": "sidepath.training.data",
+    "merge": "sidepath.injection.merging",
     "merge_folder": "sidepath.store.merge",
     "plan": "sidepath.store.plan",
-    "remove": "sidepath.inject.surgery",
-    "route": "sidepath.inject.surgery",
-    "train": "sidepath.train.loop",
-    "unmerge": "sidepath.inject.merging",
+    "remove": "sidepath.injection.surgery",
+    "route": "sidepath.injection.surgery",
+    "train": "sidepath.training.loop",
+    "unmerge": "sidepath.injection.merging",
 }
 
 __all__ = [

@@ -145,12 +145,12 @@ def test_the_low_rank_product_never_builds_the_matrix() -> None:
     layer = nn.Linear(64, 48).requires_grad_(False)
     delta, view = made(layer, r=2)
     sizes: list[int] = []
-    with _count_linear(sizes):
+    with _CountLinear(sizes):
         delta(torch.randn(5, 64), view)
     assert sorted(sizes) == sorted([64 * 48, 2 * 64, 2 * 48])
 
 
-class _count_linear(torch.overrides.TorchFunctionMode):
+class _CountLinear(torch.overrides.TorchFunctionMode):
     """Collects the number of weights of every linear product."""
 
     def __init__(self, sizes: list[int]) -> None:
@@ -211,8 +211,14 @@ def test_impossible_settings_name_the_field(field: str, value: object) -> None:
 
 
 def test_patterns_change_rank_and_scaling() -> None:
-    config = LoRA(r=4, alpha=8, rank_pattern={"q_proj": 2, "layers.1.*": 16}, alpha_pattern={"v": 1})
-    assert [config.rank_of(path) for path in ("a.k", "layers.0.q_proj", "layers.1.q_proj")] == [4, 2, 16]
+    config = LoRA(
+        r=4, alpha=8, rank_pattern={"q_proj": 2, "layers.1.*": 16}, alpha_pattern={"v": 1}
+    )
+    assert [config.rank_of(path) for path in ("a.k", "layers.0.q_proj", "layers.1.q_proj")] == [
+        4,
+        2,
+        16,
+    ]
     assert config.scaling_of("a.v") == 0.25
     assert LoRA(r=16, alpha=8, scaling="alpha/sqrt(r)").scaling_of("x") == 2.0
 

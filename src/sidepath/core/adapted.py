@@ -6,6 +6,7 @@ live in one child module called `sidepath`. `restore` is the exact inverse.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -93,11 +94,21 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
 def adapt(view: View, routing: Routing, path: str) -> SidePaths:
     """Make a view's module consult side paths; returns where they are kept. In place."""
     module = view.module
-    side = SidePaths(view, routing, path)
+    side = SidePaths(view, routing, path).train(module.training)
     module.__dict__.pop("forward", None)
     module.__class__ = _adapted_class(view.base_class)
     module.add_module(CHILD, side)
     return side
+
+
+def pristine_copy(module: nn.Module) -> nn.Module:
+    """A deep copy of a module, and of all below it, as it was before any side path came."""
+    twin = copy.deepcopy(module)
+    for inner in list(twin.modules()):
+        side = inner._modules.get(CHILD)
+        if isinstance(side, SidePaths):
+            restore(side)
+    return twin
 
 
 def restore(side: SidePaths) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import Tensor
 
+from sidepath.core.adapted import pristine_copy
 from sidepath.core.delta import Delta
 from sidepath.core.views import View
 
@@ -16,7 +16,7 @@ class Whole(Delta):
 
     def __init__(self, view: View) -> None:
         super().__init__()
-        self.copy = copy.deepcopy(view.module).requires_grad_(True)
+        self.copy = pristine_copy(view.module).requires_grad_(True)
 
     def forward(self, x: Tensor, base: View, *args: Any, **kwargs: Any) -> Tensor:
         result: Tensor = self.copy(x, *args, **kwargs)

@@ -9,7 +9,7 @@ from torch import nn
 
 from sidepath.core.views import DenseView, view_of
 from sidepath.errors import TargetNotFound, UnsupportedModule, closest
-from sidepath.inject.architecture import (
+from sidepath.injection.architecture import (
     PRESETS,
     block_index,
     fused_parts,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sidepath.core.adapted import CHILD
 from sidepath.errors import MergeError, TiedWeights
-from sidepath.inject.registry import Installed, Registry, require_registry
+from sidepath.injection.registry import Installed, Registry, require_registry
 
 
 def merge(model: nn.Module, name: str) -> None:

@@ -11,8 +11,8 @@ from sidepath.core.adapted import adapt, restore
 from sidepath.core.routing import group_rows
 from sidepath.core.views import View, view_of
 from sidepath.errors import MergeError
-from sidepath.inject.merging import unfolded
-from sidepath.inject.registry import (
+from sidepath.injection.merging import unfolded
+from sidepath.injection.registry import (
     Installed,
     Registry,
     check_name,

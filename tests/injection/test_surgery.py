@@ -17,12 +17,12 @@ from sidepath.errors import (
     TiedWeights,
     UnknownAdapter,
 )
-from sidepath.inject.merging import merge, unmerge
-from sidepath.inject.registry import base_parameters, registry_of, require_registry
-from sidepath.inject.surgery import activate, disabled, put_in, remove, route
-from sidepath.inject.targets import resolve
+from sidepath.injection.merging import merge, unmerge
+from sidepath.injection.registry import base_parameters, registry_of, require_registry
+from sidepath.injection.surgery import activate, disabled, put_in, remove, route
+from sidepath.injection.targets import resolve
 from sidepath.methods.lora import LoRA
-from tests.conftest import MODELS, outputs, randomise, tiny_gpt2, tiny_llama
+from tests.conftest import MODELS, outputs, randomise, tiny_bert, tiny_gpt2, tiny_llama
 
 CONFIGS = {
     "llama": [LoRA(r=4), LoRA(r=2, targets=("q_proj", "embed_tokens", "lm_head"))],
@@ -215,8 +215,21 @@ def test_a_deep_copy_is_a_model_of_its_own() -> None:
     assert registry_of(model) is not None
 
 
+def test_two_adapters_that_train_one_module_whole_share_nothing() -> None:
+    model, x = tiny_bert(), torch.randint(3, 64, (2, 5))
+    plain = outputs(model, x)
+    put(model, LoRA(r=2, targets=("query",), train_whole=("classifier",)), "a")
+    put(model, LoRA(r=2, targets=("query",), train_whole=("classifier", "layer.1")), "b", False)
+    copied = require_registry(model).adapters["b"].deltas["classifier"]
+    assert sorted(copied.tensors()) == ["bias", "weight"]
+    inner = require_registry(model).adapters["b"].deltas["bert.encoder.layer.1"]
+    assert not [name for name, _ in inner.named_modules() if "sidepath" in name]
+    activate(model, "b")
+    assert torch.equal(outputs(model, x), plain)
+
+
 def test_a_dispatchers_own_forward_is_kept() -> None:
-    """accelerate shadows `forward` on the instance; the side path must still be heard."""
+    """Device maps shadow `forward` on the instance; the side path must still be heard."""
     model, x = tiny_llama(), torch.randint(3, 64, (2, 5))
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     calls = []

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sidepath.errors import TargetNotFound, UnsupportedModule
-from sidepath.inject.targets import resolve
+from sidepath.injection.targets import resolve
 from sidepath.methods.lora import LoRA
 from tests.conftest import Vision, tiny_bert, tiny_gpt2, tiny_llama
 

@@ -1,0 +1,153 @@
+"""The verbs that let a base or an adapter answer: eval and generate (floor 7)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sidepath.cli.bases import (
+    base_folder,
+    context_tokens,
+    load_causal,
+    load_classifier,
+    load_tokenizer,
+)
+from sidepath.cli.output import Report, Table, note, progress
+from sidepath.cli.runs import EvalRun, GenerateRun
+from sidepath.cli.surface import Call
+from sidepath.errors import ConfigError, DamagedAdapter, DataError, StoreError
+from sidepath.store import manifest as manifests
+
+NAME = "adapter"
+"""What the one adapter is called on the model, whatever its folder is called."""
+
+
+def evaluate(call: Call) -> Report:
+    """Metrics of a base, or of an adapter on it, on held-out data."""
+    from sidepath.training.data import load_data
+    from sidepath.training.evaluate import evaluate as measure
+
+    run = call.settings.build("eval", EvalRun)
+    labels = _labels_of(run.adapter)
+    folder = base_folder(run.base)
+    data = load_data(
+        run.data,
+        load_tokenizer(folder),
+        max_tokens=min(run.max_tokens, context_tokens(folder) or run.max_tokens),
+        limit=run.limit,
+        task="auto" if labels is None else "classify",
+        labels=labels,
+        columns=run.columns,
+    )
+    model = _answering(run, folder, data.labels, data.pad_id)
+    note(f"measuring on {len(data):,} rows of {data.name}")
+    metrics = measure(
+        model,
+        data,
+        metrics=run.metrics,
+        batch_size=run.batch_size,
+        max_new_tokens=run.max_new_tokens,
+    )
+    table = Table(f"{len(data):,} rows", ["metric", "value"], list(metrics.items()))
+    return Report({"metrics": metrics, "rows": len(data)}, [table])
+
+
+def generate(call: Call) -> Report:
+    """What a base, or an adapter on it, writes after each prompt."""
+    from sidepath.training.evaluate import generate as complete
+
+    run = call.settings.build("generate", GenerateRun)
+    if bool(run.prompt) == (run.data is not None):
+        raise ConfigError("give prompts with --prompt, or a file of them with --data; not both")
+    if _labels_of(run.adapter) is not None:
+        raise ConfigError(
+            "the adapter is a classifier: it writes no text",
+            where=run.adapter,
+            hint="sidepath eval measures it",
+        )
+    folder = base_folder(run.base)
+    tokenizer = load_tokenizer(folder)
+    prompts = list(run.prompt) or _prompts_of(run)
+    model = _answering(run, folder, (), 0)
+    outputs: list[dict[str, str]] = []
+    with progress("prompts") as advance:
+        for start in range(0, len(prompts), run.batch_size):
+            batch = prompts[start : start + run.batch_size]
+            texts = complete(
+                model,
+                tokenizer,
+                batch,
+                max_new_tokens=run.max_new_tokens,
+                batch_size=run.batch_size,
+                temperature=run.temperature,
+                seed=run.seed + start,
+            )
+            outputs += [
+                {"prompt": prompt, "text": text} for prompt, text in zip(batch, texts, strict=True)
+            ]
+            advance(len(outputs), len(prompts))
+    rows = [[output["prompt"], output["text"]] for output in outputs]
+    return Report({"outputs": outputs}, [Table("", ["prompt", "text"], rows)])
+
+
+def _answering(
+    run: EvalRun | GenerateRun, folder: Path, labels: tuple[str, ...], pad_id: int
+) -> nn.Module:
+    """The base with the adapter, if any, active on it."""
+    from sidepath.store.adapter import load
+
+    if labels and run.adapter is None:
+        raise DataError(
+            "a base alone has no classification head",
+            where=run.data,
+            hint="give the adapter that was trained on such data with --adapter",
+        )
+    if labels:
+        model, _ = load_classifier(folder, labels, pad_id, run.dtype, run.device)
+    else:
+        model = load_causal(folder, run.dtype, run.device)
+    if run.adapter is not None:
+        load(model, run.adapter, NAME, allow_other_base=run.allow_other_base)
+    return model.eval()
+
+
+def _labels_of(adapter: str | None) -> tuple[str, ...] | None:
+    """The classes an adapter was trained to tell apart, or None when it is no classifier."""
+    if adapter is None:
+        return None
+    folder = Path(adapter)
+    if not folder.is_dir():
+        raise StoreError("there is no such adapter folder", where=folder)
+    if not (folder / manifests.NAME).exists():
+        return None
+    manifest, faults = manifests.read_manifest(folder)
+    if manifest is None or faults:
+        raise DamagedAdapter("the adapter cannot be trusted", where=folder, faults=faults)
+    return tuple(manifest.labels) if manifest.labels else None
+
+
+def _prompts_of(run: GenerateRun) -> list[str]:
+    from sidepath.training.rows import rename
+    from sidepath.training.sources import read_source
+
+    source: Any = read_source(str(run.data), run.limit)
+    rename(source, run.columns)
+    faults = list(source.faults)
+    prompts: list[str] = []
+    for row in source.rows:
+        prompt = row.fields.get("prompt")
+        if isinstance(prompt, str) and prompt:
+            prompts.append(prompt)
+        else:
+            faults.append(f"{source.unit} {row.line}: no prompt")
+    if faults or not prompts:
+        raise DataError(
+            "the prompts have faults" if faults else "there are no prompts",
+            where=run.data,
+            faults=faults,
+            expected="a text in the column `prompt`",
+            hint="name the column with --columns prompt=NAME",
+        )
+    return prompts

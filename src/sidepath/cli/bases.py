@@ -1,0 +1,186 @@
+"""Bases and tokenizers from transformers folders, checked before and after (floor 7)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sidepath.errors import ConfigError, SidepathError, StoreError
+
+HEAD_PARTS = ("pooler",)
+"""Parts inside a transformers body that belong to the head: absent from many checkpoints."""
+
+
+def base_folder(given: str | None) -> Path:
+    """The base's folder: the given one, or the embedded base.
+
+    Errors: `StoreError` when it is missing, not a folder, or not a transformers folder.
+    """
+    if given is None:
+        from sidepath.base import embedded_base
+
+        return embedded_base()
+    folder = Path(given)
+    if not folder.is_dir():
+        raise StoreError(
+            "the base is not a folder" if folder.exists() else "no such base folder",
+            where=folder,
+            expected="a transformers folder: config.json, model.safetensors, tokenizer.json",
+            hint="a model of the hub is fetched first: hf download NAME --local-dir FOLDER",
+        )
+    if not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        raise StoreError(
+            "the base's folder has no config.json",
+            where=folder,
+            found="an adapter's folder" if adapter else None,
+            expected="a transformers folder",
+        )
+    return folder
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The base's tokenizer, with a padding token when the folder names none."""
+    from transformers import AutoTokenizer
+
+    with _understood(folder, "the base's tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_causal(folder: Path, dtype: str, device: str) -> nn.Module:
+    """The base as a causal language model, every weight of it from the folder."""
+    from transformers import AutoModelForCausalLM
+
+    model, fresh = _load(AutoModelForCausalLM, folder, dtype, device, {})
+    if fresh:
+        raise StoreError(
+            "the base's checkpoint lacks weights of a causal language model",
+            where=folder,
+            faults=fresh,
+            hint="text with labels is learned by a classifier; everything else needs a decoder",
+        )
+    return model
+
+
+def load_classifier(
+    folder: Path, labels: Sequence[str], pad_id: int, dtype: str, device: str
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The base with a classification head; also the modules that no checkpoint filled.
+
+    Those are drawn from torch's random state and have to be trained whole.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    names = dict(enumerate(labels))
+    options = {
+        "num_labels": len(labels),
+        "id2label": names,
+        "label2id": {label: number for number, label in names.items()},
+    }
+    model: Any
+    model, fresh = _load(AutoModelForSequenceClassification, folder, dtype, device, options)
+    text_config: Any = model.config.get_text_config()
+    if text_config.pad_token_id is None:
+        # A classifier reads the last token that is no padding, so it has to know which is.
+        text_config.pad_token_id = pad_id
+    body = str(model.base_model_prefix)
+    foreign = [
+        name
+        for name in fresh
+        if name.startswith(f"{body}.") and not set(name.split(".")) & set(HEAD_PARTS)
+    ]
+    if foreign:
+        raise StoreError(
+            "the base's checkpoint lacks weights of its body", where=folder, faults=foreign
+        )
+    return model, tuple(dict.fromkeys(name.rpartition(".")[0] for name in fresh))
+
+
+def model_without_weights(folder: Path, dtype: str) -> nn.Module:
+    """The base's modules on the meta device, from its config alone."""
+    from transformers import AutoModelForCausalLM
+
+    settings = _config_of(folder)
+    with _understood(folder, "the base's config cannot be used"), torch.device("meta"):
+        stored = getattr(torch, dtype) if dtype != "auto" else settings.dtype
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            settings, dtype=stored or torch.float32, trust_remote_code=False
+        )
+    return model
+
+
+def context_tokens(folder: Path) -> int | None:
+    """Most tokens the base's positions reach, or None when its config names no limit."""
+    limit = vars(_config_of(folder).get_text_config()).get("max_position_embeddings")
+    return limit if isinstance(limit, int) else None
+
+
+def _config_of(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    quiet()
+    with _understood(folder, "the base's config cannot be used"):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` is the GPU when there is one. Errors: `ConfigError` for a GPU that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda, but torch sees no GPU", hint="use --device cpu")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def quiet() -> None:
+    """Keep transformers' bars and advice off the terminal; its errors still raise."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _load(
+    kind: Any, folder: Path, dtype: str, device: str, options: Mapping[str, Any]
+) -> tuple[nn.Module, list[str]]:
+    from sidepath.store.fingerprint import checkpoint_files
+
+    quiet()
+    place = device_of(device)
+    checkpoint_files(folder)
+    with _understood(folder, "the base cannot be loaded"):
+        model, notes = kind.from_pretrained(
+            folder,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    model.to(place).eval()
+    return model, sorted(notes["missing_keys"])
+
+
+@contextmanager
+def _understood(folder: Path, what: str) -> Iterator[None]:
+    """Turn whatever another library raises over a user's folder into one message of ours."""
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    except SidepathError:
+        raise
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise StoreError(what, where=folder, found=text[:300]) from error

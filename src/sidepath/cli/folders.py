@@ -1,0 +1,50 @@
+"""Folders that commands write: everything that would fail at the end is found first (floor 7)."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from sidepath.errors import StoreError, WriteFailed
+from sidepath.store.folder import lists_all_files
+
+
+def require_output(output: Path, *, overwrite: bool) -> None:
+    """Raise unless a folder can be published as `output`; nothing is left on disk.
+
+    Errors: `StoreError` for a file, for a folder of someone else's, and for one of ours without
+    `overwrite`; `WriteFailed` when nothing can be written there.
+    """
+    if output.exists() and not output.is_dir():
+        raise StoreError(
+            "the output exists and is not a folder", where=output, hint="choose another path"
+        )
+    if output.is_dir() and any(output.iterdir()):
+        _require_ours(output, overwrite)
+    above = next(path for path in output.absolute().parents if path.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".sidepath-", dir=above))
+    except OSError as error:
+        raise WriteFailed(
+            f"the output cannot be written: {error.strerror}",
+            where=output,
+            found=f"{above} takes no new folder",
+            hint="choose another folder, or check its permissions and free space",
+        ) from error
+
+
+def _require_ours(output: Path, overwrite: bool) -> None:
+    if not lists_all_files(output):
+        raise StoreError(
+            "the output folder holds files that no earlier command of ours wrote",
+            where=output,
+            found=", ".join(sorted(path.name for path in output.iterdir())[:8]),
+            hint="choose another folder",
+        )
+    if not overwrite:
+        raise StoreError(
+            "the output folder holds an earlier result",
+            where=output,
+            hint="choose another folder, or give --overwrite to replace it",
+        )

@@ -1,0 +1,197 @@
+"""The settings of each command that are not a method's or the training loop's (floor 7).
+
+Nothing here may import torch: `sidepath --help` reads these classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sidepath.config import check, require
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseRun:
+    """What every command that loads a base asks for."""
+
+    base: str | None = None
+    """Folder of the base model and its tokenizer; the embedded base when not given."""
+    dtype: Dtype = "auto"
+    """Data type of the base's weights in memory; `auto` keeps the one they are stored in."""
+    device: Device = "auto"
+    """Where to compute; `auto` takes the GPU when there is one."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRun(BaseRun):
+    """What `train` reads and writes."""
+
+    data: str
+    """Training data: a JSONL or CSV file with prompt and completion, messages, text, or text
+    and label."""
+    output: str
+    """Folder that the adapter is saved into."""
+    method: str = "lora"
+    """The method of adaptation."""
+    eval_data: str | None = None
+    """Held-out data in the same form; their metrics are reported."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Which column of the file holds a field, as in `prompt=question`."""
+    max_tokens: int = 1024
+    """Longest row in tokens; longer ones are truncated and counted."""
+    limit: int | None = None
+    """Use only the first rows of the data."""
+    resume: bool = False
+    """Go on from the newest checkpoint of this output."""
+    overwrite: bool = False
+    """Replace the adapter that the output folder holds."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self,
+            {
+                "max_tokens": self.max_tokens >= 2,
+                "limit": self.limit is None or self.limit >= 1,
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRun:
+    """What `plan` reckons with."""
+
+    method: str = "lora"
+    """The method of adaptation."""
+    batch_size: int = 8
+    """Rows in one forward pass, for the memory estimate."""
+    max_tokens: int = 1024
+    """Tokens in a row, for the memory estimate."""
+    dtype: Dtype = "auto"
+    """Data type of the base's weights; `auto` takes the one its config states."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        require(self, {"batch_size": self.batch_size >= 1, "max_tokens": self.max_tokens >= 1})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRun(BaseRun):
+    """What `eval` measures."""
+
+    data: str
+    """Evaluation data in the training data's form."""
+    adapter: str | None = None
+    """Folder of the adapter; the base alone when not given."""
+    allow_other_base: bool = False
+    """Apply an adapter although its fingerprint says that it was made for another base."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Which column of the file holds a field, as in `prompt=question`."""
+    batch_size: int = 8
+    """Rows in one forward pass."""
+    max_new_tokens: int = 64
+    """Longest generated completion in tokens, for the metrics that read text."""
+    metrics: tuple[str, ...] | None = None
+    """Metrics to measure; all that the data allow when not given."""
+    max_tokens: int = 1024
+    """Longest row in tokens; longer ones are truncated and counted."""
+    limit: int | None = None
+    """Use only the first rows of the data."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self,
+            {
+                "batch_size": self.batch_size >= 1,
+                "max_new_tokens": self.max_new_tokens >= 1,
+                "max_tokens": self.max_tokens >= 2,
+                "limit": self.limit is None or self.limit >= 1,
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRun(BaseRun):
+    """What `generate` completes, and how."""
+
+    prompt: tuple[str, ...] = field(default=(), metadata={"splits": False})
+    """A prompt to complete; give the flag again for more."""
+    data: str | None = None
+    """A JSONL or CSV file whose prompts are completed."""
+    adapter: str | None = None
+    """Folder of the adapter; the base alone when not given."""
+    allow_other_base: bool = False
+    """Apply an adapter although its fingerprint says that it was made for another base."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Which column of the file holds a field, as in `prompt=question`."""
+    max_new_tokens: int = 64
+    """Longest completion in tokens."""
+    temperature: float = 0.0
+    """Softmax temperature of the sampling; 0 always takes the likeliest token."""
+    batch_size: int = 8
+    """Prompts completed at once."""
+    limit: int | None = None
+    """Use only the first rows of the data."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self,
+            {
+                "max_new_tokens": self.max_new_tokens >= 1,
+                "temperature": self.temperature >= 0,
+                "batch_size": self.batch_size >= 1,
+                "limit": self.limit is None or self.limit >= 1,
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRun:
+    """How `merge` writes the merged model."""
+
+    skip_parity: bool = False
+    """Publish without running the merged model beside the un-merged one."""
+    dtype: Dtype = "auto"
+    """Data type of the merged weights; `auto` keeps the base's."""
+    overwrite: bool = False
+    """Replace the merged model that the output folder holds."""
+    allow_other_base: bool = False
+    """Apply an adapter although its fingerprint says that it was made for another base."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectRun:
+    """What `inspect` compares an adapter with."""
+
+    base: str | None = None
+    """Folder of the base; with it each update's norm is also given relative to its weight's."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoRun:
+    """What `demo` writes."""
+
+    output: str = "demo-output"
+    """Folder for the adapters and the report."""
+    seed: int = 0
+    """Seed of the demo's data and training."""
+
+    def __post_init__(self) -> None:
+        check(self)

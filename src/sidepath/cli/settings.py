@@ -1,0 +1,157 @@
+"""The effective settings of one command: default, then TOML file, then flag (floor 7).
+
+The last one that says something wins, and where each value came from is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from sidepath import config
+from sidepath.cli.options import Sections, flags_of
+from sidepath.errors import ConfigError, nearest
+
+T = TypeVar("T")
+Source = Literal["default", "file", "flag"]
+
+
+def read_tables(path: str) -> dict[str, Any]:
+    """A TOML file as it stands. Errors: `ConfigError` when it is not TOML; any OSError."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError("the settings file is not TOML", where=path, found=error) from error
+
+
+def read_file(path: str, sections: Sections, elsewhere: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The tables of a TOML file that belong to these sections.
+
+    Tables named in `elsewhere` belong to other commands and are left out; any other table,
+    any unknown key and any key outside a table is a fault, all of them named at once.
+    """
+    faults: list[str] = []
+    values: dict[str, dict[str, Any]] = {}
+    for table, content in read_tables(path).items():
+        if not isinstance(content, dict):
+            faults.append(f'"{table}" stands outside a table' + _meant(table, _keys(sections)))
+        elif table in sections:
+            values[table] = content
+            known = list(config.field_types(sections[table]))
+            unknown = [key for key in content if key not in known]
+            faults += [f'[{table}] has no field "{key}"' + _meant(key, known) for key in unknown]
+        elif table not in elsewhere:
+            faults.append(f"no table [{table}] here" + _meant(table, [*sections, *elsewhere]))
+    if faults:
+        raise ConfigError("the settings file has unknown settings", where=path, faults=faults)
+    return values
+
+
+def _keys(sections: Sections) -> list[str]:
+    return [name for cls in sections.values() for name in config.field_types(cls)]
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    close = nearest(name, known)
+    return f": did you mean {close}?" if close else ""
+
+
+class Settings:
+    """Each effective value of one command, and where it came from."""
+
+    def __init__(
+        self,
+        sections: Sections,
+        from_file: Mapping[str, Mapping[str, Any]],
+        from_flags: Mapping[tuple[str, str], Any],
+        file: str | None,
+    ) -> None:
+        self.file = file
+        self.sections = dict(sections)
+        self.values: dict[str, dict[str, tuple[Any, Source]]] = {name: {} for name in sections}
+        for flag in flags_of(sections):
+            key = (flag.section, flag.field)
+            in_file = from_file.get(flag.section, {})
+            if key in from_flags:
+                found: tuple[Any, Source] = (from_flags[key], "flag")
+            elif flag.field in in_file:
+                cleared = flag.kind != flag.hint and in_file[flag.field] == "none"
+                found = (None if cleared else in_file[flag.field], "file")
+            else:
+                found = (flag.default, "default")
+            self.values[flag.section][flag.field] = found
+
+    def missing(self, section: str) -> list[str]:
+        """The section's fields that need a value and have none."""
+        fields = self.values[section].items()
+        return [name for name, (value, _) in fields if value is dataclasses.MISSING]
+
+    def build(self, section: str, cls: type[T]) -> T:
+        """The section's dataclass; a value that is needed and missing is an error."""
+        missing = ["--" + name.replace("_", "-") for name in self.missing(section)]
+        if missing:
+            raise ConfigError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed")
+        values = {name: value for name, (value, _) in self.values[section].items()}
+        try:
+            return config.build(cls, values)
+        except ConfigError as error:
+            blamed = [fault.partition(" = ")[0] for fault in error.faults]
+            if not any(self.values[section].get(name, ("", ""))[1] == "file" for name in blamed):
+                raise
+            where = f"{self.file}, [{section}]"
+            raise ConfigError(error.what, where=where, faults=error.faults) from error
+
+    def as_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """{section: {field: {value, source}}}; a needed value that is missing is null."""
+        return {
+            section: {
+                name: {"value": _plain(value), "source": source}
+                for name, (value, source) in fields.items()
+            }
+            for section, fields in self.values.items()
+        }
+
+
+def _plain(value: Any) -> Any:
+    if value is dataclasses.MISSING:
+        return None
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def toml(settings: Settings) -> str:
+    """The settings as TOML that `--config` reads back; each line says where its value is from."""
+    lines: list[str] = []
+    for section, fields in settings.values.items():
+        lines += ["", f"[{section}]"] if lines else [f"[{section}]"]
+        for name, (value, source) in fields.items():
+            if value is dataclasses.MISSING:
+                lines.append(f"# {name} is needed and not set")
+            else:
+                lines.append(f"{name} = {_toml_value(value)}  # {source}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if value is None:
+        return '"none"'
+    if isinstance(value, Mapping):
+        inside = ", ".join(
+            f"{_toml_text(key)} = {_toml_value(item)}" for key, item in value.items()
+        )
+        return "{ " + inside + " }" if inside else "{}"
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, str):
+        return _toml_text(value)
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _toml_text(text: str) -> str:
+    # JSON's escapes are TOML's for every character but DEL, which JSON leaves bare.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

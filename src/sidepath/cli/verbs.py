@@ -1,0 +1,75 @@
+"""The short verbs: plan, merge, config, demo (floor 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sidepath.cli.output import Report, Table, note, progress
+from sidepath.cli.runs import DemoRun, MergeRun, PlanRun
+from sidepath.cli.settings import toml
+from sidepath.cli.surface import Call
+
+
+def plan(call: Call) -> Report:
+    """What an adapter of these settings would be on the model; nothing is loaded or changed."""
+    from sidepath.cli.bases import base_folder, model_without_weights
+    from sidepath.methods import METHODS
+    from sidepath.store.plan import plan as plan_of
+
+    run = call.settings.build("plan", PlanRun)
+    config = call.settings.build(str(call.method), METHODS[str(call.method)])
+    model = model_without_weights(base_folder(call.places[0]), run.dtype)
+    found = plan_of(model, config, batch_size=run.batch_size, tokens=run.max_tokens)
+    return Report(found.as_dict(), [str(found)])
+
+
+def merge(call: Call) -> Report:
+    """A plain transformers folder with the adapters folded in, and the measured parity."""
+    from sidepath.cli.bases import base_folder, quiet
+    from sidepath.cli.folders import require_output
+    from sidepath.store.merge import merge_folder
+
+    run = call.settings.build("merge", MergeRun)
+    base, *adapters, output = call.places
+    require_output(Path(output), overwrite=run.overwrite)
+    quiet()
+    note(f"merging {', '.join(adapters)} into a copy of {base}")
+    found = merge_folder(
+        base_folder(base),
+        [Path(adapter) for adapter in adapters],
+        Path(output),
+        skip_parity=run.skip_parity,
+        dtype=None if run.dtype == "auto" else run.dtype,
+        allow_other_base=run.allow_other_base,
+    )
+    document = found.as_dict()
+    rows = [[name, value] for name, value in (document["parity"] or {}).items()]
+    table = Table("parity: merged against un-merged", ["measure", "value"], rows)
+    return Report(document, [f"merged model in {output}", *([table] if rows else [])])
+
+
+def config(call: Call) -> Report:
+    """Each setting that `train` would use, and where it came from; impossible ones are errors."""
+    for section, cls in call.settings.sections.items():
+        if not call.settings.missing(section):
+            call.settings.build(section, cls)
+    return Report(call.settings.as_dict(), [toml(call.settings).rstrip("\n")])
+
+
+def demo(call: Call) -> Report:
+    """The whole demonstration on the embedded base."""
+    from sidepath.cli.bases import quiet
+    from sidepath.demo.run import run_demo
+
+    run = call.settings.build("demo", DemoRun)
+    quiet()
+    found: Mapping[str, Any] = run_demo(
+        Path(run.output), seed=run.seed, progress=progress, say=note
+    )
+    columns = ["name", "metric", "base", "lora", "full", "lora_trainable", "full_trainable"]
+    columns.append("seconds")
+    rows = [[task.get(column) for column in columns] for task in found["tasks"]]
+    facts = [f"{name}: {found[name]}" for name in ("parity", "routed_equal", "report")]
+    return Report(found, [Table("", columns, rows), *facts])

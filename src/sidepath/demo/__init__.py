@@ -1,0 +1,1 @@
+"""The demonstration: three tasks, three adapters, each step proved (floor 6)."""

@@ -1,0 +1,1 @@
+"""Adapters as folders on disk: written whole or not at all, checked before they are trusted."""

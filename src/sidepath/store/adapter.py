@@ -1,0 +1,222 @@
+"""An adapter as users hold it: put on a model, saved to a folder, loaded from one (floor 4)."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sidepath.core.delta import Delta
+from sidepath.errors import MergeError, StoreError, WrongBase
+from sidepath.injection.registry import Installed, check_name, registry_of, require_registry
+from sidepath.injection.surgery import activate, put_in, refuse_merged, remove
+from sidepath.injection.targets import resolve
+from sidepath.methods.base import Method, Site
+from sidepath.store import manifest as manifests
+from sidepath.store.contents import Contents, read_folder
+from sidepath.store.fingerprint import fingerprint, same_base
+from sidepath.store.folder import publish, sha256_file
+from sidepath.store.peft_format import unpack
+from sidepath.store.saving import base_name, merged_record, plain_peft, views_of, write_adapter
+from sidepath.store.tensors import strict_json
+
+PARITY = "parity.json"
+
+
+class SidepathNotice(UserWarning):
+    """Something to know that is no error, said once by the operation that found it."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A handle to one adapter on a model; it holds no tensor of its own."""
+
+    name: str
+    model: nn.Module
+
+    @property
+    def installed(self) -> Installed:
+        """What the model holds under this name. Errors: `UnknownAdapter` once it is removed."""
+        return require_registry(self.model).adapter(self.name)
+
+    @property
+    def config(self) -> Method:
+        """The method's settings."""
+        return self.installed.config
+
+    @property
+    def deltas(self) -> Mapping[str, Delta]:
+        """The deltas by the path of the module they stand beside."""
+        return self.installed.deltas
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """How the adapter came to be, as saved with it."""
+        return self.installed.record
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every trained parameter of the adapter."""
+        return self.installed.parameters()
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        record: Mapping[str, Any] | None = None,
+        files: Mapping[str, str] | None = None,
+    ) -> Path:
+        """Write the adapter's folder, all or nothing; an earlier save there is replaced.
+
+        Written: the deltas (`adapter_model.safetensors`, PEFT's names), `adapter_config.json`,
+        `README.md`, `files` (more text files by name, such as the settings of the run), and last
+        `sidepath.json` with the base's fingerprint, `metrics` and `record` (data digest, seed,
+        command, ...; kept with what an earlier save recorded). The model is not changed, and
+        nothing is merged. Returns the folder.
+
+        Errors: `WriteFailed` (disk full, no permission, ...), `StoreError` for a folder that
+        holds other files.
+        """
+        installed = self.installed
+        installed.record = merged_record(installed.record, metrics, record)
+        with publish(folder, manifests=(manifests.NAME,), replace=plain_peft) as temporary:
+            write_adapter(self.model, installed, temporary, files or {})
+        return Path(folder)
+
+
+def inject(model: nn.Module, config: Method, name: str = "default") -> Adapter:
+    """Stand a fresh adapter beside the modules `config` names. Changes `model` in place.
+
+    The base is frozen, its outputs stay equal to the bit until the adapter is trained. It
+    becomes the active one, so that what is trained next is what was injected last.
+
+    Errors: `TargetNotFound`, `UnsupportedModule`, `NameTaken`, `BadName`; `MergeError` while an
+    adapter is merged in.
+    """
+    check_name(registry_of(model), name)
+    refuse_merged(registry_of(model), f'"{name}" cannot be injected')
+    put_in(model, config, name, resolve(model, config))
+    activate(model, name)
+    return Adapter(name, model)
+
+
+def load(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    allow_other_base: bool = False,
+    trainable: bool = False,
+) -> Adapter:
+    """Load an adapter's folder, ours or PEFT's, onto its base. Changes `model` in place.
+
+    Everything is checked before memory is allocated and before the model is touched: digests,
+    header, settings, keys, shapes, dtypes, then the base's fingerprint (`allow_other_base`
+    skips this one) and that every value is finite. `name` is the folder's own by default. The
+    first adapter on a model becomes active. Its parameters require gradients if `trainable`.
+
+    A PEFT folder has no fingerprint: one `SidepathNotice` says so.
+
+    Errors: `DamagedAdapter` with all faults, `WrongBase`, `StoreError`, `BadName`, `NameTaken`;
+    `MergeError` while an adapter is merged in, or when this one is merged into the base's folder.
+    """
+    folder = Path(folder)
+    name = name if name is not None else Path(os.path.realpath(folder)).name
+    registry = registry_of(model)
+    check_name(registry, name)
+    refuse_merged(registry, f'"{name}" cannot be loaded')
+    contents = read_folder(model, folder)
+    _refuse_merged_base(model, contents)
+    _check_base(model, contents, folder, allow_other_base)
+    tensors = contents.load(model)
+
+    def fill(installed: Installed) -> None:
+        unpack(tensors, installed.deltas, views_of(model, installed), contents.slots)
+
+    adapter = stand_up(model, contents.config, name, contents.sites, fill, trainable)
+    if contents.manifest is not None:
+        adapter.installed.record = dict(contents.manifest.record)
+    return adapter
+
+
+def stand_up(
+    model: nn.Module,
+    config: Method,
+    name: str,
+    sites: Sequence[Site],
+    fill: Callable[[Installed], None],
+    trainable: bool,
+) -> Adapter:
+    """Put an adapter in and let `fill` write its tensors; taken out again when that fails.
+
+    The first adapter on a model becomes active. torch's random state is left as it was.
+    """
+    first = registry_of(model) is None
+    with torch.random.fork_rng(_cuda_devices(model)):  # a fresh delta draws random numbers
+        installed = put_in(model, config, name, sites, trainable=trainable)
+    try:
+        fill(installed)
+    except BaseException:
+        remove(model, name)
+        raise
+    if first:
+        activate(model, name)
+    return Adapter(name, model)
+
+
+def _refuse_merged_base(model: nn.Module, contents: Contents) -> None:
+    name = base_name(model)
+    parity = Path(name) / PARITY if name else None
+    if parity is None or not parity.is_file():
+        return
+    try:
+        merged = {
+            entry["digest"]: entry["name"] for entry in strict_json(parity.read_bytes())["adapters"]
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            "the base's record of merged adapters is malformed", where=parity
+        ) from error
+    digest = sha256_file(contents.path)
+    if digest in merged:
+        raise MergeError(
+            f'this adapter is merged into the base already, as "{merged[digest]}"',
+            where=name,
+            hint="load it onto the base it was trained on, or use the merged model as it is",
+        )
+
+
+def _check_base(model: nn.Module, contents: Contents, folder: Path, allow_other: bool) -> None:
+    if allow_other:
+        return
+    if contents.manifest is None:
+        warnings.warn(
+            f"{folder}: no sidepath.json: its base could not be verified",
+            SidepathNotice,
+            stacklevel=3,
+        )
+        return
+    recorded = contents.manifest.base
+    found = fingerprint(model)
+    faults = same_base(recorded, found)
+    if faults:
+        raise WrongBase(
+            "the adapter was made for another base",
+            where=folder,
+            found=f"{base_name(model) or 'a model'} with fingerprint {found.id}",
+            expected=f"{contents.manifest.base_name or 'a base'} with fingerprint {recorded.id}",
+            faults=faults,
+            hint="load it onto its own base; a head that is drawn anew at each load must be "
+            "trained whole; allow_other_base=True (--allow-other-base) loads it all the same",
+        )
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    devices = {parameter.device for parameter in model.parameters()}
+    return sorted({device.index or 0 for device in devices if device.type == "cuda"})

@@ -1,0 +1,267 @@
+"""Is this the base that an adapter was made for? (floor 4)
+
+A fingerprint holds, for each floating parameter of a base, its shape, its dtype and 16 of its
+values at fixed positions. Two bases are the same when every recorded value could be the found
+one seen through another dtype: each stored number v stands for the interval of real numbers
+that round to it, v ± half a unit in the last place, and the two intervals must overlap:
+
+    |a - b| <= ulp(a, dtype a) / 2 + ulp(b, dtype b) / 2        (equal dtypes: a == b)
+
+So one base read as float32, bfloat16 or float16 is one base, while a fine-tune of it, which
+moves nearly every value by more than that, is another. Reading takes 16 small reads a tensor,
+whatever its size. A change of a few rows only (say, new tokens) can slip between the samples.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sidepath.errors import DamagedAdapter, StoreError
+from sidepath.injection.registry import base_parameters, registry_of
+from sidepath.store.tensors import (
+    DTYPE_NAMES,
+    FLOATING,
+    TensorInfo,
+    file_inside,
+    read_header,
+    strict_json,
+)
+
+SAMPLES = 16
+_PRECISION = {"F64": (52, -1022), "F32": (23, -126), "F16": (10, -14), "BF16": (7, -126)}
+_LARGEST_F16 = 65504.0
+_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tensor's dtype (safetensors' name), shape and sampled values (raw, little-endian)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    raw: bytes
+
+    def values(self) -> list[float]:
+        """The sampled values as Python floats (exact for every floating dtype)."""
+        if not self.raw:
+            return []
+        return torch.frombuffer(bytearray(self.raw), dtype=FLOATING[self.dtype]).double().tolist()
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The samples of a base, by parameter name."""
+
+    samples: Mapping[str, Sample]
+
+    @property
+    def id(self) -> str:
+        """A short name to print. It differs between dtypes; `same_base` is the comparison."""
+        text = json.dumps(self._tensors(), sort_keys=True, separators=(",", ":"))
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` is the inverse."""
+        return {"id": self.id, "samples": SAMPLES, "tensors": self._tensors()}
+
+    def _tensors(self) -> dict[str, list[Any]]:
+        return {
+            name: [sample.dtype, list(sample.shape), base64.b64encode(sample.raw).decode()]
+            for name, sample in self.samples.items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Fingerprint:
+        """Read `as_dict`'s form. Errors: `DamagedAdapter` when it is malformed."""
+        samples = {}
+        faults = []
+        tensors = values.get("tensors")
+        if values.get("samples") != SAMPLES or not isinstance(tensors, dict):
+            raise DamagedAdapter("the base's fingerprint is malformed")
+        for name, entry in tensors.items():
+            try:
+                dtype, shape, text = entry
+                raw = base64.b64decode(text, validate=True)
+                expected = min(SAMPLES, math.prod(shape)) * FLOATING[dtype].itemsize
+                samples[name] = Sample(dtype, tuple(shape), raw)
+            except (KeyError, TypeError, ValueError):
+                faults.append(f"{name}: malformed")
+                continue
+            if len(raw) != expected:
+                faults.append(f"{name}: {len(raw)} bytes of samples, expected {expected}")
+        if faults:
+            raise DamagedAdapter("the base's fingerprint is malformed", faults=faults)
+        return cls(samples)
+
+
+def fingerprint(
+    base: nn.Module | str | os.PathLike[str], *, leave_out: Iterable[str] = ()
+) -> Fingerprint:
+    """The fingerprint of a model in memory, or of a transformers folder on disk.
+
+    A model is read as it was before any adapter was merged; parameters of side paths are left
+    out, tied parameters come once. Modules named in `leave_out` are not looked at: those an
+    adapter trains whole, since a new head is random at each load. A folder must hold
+    safetensors, single or sharded; 16 values a tensor are read from it.
+    """
+    if not isinstance(base, nn.Module):
+        return Fingerprint(_of_folder(Path(base)))
+    registry = registry_of(base)
+    named = base_parameters(base) if registry is None else registry.pristine_parameters(base)
+    outside = tuple(f"{path}." for path in leave_out)
+    kept = ((name, tensor) for name, tensor in named if not name.startswith(outside))
+    return Fingerprint(dict(_of_parameters(kept)))
+
+
+def same_base(recorded: Fingerprint, found: Fingerprint) -> list[str]:
+    """The reasons why `found` is not the recorded base: an empty list when it is.
+
+    What `recorded` does not have is not looked at. A leading name component that one side
+    lacks (`model.`, `bert.`, `transformer.`: a model without its head) does not matter.
+    """
+    shorter: dict[str, list[str]] = {}
+    for name in found.samples:
+        shorter.setdefault(name.partition(".")[2], []).append(name)
+    faults = []
+    for name, sample in recorded.samples.items():
+        candidates = [name, name.partition(".")[2], *shorter.get(name, [])]
+        match = next((found.samples[other] for other in candidates if other in found.samples), None)
+        if match is None:
+            faults.append(f"{name}: missing")
+        elif match.shape != sample.shape:
+            faults.append(f"{name}: shape {list(match.shape)}, expected {list(sample.shape)}")
+        else:
+            differ = _differing(sample, match)
+            if differ:
+                total = len(sample.values())
+                faults.append(f"{name}: other values ({differ} of {total} samples)")
+    return faults
+
+
+def positions(elements: int) -> list[int]:
+    """Up to 16 positions spread over a flattened tensor: one in each 16th of it.
+
+    Within its 16th a position is shifted by a fixed pseudo-random step, so that matrices whose
+    width is a power of two are not sampled in one column only.
+    """
+    count = min(SAMPLES, elements)
+    found = []
+    for index in range(count):
+        start, stop = index * elements // count, (index + 1) * elements // count
+        found.append(start + ((index + 1) * 2654435761 % 2**32 * (stop - start) >> 32))
+    return found
+
+
+def _of_parameters(named: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, Sample]]:
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    for name, tensor in named:
+        key = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.dtype not in DTYPE_NAMES or (tensor.numel() and key in seen):
+            continue
+        seen.add(key)
+        index = torch.tensor(positions(tensor.numel()), dtype=torch.long, device=tensor.device)
+        values = tensor.detach()
+        if values.dim():
+            values = values[torch.unravel_index(index, values.shape)]
+        raw = values.reshape(-1).cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        yield name, Sample(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), raw)
+
+
+def _of_folder(folder: Path) -> dict[str, Sample]:
+    samples = {}
+    for path in checkpoint_files(folder):
+        header = read_header(path, floating_only=False)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            for name, info in header.items():
+                if info.dtype in FLOATING:
+                    raw = _read_samples(handle, info)
+                    samples[_renamed(name)] = Sample(info.dtype, info.shape, raw)
+        finally:
+            os.close(handle)
+    return samples
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a transformers folder, single or sharded.
+
+    Errors: `StoreError` when there are none (a pickle is named as the reason).
+    """
+    if (folder / "model.safetensors").is_file():
+        return [file_inside(folder, "model.safetensors")]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(strict_json(index.read_bytes())["weight_map"].values())
+            return [file_inside(folder, name) for name in sorted(names)]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(
+                "the index of a sharded checkpoint is malformed", where=index
+            ) from error
+    pickles = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
+    raise StoreError(
+        "no safetensors checkpoint in the base's folder",
+        where=folder,
+        found=", ".join(pickles) or None,
+        expected="model.safetensors or model.safetensors.index.json",
+        hint="pickle files are never loaded; save the base again with save_pretrained"
+        if pickles
+        else "give the folder of a transformers model",
+    )
+
+
+def _renamed(name: str) -> str:
+    for old, new in _OLD_NAMES.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def _read_samples(handle: int, info: TensorInfo) -> bytes:
+    size = FLOATING[info.dtype].itemsize
+    return b"".join(
+        os.pread(handle, size, info.start + size * at) for at in positions(math.prod(info.shape))
+    )
+
+
+def _differing(one: Sample, other: Sample) -> int:
+    if one.dtype == other.dtype and one.raw == other.raw:
+        return 0
+    pairs = zip(one.values(), other.values(), strict=True)
+    return sum(not _overlap(a, one.dtype, b, other.dtype) for a, b in pairs)
+
+
+def _overlap(a: float, dtype_a: str, b: float, dtype_b: str) -> bool:
+    if math.isnan(a) or math.isnan(b):
+        return math.isnan(a) and math.isnan(b)
+    if a == b:
+        return True
+    if dtype_a == dtype_b:
+        return False
+    if math.isinf(a) or math.isinf(b):
+        # float16 overflows where the other dtypes do not: its infinity stands for all beyond.
+        finite = b if math.isinf(a) else a
+        infinite, dtype = (a, dtype_a) if math.isinf(a) else (b, dtype_b)
+        return (
+            dtype == "F16"
+            and math.copysign(finite, infinite) == finite
+            and (abs(finite) > _LARGEST_F16)
+        )
+    return abs(a - b) <= (_ulp(a, dtype_a) + _ulp(b, dtype_b)) / 2
+
+
+def _ulp(value: float, dtype: str) -> float:
+    bits, smallest = _PRECISION[dtype]
+    exponent = math.frexp(value)[1] - 1 if value else smallest
+    return math.ldexp(1.0, max(exponent, smallest) - bits)

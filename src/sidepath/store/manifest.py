@@ -1,0 +1,207 @@
+"""`sidepath.json`: what an adapter's folder holds, of which base, and how it came to be (floor 4).
+
+The manifest lists every other file with its size and SHA-256, and ends with the SHA-256 of its
+own bytes up to that line: no bit of the folder's files can change unseen. It is a checksum, not
+a signature: who can write the folder can write another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sidepath.config import as_dict, build
+from sidepath.errors import ConfigError, DamagedAdapter, StoreError
+from sidepath.methods import METHODS
+from sidepath.methods.base import Method, Site
+from sidepath.store.fingerprint import Fingerprint
+from sidepath.store.folder import sha256_file
+from sidepath.store.tensors import TensorInfo, file_inside, strict_json
+
+NAME = "sidepath.json"
+FORMAT = 1
+_LAST = b'  "digest": "'
+_END = b'"\n}\n'
+_FIELDS = ("format", "method", "config", "sites", "base", "tensors", "files", "record")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of a `sidepath.json`."""
+
+    config: Method
+    sites: tuple[Site, ...]
+    base_name: str | None
+    model_class: str
+    """The class the base was loaded as, for instance `LlamaForCausalLM`."""
+    labels: list[str] | None
+    """A classifier's label names, in the order of its outputs."""
+    base: Fingerprint
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    """Size in bytes and SHA-256 by file name."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """How the adapter came to be: data digest, seed, versions, metrics, command."""
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `sidepath.json` for the files that lie in `folder` now (`manifest.files` is unused)."""
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "size": path.stat().st_size,
+            "sha256": sha256_file(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    values = {
+        "format": FORMAT,
+        "method": manifest.config.method,
+        "config": as_dict(manifest.config),
+        "sites": [_site_values(site) for site in manifest.sites],
+        "base": {
+            "name": manifest.base_name,
+            "class": manifest.model_class,
+            "labels": manifest.labels,
+            "fingerprint": manifest.base.as_dict(),
+        },
+        "tensors": {key: [dtype, list(shape)] for key, (dtype, shape) in manifest.tensors.items()},
+        "files": files,
+        "record": dict(manifest.record),
+    }
+    try:
+        text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise StoreError(
+            f"the adapter's record cannot be written as JSON: {error}",
+            hint="give numbers, texts, lists and tables only; no NaN",
+        ) from error
+    head = text.removesuffix("\n}").encode() + b",\n" + _LAST
+    (folder / NAME).write_bytes(head + hashlib.sha256(head).hexdigest().encode() + _END)
+
+
+def read_manifest(folder: Path) -> tuple[Manifest | None, list[str]]:
+    """Read and check `sidepath.json` and the files it lists; all faults together.
+
+    None stands for a manifest that cannot be understood. Nothing is loaded.
+    """
+    data = file_inside(folder, NAME).read_bytes()
+    if len(data) < 64 + len(_END):
+        return None, [f"{NAME}: truncated"]
+    head, digest = data[: -64 - len(_END)], data[-64 - len(_END) : -len(_END)]
+    if hashlib.sha256(head).hexdigest().encode() != digest or not data.endswith(_END):
+        return None, [f"{NAME}: its bytes are not those that were saved"]
+    try:
+        values = strict_json(data)
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+        if values.get("format") != FORMAT:
+            raise ValueError(f"format {values.get('format')!r}, this version reads {FORMAT}")
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in values["files"].items()}
+        faults = [fault for name in files for fault in _check_file(folder, name, *files[name])]
+        # The settings of a folder whose files have changed are not worth a look.
+        return (None, faults) if faults else (_understood(values, files), [])
+    except ConfigError as error:
+        return None, [f"{NAME}: {error}"]
+    except DamagedAdapter as error:
+        return None, [f"{NAME}: {fault}" for fault in error.faults or [error.what]]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return None, [f"{NAME}: malformed: {error}"]
+
+
+def _check_file(folder: Path, name: str, size: int, digest: str) -> list[str]:
+    try:
+        path = file_inside(folder, name)
+        found = os.path.getsize(path)
+        if found != size:
+            return [f"{name}: {found} bytes, expected {size}"]
+        changed = sha256_file(path) != digest
+    except DamagedAdapter as error:
+        return [f"{name}: {error.what}"]
+    except OSError as error:
+        return [f"{name}: {error.strerror}"]
+    return [f"{name}: its bytes are not those that were saved"] if changed else []
+
+
+def _understood(values: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> Manifest:
+    unknown = set(values) - {*_FIELDS, "digest"}
+    if unknown:
+        raise ValueError(f"unknown field {', '.join(sorted(unknown))}")
+    method, base = values["method"], values["base"]
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}, expected one of {', '.join(METHODS)}")
+    if not isinstance(values["record"], dict):
+        raise ValueError("record is not a table")
+    name, labels = base["name"], base["labels"]
+    texts = [base["class"], *([] if name is None else [name]), *(labels or [])]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("the base's name, class and labels are not texts")
+    return Manifest(
+        config=build(METHODS[method], values["config"]),
+        sites=tuple(_site(entry) for entry in values["sites"]),
+        base_name=name,
+        model_class=base["class"],
+        labels=labels,
+        base=Fingerprint.from_dict(base["fingerprint"]),
+        tensors={key: (dtype, tuple(shape)) for key, (dtype, shape) in values["tensors"].items()},
+        files=files,
+        record=values["record"],
+    )
+
+
+def _site_values(site: Site) -> dict[str, Any]:
+    values = {"path": site.path, "kind": site.kind, "pattern": site.pattern}
+    return values | ({"parts": [list(part) for part in site.parts]} if site.parts else {})
+
+
+def _site(entry: Mapping[str, Any]) -> Site:
+    path, kind, pattern = entry["path"], entry["kind"], entry["pattern"]
+    parts = tuple((start, stop) for start, stop in entry.get("parts", ()))
+    texts = isinstance(path, str) and isinstance(pattern, str)
+    whole = all(type(number) is int for part in parts for number in part)
+    if not texts or not whole or kind not in ("dense", "bias", "whole"):
+        raise ValueError(f"site {entry!r}")
+    return Site(path, kind, parts, pattern)
+
+
+def check_tensors(manifest: Manifest, header: Mapping[str, TensorInfo]) -> list[str]:
+    """Faults of a file's header against the manifest's keys, shapes and dtypes."""
+    found = {key: (info.dtype, info.shape) for key, info in header.items()}
+    keys = sorted({*found, *manifest.tensors})
+    return [
+        f"{key}: {found.get(key, 'missing')}, expected {manifest.tensors.get(key, 'nothing')}"
+        for key in keys
+        if found.get(key) != manifest.tensors.get(key)
+    ]
+
+
+def model_card(manifest: Manifest, name: str, trainable: int) -> str:
+    """A plain `README.md`: what the adapter is, its base, settings, record, and how to load it."""
+    base = manifest.base_name or "an unnamed base"
+    front = ["---", *([f"base_model: {json.dumps(base)}"] if manifest.base_name else [])]
+    front += ["library_name: peft", "tags:", f"- {manifest.config.method}", "- sidepath", "---"]
+    settings = [f"| {key} | {_cell(value)} |" for key, value in as_dict(manifest.config).items()]
+    record = [f"| {key} | {_cell(value)} |" for key, value in manifest.record.items()]
+    lines = [
+        *front, "", f"# {name}", "",
+        f"An adapter ({manifest.config.method}, {trainable:,} parameters) for {base}, "
+        f"fingerprint `{manifest.base.id}`.", "",
+        "| setting | value |", "|---|---|", *settings, "",
+    ]  # fmt: skip
+    if record:
+        lines += ["| record | value |", "|---|---|", *record, ""]
+    lines += [
+        "```python", "import sidepath", f'sidepath.load(model, "<this folder>", name="{name}")',
+        "```", "", "The folder's format is PEFT's; `sidepath.json` lists every file's SHA-256.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text.replace("|", "\\|").replace("\n", " ")

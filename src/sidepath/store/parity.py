@@ -1,0 +1,176 @@
+"""How far a merged model's outputs are from the un-merged model's, and how far they may be.
+
+Dimensions: T positions, V outputs (the vocabulary, or the classes) (floor 4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sidepath.errors import DataError
+
+CALIBRATION = (
+    "The harbour master counted the boats twice that evening, because the first number had "
+    "seemed too small and the wind was rising.",
+    "A recipe for four people: two onions, a cup of red lentils, one spoon of cumin, salt, and "
+    "enough water to cover everything by a finger's width.",
+    "def area(width, height):\n    return width * height  # both in metres",
+    "If the train leaves at 7:45 and the journey takes 2 hours and 30 minutes, at what time "
+    "does it arrive?",
+    "Nobody had told her that the museum was closed on Mondays, so she sat on its steps and "
+    "read the guide book instead.",
+    "name: Alice | age: 31 | city: Lisbon | likes: chess, long walks, strong coffee",
+)
+"""Text of our own, of several kinds, that merges are measured on when no other is given."""
+
+MAX_TOKENS = 96
+"""Positions of one calibration row that are looked at."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """A merged model beside the un-merged one, on the same rows, computed in float32."""
+
+    max_abs: float
+    """Largest difference of two outputs."""
+    mean_abs: float
+    """Mean difference of two outputs."""
+    top1: float
+    """Share of positions whose largest output is the same."""
+    kl: float
+    """Mean Kullback-Leibler divergence of the un-merged distribution from the merged, in nats."""
+    tolerance: float
+    """The largest `max_abs` that rounding explains."""
+    mean_tolerance: float
+    """The largest `mean_abs` that rounding explains."""
+    effect: float
+    """Largest difference the adapter itself makes to the base's outputs."""
+    positions: int
+    """Positions compared."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the two models agree within the tolerances (a NaN never does)."""
+        return self.max_abs <= self.tolerance and self.mean_abs <= self.mean_tolerance
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def compare(
+    unmerged: Sequence[Tensor],
+    merged: Sequence[Tensor],
+    base: Sequence[Tensor],
+    noise: Sequence[Tensor],
+) -> Parity:
+    """Measure a merged model's outputs, row by row (T, V), against the un-merged model's.
+
+    `base` are the outputs without the adapter; `noise` is how far the outputs of one and the
+    same merged model move when its weights are disturbed as rounding would (`disturbed`). The
+    tolerances are four times that, since it is one draw of the noise, and `256 * 2^-23` of the
+    largest output, for float32 arithmetic in another order. So they follow the dtype, the depth
+    and the model's own sensitivity, and a wrong merge, which errs by as much as the adapter
+    does, stands out.
+    """
+    want_TV, got_TV = torch.cat(list(unmerged)), torch.cat(list(merged))
+    difference_TV = (want_TV - got_TV).abs()
+    noise_TV = torch.cat(list(noise)).abs()
+    arithmetic = 256 * 2.0**-23 * float(want_TV.abs().max())
+    p_TV, q_TV = want_TV.log_softmax(-1), got_TV.log_softmax(-1)
+    divergence_T = (p_TV.exp() * (p_TV - q_TV)).sum(-1)
+    same_T = want_TV.argmax(-1) == got_TV.argmax(-1)
+    return Parity(
+        max_abs=float(difference_TV.max()),
+        mean_abs=float(difference_TV.mean()),
+        top1=float(same_T.float().mean()),
+        kl=max(0.0, float(divergence_T.mean())),
+        tolerance=4 * float(noise_TV.max()) + arithmetic,
+        mean_tolerance=4 * float(noise_TV.mean()) + arithmetic,
+        effect=float((want_TV - torch.cat(list(base))).abs().max()),
+        positions=len(want_TV),
+    )
+
+
+@contextmanager
+def disturbed(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Within the block float32 tensors carry the noise of one rounding to their dtype.
+
+    Rounding changes a number by a relative error that is spread evenly over at most half a step,
+    `eps / 2`, to both sides: a standard deviation of `eps / (2 sqrt(3))`. Changed in place and
+    put back bit for bit; the noise is the same each time.
+    """
+    generator = torch.Generator().manual_seed(0)
+    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    try:
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                size = torch.finfo(dtypes[name]).eps / (2 * math.sqrt(3))
+                noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
+                tensor.mul_(1 + size * noise)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(before[name])
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, rows: Iterable[Sequence[int]]) -> list[Tensor]:
+    """The model's outputs (T, V) for each row of token ids: logits, or its last hidden states."""
+    settings = model.config
+    device = next(model.parameters()).device
+    outputs = []
+    for row in rows:
+        ids_BT = torch.tensor([list(row)], device=device)
+        extra = {"decoder_input_ids": ids_BT} if settings.is_encoder_decoder else {}  # type: ignore[union-attr]
+        found = model(input_ids=ids_BT, **extra)
+        output = found["logits"] if "logits" in found else found[0]
+        outputs.append(output.float().reshape(-1, output.shape[-1]).cpu())
+    return outputs
+
+
+def calibration_rows(
+    folder: Path, vocabulary: int, texts: Sequence[str] | None = None
+) -> list[list[int]]:
+    """Token ids of the calibration texts, with the tokenizer in `folder`.
+
+    Without a tokenizer and without texts: fixed pseudo-random ids, never 0, the usual padding.
+    Errors: `DataError` for texts that no tokenizer is there for, or that give no tokens.
+    """
+    from transformers import AutoTokenizer
+
+    known = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "vocab.json",
+        "vocab.txt",
+    )
+    if not any((folder / name).is_file() for name in known):
+        if texts is not None:
+            raise DataError("calibration texts need a tokenizer in the base's folder", where=folder)
+        return [
+            [
+                1 + (row * 7919 + 104_729 * (column + 1) * (column + row + 1)) % (vocabulary - 1)
+                for column in range(24)
+            ]
+            for row in range(len(CALIBRATION))
+        ]
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    encoded = [tokenizer(text)["input_ids"][:MAX_TOKENS] for text in texts or CALIBRATION]
+    rows = [[token for token in row if token < vocabulary] for row in encoded]
+    rows = [row for row in rows if row]
+    if not rows:
+        raise DataError("the calibration texts give no tokens", where=folder)
+    return rows

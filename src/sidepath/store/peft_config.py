@@ -1,0 +1,271 @@
+"""`adapter_config.json`, PEFT's settings of an adapter, both ways (floor 4).
+
+A file is data: where the deltas stand is read from the tensors' names, never from a pattern of
+the file, and keys of rank_pattern and alpha_pattern are taken literally.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import nn
+
+from sidepath.core.views import view_of
+from sidepath.injection.architecture import modules_of
+from sidepath.methods.base import Site
+from sidepath.methods.lora import MAX_RANK, LoRA
+from sidepath.store.peft_format import groups_of
+
+T = TypeVar("T")
+MAX_ALPHA = 1e6
+_BIAS = {"none": "none", "all": "all", "lora": "lora_only"}
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Heads that PEFT trains whole on its own for a task, and insists on finding in the file."""
+
+_ANY_VALUE = {
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "layers_pattern", "layers_to_transform", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "target_modules", "task_type",
+}  # fmt: skip
+"""Fields that say nothing the tensors and the base do not say."""
+
+_ONLY_EMPTY = {
+    "alora_invocation_tokens", "arrow_config", "corda_config", "enable_lora",
+    "ensure_weight_tying", "eva_config", "kasa_config", "layer_replication", "loftq_config",
+    "lora_bias", "lora_ga_config", "megatron_config", "merge_weights", "monteclora_config",
+    "runtime_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
+    "use_qalora", "velora_config",
+}  # fmt: skip
+"""Fields that change what the tensors mean: accepted while they are off."""
+
+_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Starts that leave the base's weights alone; the others are only right on a changed base."""
+
+
+@dataclass
+class PeftSettings:
+    """What an `adapter_config.json` says, checked."""
+
+    r: int = 8
+    alpha: float = 8.0
+    dropout: float = 0.0
+    rslora: bool = False
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+
+    def rank_at(self, path: str) -> int:
+        """PEFT's rank at a module: the first pattern that is the path, or its tail, wins."""
+        return next((rank for key, rank in self.ranks.items() if _tail(key, path)), self.r)
+
+    def alpha_at(self, path: str) -> float:
+        """PEFT's alpha at a module."""
+        return next((value for key, value in self.alphas.items() if _tail(key, path)), self.alpha)
+
+
+def read_settings(values: Any) -> tuple[PeftSettings, list[str]]:
+    """Check PEFT's settings; returns them with all faults (an empty list when they are good)."""
+    if not isinstance(values, dict):
+        return PeftSettings(), ["adapter_config.json is not a JSON object"]
+    values = dict(values)
+    faults = []
+    if values.pop("peft_type", None) != "LORA":
+        faults.append("peft_type: expected LORA")
+    start = values.pop("init_lora_weights", True)
+    if start not in _STARTS:
+        faults.append(
+            f"init_lora_weights: {start!r} changes the base's weights; convert the adapter to a "
+            "plain one where it was trained"
+        )
+    settings = PeftSettings()
+    readers = {
+        "r": _rank, "lora_alpha": _alpha, "lora_dropout": _dropout, "use_rslora": _flag,
+        "bias": _bias_name, "modules_to_save": _names,
+        "rank_pattern": _ranks, "alpha_pattern": _alphas,
+    }  # fmt: skip
+    targets = {
+        "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora",
+        "rank_pattern": "ranks", "alpha_pattern": "alphas",
+    }  # fmt: skip
+    for name, reader in readers.items():
+        if name in values:
+            try:
+                setattr(settings, targets.get(name, name), reader(values.pop(name)))
+            except ValueError as error:
+                faults.append(f"{name}: {error}")
+    for name, value in values.items():
+        if name in _ONLY_EMPTY:
+            if value not in (None, False, {}, []):
+                faults.append(f"{name}: {value!r} is not supported")
+        elif name not in _ANY_VALUE:
+            faults.append(f"{name}: unknown field")
+    return settings, faults
+
+
+def literal(pattern: str) -> tuple[str, bool]:
+    """A PEFT pattern as a plain name, and whether it stands for the whole path.
+
+    A leading ^, a trailing $ and escaped characters are understood. Errors: `ValueError` for
+    anything else that only a regular expression could mean: none is ever run from a file.
+    """
+    whole = pattern.startswith("^")
+    name = pattern.removeprefix("^").removesuffix("$")
+    plain = re.sub(r"\\(\W)", r"\1", name)
+    if re.search(r"[\\*+?()\[\]{}|^$]", re.sub(r"\\\W", "", name)) or not plain:
+        raise ValueError(f"{pattern!r} is a regular expression, expected a plain module name")
+    return plain, whole
+
+
+def _tail(key: str, path: str) -> bool:
+    name, whole = literal(key)
+    return path == name or (not whole and path.endswith(f".{name}"))
+
+
+def _rank(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_RANK:
+        raise ValueError(f"{value!r}, expected a whole number from 1 to {MAX_RANK}")
+    return value
+
+
+def _alpha(value: Any) -> float:
+    number = type(value) in (int, float) and math.isfinite(value)
+    if not number or not 0 < value <= MAX_ALPHA:
+        raise ValueError(f"{value!r}, expected a number above 0 and at most {MAX_ALPHA:g}")
+    return float(value)
+
+
+def _dropout(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value < 1:
+        raise ValueError(f"{value!r}, expected a number from 0 to below 1")
+    return float(value)
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"{value!r}, expected true or false")
+    return value
+
+
+def _bias_name(value: Any) -> str:
+    names = {theirs: ours for ours, theirs in _BIAS.items()}
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(f"{value!r}, expected one of {', '.join(names)}")
+    return names[value]
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
+        raise ValueError(f"{value!r}, expected a list of module names")
+    return tuple(value)
+
+
+def _ranks(value: Any) -> dict[str, int]:
+    return {key: _rank(rank) for key, rank in _patterns(value)}
+
+
+def _alphas(value: Any) -> dict[str, float]:
+    return {key: _alpha(alpha) for key, alpha in _patterns(value)}
+
+
+def _patterns(value: Any) -> Iterable[tuple[str, Any]]:
+    if value is None:
+        return ()
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r}, expected a table of module names")
+    for key in value:
+        literal(key)
+    return value.items()
+
+
+def write_settings(
+    model: nn.Module, config: LoRA, sites: Mapping[str, Site], base_name: str | None
+) -> dict[str, Any]:
+    """The `adapter_config.json` with which PEFT computes what we compute.
+
+    Modules are named by their whole paths. Parts and groups raise a module's rank to m r (see
+    `peft_format`); its alpha rises with it so that the factor stays the same.
+    """
+    modules = dict(modules_of(model))
+    dense = [path for path, site in sites.items() if site.kind == "dense"]
+    ranks, alphas = {}, {}
+    for path in dense:
+        view = view_of(modules[path])
+        times = (len(sites[path].parts) or 1) * (groups_of(view) if view else 1)
+        root = times if config.scaling == "alpha/r" else math.sqrt(times)
+        ranks[path] = config.rank_of(path) * times
+        alphas[path] = _number(config.alpha_of(path) * root)
+    r = commonest(ranks.values()) if ranks else config.r
+    alpha = commonest(alphas.values()) if alphas else _number(config.alpha)
+    whole = [path for path, site in sites.items() if site.kind == "whole"]
+    kinds = {view.kind for path in dense if (view := view_of(modules[path]))}
+    return {
+        "peft_type": "LORA",
+        "task_type": _task(model, whole, modules),
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.scaling == "alpha/sqrt(r)",
+        "bias": _BIAS[config.bias],
+        "fan_in_fan_out": "conv1d_transposed" in kinds and "linear" not in kinds,
+        "init_lora_weights": True,
+        "target_modules": _targets(dense, modules),
+        "modules_to_save": whole or None,
+        "rank_pattern": {_anchored(path): n for path, n in ranks.items() if n != r},
+        "alpha_pattern": {_anchored(path): n for path, n in alphas.items() if n != alpha},
+    }
+
+
+def _number(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+def commonest(values: Iterable[T]) -> T:
+    """The value that occurs most often."""
+    return Counter(values).most_common(1)[0][0]
+
+
+def _anchored(path: str) -> str:
+    return "^" + re.escape(path)
+
+
+def _targets(paths: list[str], modules: Iterable[str]) -> list[str] | str:
+    """The paths as a list, which PEFT also holds against tails of names; where that would hit
+    another module too, the one expression that names exactly these.
+    """
+    tails = tuple(f".{path}" for path in paths)
+    if any(path.endswith(tails) for path in modules if path not in paths):
+        return "|".join(re.escape(path) for path in paths)
+    return paths
+
+
+def _task(model: nn.Module, whole: list[str], modules: Iterable[str]) -> str | None:
+    name = next((kind.__name__ for kind in type(model).__mro__ if _task_of(kind.__name__)), "")
+    task = _task_of(name)
+    heads = [path for path in modules if path.endswith(_TASK_HEADS.get(task or "", ()))]
+    return task if all(path in whole for path in heads) else None
+
+
+def _task_of(name: str) -> str | None:
+    return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)

@@ -1,0 +1,112 @@
+"""Writing the files of an adapter's folder (floor 4)."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from sidepath.core.views import DenseView, view_of
+from sidepath.errors import StoreError
+from sidepath.injection.architecture import modules_of
+from sidepath.injection.registry import Installed
+from sidepath.methods.lora import LoRA
+from sidepath.store import manifest as manifests
+from sidepath.store.fingerprint import fingerprint
+from sidepath.store.manifest import Manifest, model_card, write_manifest
+from sidepath.store.peft_config import write_settings
+from sidepath.store.peft_format import CONFIG, WEIGHTS, pack, slots_of
+from sidepath.store.tensors import DTYPE_NAMES
+
+CARD = "README.md"
+OWN_NAMES = (WEIGHTS, CONFIG, CARD, manifests.NAME)
+
+
+def write_adapter(
+    model: nn.Module, installed: Installed, folder: Path, files: Mapping[str, str]
+) -> None:
+    """Write an adapter's files into an empty folder, the manifest last. Changes nothing else.
+
+    Errors: `StoreError` for a method or a tensor that the format cannot hold.
+    """
+    config = installed.config
+    if not isinstance(config, LoRA):
+        raise StoreError(f"an adapter of method {config.method} cannot be saved yet")
+    sites = installed.sites
+    slots, faults = slots_of(dict(modules_of(model)), config, sites.values())
+    assert not faults, faults
+    tensors = pack(installed.deltas, views_of(model, installed), slots)
+    for name, text in files.items():
+        if Path(name).name != name or name in OWN_NAMES:
+            raise StoreError("a file saved with an adapter cannot have this name", found=name)
+        (folder / name).write_text(text, encoding="utf-8")
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    settings = write_settings(model, config, sites, base_name(model))
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    whole = [path for path, site in sites.items() if site.kind == "whole"]
+    manifest = Manifest(
+        config=config,
+        sites=tuple(sites.values()),
+        base_name=base_name(model),
+        model_class=type(model).__name__,
+        labels=labels_of(model),
+        base=fingerprint(model, leave_out=whole),
+        tensors={key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in tensors.items()},
+        record=installed.record,
+    )
+    trained = sum(parameter.numel() for parameter in installed.parameters())
+    card = model_card(manifest, installed.name, trained)
+    (folder / CARD).write_text(card, encoding="utf-8")
+    write_manifest(folder, manifest)
+
+
+def merged_record(
+    earlier: Mapping[str, Any], metrics: Mapping[str, Any] | None, record: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What an earlier save recorded, overlaid by what is new; the versions are today's."""
+    values = {**earlier, "versions": _versions(), **(record or {})}
+    if metrics is not None:
+        values["metrics"] = dict(metrics)
+    return values
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("sidepath", "torch", "transformers", "safetensors"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def views_of(model: nn.Module, installed: Installed) -> dict[str, DenseView | None]:
+    """The view of each module that an adapter stands beside; None where it holds no matrix."""
+    modules = dict(modules_of(model))
+    return {path: view_of(modules[path]) for path in installed.deltas}
+
+
+def base_name(model: nn.Module) -> str | None:
+    """Where a transformers model was loaded from: a folder, or a name on the hub."""
+    name = getattr(getattr(model, "config", None), "name_or_path", None)
+    return name if isinstance(name, str) and name else None
+
+
+def labels_of(model: nn.Module) -> list[str] | None:
+    """A classifier's label names in the order of its outputs; None for other models."""
+    if not type(model).__name__.endswith("Classification"):
+        return None
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    return [str(names[index]) for index in sorted(names)] if isinstance(names, dict) else None
+
+
+def plain_peft(folder: Path) -> bool:
+    """Whether a folder holds what PEFT saves for an adapter, and nothing else."""
+    names = {path.name for path in folder.iterdir()}
+    return {WEIGHTS, CONFIG} <= names <= {WEIGHTS, CONFIG, CARD}

@@ -1,0 +1,93 @@
+"""Several adapters on one model answering together: the sum of their updates (floor 4).
+
+Dimensions: O out, I in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sidepath.core.delta import Delta, accumulation_dtype
+from sidepath.core.views import DenseView, View
+from sidepath.errors import MergeError
+from sidepath.injection.registry import Installed, require_registry
+from sidepath.injection.surgery import activate
+from sidepath.methods.bias import BiasOnly
+from sidepath.methods.lora import LowRank
+
+TOGETHER = "together"
+
+
+class Sum(Delta):
+    """Several adapters' deltas of one module, added up: `y + Σ (onto_i - y)`."""
+
+    def __init__(self, deltas: Sequence[Delta]) -> None:
+        super().__init__()
+        self.deltas = nn.ModuleList(deltas)
+
+    def forward(self, x: Tensor, base: View, *args: Any, **kwargs: Any) -> Tensor:
+        if len(self.deltas) == 1:
+            only: Tensor = self.deltas[0](x, base, *args, **kwargs)
+            return only
+        return super().forward(x, base, *args, **kwargs)
+
+    def onto(self, y: Tensor, x: Tensor, base: View) -> Tensor:
+        for delta in self.deltas:
+            assert isinstance(delta, Delta)
+            y = delta.onto(y, x, base)
+        return y
+
+    @torch.no_grad()
+    def folded(self, base: View) -> dict[str, Tensor]:
+        """The module's tensors with `W0 + Σ ΔW_i` and `b + Σ (b_i - b)`, in `W0`'s dtype."""
+        deltas = [delta for delta in self.deltas if isinstance(delta, Delta)]
+        if len(deltas) == 1:
+            return deltas[0].folded(base)
+        tensors = {}
+        matrices = [delta for delta in deltas if isinstance(delta, LowRank)]
+        if matrices:
+            assert isinstance(base, DenseView)
+            W0_OI = base.matrix()
+            dtype = accumulation_dtype(W0_OI.dtype)
+            updates = [delta.matrix(W0_OI.shape[0], dtype) for delta in matrices]
+            W_OI = W0_OI.to(dtype) + torch.stack(updates).sum(0)
+            tensors["weight"] = base.from_matrix(W_OI.to(W0_OI.dtype))
+        biases = [delta.bias for delta in deltas if isinstance(delta.bias, Tensor)]
+        if biases:
+            own = base.module.bias
+            assert isinstance(own, Tensor)
+            tensors["bias"] = own + torch.stack([bias - own for bias in biases]).sum(0)
+        return tensors
+
+
+def add_up(model: nn.Module, names: Sequence[str]) -> str:
+    """Let the sum of the loaded adapters answer; returns its name. Changes `model` in place.
+
+    Errors: `MergeError` when two of them train the same module whole.
+    """
+    registry = require_registry(model)
+    parts: dict[str, list[Delta]] = {}
+    for name in names:
+        for path, delta in registry.adapters[name].deltas.items():
+            parts.setdefault(path, []).append(delta)
+    twice = [path for path, deltas in parts.items() if len(deltas) > 1 and _replaces(deltas)]
+    if twice:
+        raise MergeError(
+            "several adapters train the same module whole: their sum means nothing", faults=twice
+        )
+    sums = {path: Sum(deltas) for path, deltas in parts.items()}
+    for path, delta in sums.items():
+        registry.sides[path].add(TOGETHER, delta)
+    registry.adapters[TOGETHER] = Installed(
+        TOGETHER, registry.adapters[names[0]].config, {}, dict(sums)
+    )
+    activate(model, TOGETHER)
+    return TOGETHER
+
+
+def _replaces(deltas: Sequence[Delta]) -> bool:
+    return not all(isinstance(delta, LowRank | BiasOnly) for delta in deltas)

@@ -1,0 +1,213 @@
+"""Checkpoints: folders that a run resumes from, to the same bits.
+
+    <folder>/step-00000012/tensors.safetensors    trained tensors, optimiser, best state
+    <folder>/step-00000012/checkpoint.json        everything else, with the SHA-256 of both
+
+Each is published whole (see `store.folder`), and older ones go only after a new one is safe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sidepath.errors import ResumeError, SidepathError
+from sidepath.store.folder import publish, sha256_file
+
+FORMAT = 1
+_TENSORS, _STATE = "tensors.safetensors", "checkpoint.json"
+_NAME = re.compile(r"step-(\d{8,})")
+_MAY_CHANGE = ("checkpoint_every", "keep_checkpoints")
+"""Settings that do not change what a run computes."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a run after `step` steps."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    """By "model/", "optimizer/<slot>/" and "best/" + name."""
+    progress: dict[str, Any]
+    """Best loss, evaluations without improvement, random state; plain values."""
+    identity: dict[str, Any]
+    """What must be equal in the run that resumes: config, data, adapter, base; plain values."""
+
+
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Publish a checkpoint below `folder` and drop all but the newest `keep`; its path.
+
+    Errors: `WriteFailed`; nothing half-written is left, and the older checkpoints stand.
+    """
+    from safetensors.torch import save_file
+
+    target = folder / f"step-{checkpoint.step:08d}"
+    with publish(target) as temporary:
+        tensors = {name: _stored(tensor) for name, tensor in checkpoint.tensors.items()}
+        save_file(tensors, temporary / _TENSORS)
+        body = {
+            "format": FORMAT,
+            "step": checkpoint.step,
+            "progress": checkpoint.progress,
+            "identity": checkpoint.identity,
+            "files": {_TENSORS: sha256_file(temporary / _TENSORS)},
+        }
+        text = json.dumps({**body, "digest": _digest(body)}, indent=1)
+        (temporary / _STATE).write_text(text, encoding="utf-8")
+    for old in _numbered(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """The checkpoints below a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _matched(path))]
+    return [path for _, path in sorted(found)]
+
+
+def _matched(path: Path) -> re.Match[str] | None:
+    return _NAME.fullmatch(path.name) if path.is_dir() else None
+
+
+def require_none(folder: Path) -> None:
+    """Raise a `ResumeError` when the folder holds checkpoints: a new run must not mix with them."""
+    found = _numbered(folder)
+    if found:
+        raise ResumeError(
+            "the folder holds checkpoints of an earlier run",
+            where=folder,
+            found=f"{len(found)}, the newest {found[-1].name}",
+            hint="resume that run, or choose another folder",
+        )
+
+
+def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and one notice for each newer one that is not.
+
+    None when the folder holds no checkpoint: the run was stopped before its first.
+
+    Raises:
+        ResumeError: there are checkpoints, and every one is damaged.
+    """
+    faults: list[str] = []
+    for path in reversed(_numbered(folder)):
+        try:
+            checkpoint = _read(path)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SidepathError) as error:
+            faults.append(f"{path.name} is damaged ({_reason(error)})")
+            continue
+        return checkpoint, [f"{fault}; an older one is used" for fault in faults]
+    if faults:
+        raise ResumeError(
+            "no checkpoint of the run can be trusted",
+            where=folder,
+            faults=faults,
+            hint="delete the folder to start anew",
+        )
+    return None, []
+
+
+def _reason(error: Exception) -> str:
+    return error.what if isinstance(error, SidepathError) else str(error).splitlines()[0]
+
+
+def _read(path: Path) -> Checkpoint:
+    from safetensors.torch import load_file
+
+    body = json.loads((path / _STATE).read_bytes())
+    if not isinstance(body, dict) or body.pop("digest", None) != _digest(body):
+        raise ResumeError(f"{_STATE} does not have the digest it names")
+    if body["format"] != FORMAT:
+        raise ResumeError(f"format {body['format']}, this version reads {FORMAT}")
+    # The bytes are proven to be ours before safetensors parses them.
+    if sha256_file(path / _TENSORS) != body["files"][_TENSORS]:
+        raise ResumeError(f"{_TENSORS} does not have the SHA-256 that {_STATE} names")
+    tensors = load_file(path / _TENSORS)
+    return Checkpoint(int(body["step"]), tensors, body["progress"], body["identity"])
+
+
+def require_same(found: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) -> None:
+    """Raise one `ResumeError` naming every setting that differs from the checkpoint's."""
+    ours, theirs = _flat(expected), _flat(found)
+    faults = [
+        f"{name}: the checkpoint has {_short(theirs.get(name))}, this run {_short(ours.get(name))}"
+        for name in sorted({*ours, *theirs})
+        if ours.get(name) != theirs.get(name) and name.removeprefix("config.") not in _MAY_CHANGE
+    ]
+    if faults:
+        raise ResumeError(
+            "the checkpoint belongs to a run with other settings",
+            where=folder,
+            faults=faults,
+            hint="resume with the settings of the run, or start anew in another folder",
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The optimiser's state of each parameter as "optimizer/<slot>/<name>"."""
+    return {
+        f"optimizer/{slot}/{name}": tensor
+        for name, parameter in parameters.items()
+        for slot, tensor in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """The inverse of `optimizer_tensors`, in place, on each parameter's device."""
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer/"):
+            _, slot, name = key.split("/", 2)
+            parameter = parameters[name]
+            # A fused step counts on the parameter's device, the plain one on the CPU.
+            fused = bool(optimizer.param_groups[0]["fused"])
+            device = parameter.device if fused or slot != "step" else torch.device("cpu")
+            optimizer.state[parameter][slot] = tensor.to(device)
+
+
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name starts with `prefix`, by the rest of the name."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

@@ -1,0 +1,102 @@
+"""The training loop: a generator that yields after each step.
+
+Logging, plotting and stopping are the caller's `for`. The model's modes, `requires_grad` flags
+and active adapter are put back when the loop ends, also when the caller breaks out of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+from sidepath.config import TrainConfig
+from sidepath.errors import TrainError
+from sidepath.training.checkpoint import require_none
+from sidepath.training.data import Data
+from sidepath.training.report import StepReport
+from sidepath.training.run import Run
+from sidepath.training.trained import require_fit, trained_of
+
+__all__ = ["StepReport", "train"]
+
+
+def train(
+    model: nn.Module,
+    data: Data,
+    config: TrainConfig | None = None,
+    *,
+    adapter: str | None = None,
+    held_out: Data | None = None,
+    checkpoints: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+) -> Iterator[StepReport]:
+    """Train in place, yielding a `StepReport` after each optimiser step.
+
+    Trained is the adapter named, else the active one; on a model without adapters, every
+    parameter that requires a gradient. Everything else stays as it is, other adapters too.
+
+    A step's loss is the sum over its targets divided by their number over all of its forward
+    passes: accumulation changes neither loss nor gradient. With `held_out` rows (or
+    `config.eval_share`) the state with the lowest held-out loss is back in the model when the
+    last report is yielded. With `checkpoints` and `config.checkpoint_every` a run can be
+    resumed; on a CPU the resumed run ends with the unbroken run's bits.
+
+    All checks are made before this returns; the model is touched from the first step on.
+
+    Raises:
+        DataError: the audit refuses the data, or they do not fit the model.
+        TrainError: settings that do not fit together; deltas that get no gradient (first step).
+        NonFinite: NaN or Inf in loss or gradient, before the weights are touched.
+        ResumeError: checkpoints that are damaged or belong to another run.
+        WriteFailed: a checkpoint could not be written.
+    """
+    config = config or TrainConfig()
+    trained = trained_of(model, adapter)
+    data.audit.require_trainable(ends_expected=data.schema in ("completion", "messages"))
+    if held_out is None and config.eval_share > 0:
+        data, held_out = data.split(config.eval_share, seed=config.seed)
+    folder = None if checkpoints is None else Path(checkpoints)
+    _require_consistent(config, held_out, folder, resume)
+    _require_fit(model, data, held_out)
+    run = Run(trained, data, held_out, config, folder)
+    if folder is not None:
+        if resume:
+            run.resume()
+        else:
+            require_none(folder)
+    return run.reports()
+
+
+def _require_fit(model: nn.Module, data: Data, held_out: Data | None) -> None:
+    require_fit(model, data)
+    if held_out is None:
+        return
+    require_fit(model, held_out)
+    if (held_out.task, held_out.labels) != (data.task, data.labels):
+        raise TrainError(
+            "the held-out rows are of another task or have other labels",
+            found=f"{held_out.task} {held_out.labels}",
+            expected=f"{data.task} {data.labels}",
+            hint="load_data(..., labels=data.labels)",
+        )
+
+
+def _require_consistent(
+    config: TrainConfig, held_out: Data | None, folder: Path | None, resume: bool
+) -> None:
+    rules = {
+        "patience needs eval_every": config.patience == 0 or config.eval_every > 0,
+        "eval_every and patience need held-out rows (held_out, or eval_share)": (
+            held_out is not None or config.eval_every == config.patience == 0
+        ),
+        "checkpoint_every needs a folder for checkpoints": (
+            folder is not None or config.checkpoint_every == 0
+        ),
+        "resume needs a folder with checkpoints": folder is not None or not resume,
+    }
+    faults = [rule for rule, holds in rules.items() if not holds]
+    if faults:
+        raise TrainError("settings do not fit together", faults=faults)

@@ -1,0 +1,83 @@
+"""The loss of a batch, as a sum, so that the caller decides what to divide by.
+
+Dimensions: B rows, T tokens, V vocabulary, K kept positions at the end, N targets, C classes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sidepath.errors import TrainError
+from sidepath.training.batching import IGNORED, Batch
+
+
+def batch_loss(model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> Tensor:
+    """The summed cross-entropy of a batch's targets, in nats; divide by `batch.weight`.
+
+        L = sum over targets of -(1 - e) log p(target) - e/V sum_v log p(v)
+
+    with e = `smoothing`. Only positions whose next token is a target reach the softmax, which
+    runs in float32 (float64 for a float64 model). Changes nothing.
+    """
+    return loss_and_logits(model, batch, smoothing=smoothing)[0]
+
+
+def loss_and_logits(
+    model: nn.Module, batch: Batch, *, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The summed loss, and the logits it came from: (N, V), or (B, C) for classification."""
+    if batch.labels_B is not None:
+        logits, targets = _logits(model, batch), batch.labels_B
+        _require_dimensions(logits, 2, "labelled rows need a sequence classification model")
+    else:
+        logits, targets = _target_logits(model, batch)
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    loss = functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+    return loss, logits
+
+
+def _target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    targets_BT = batch.targets_BT[:, 1:]
+    columns_T = (targets_BT != IGNORED).any(dim=0).nonzero()
+    first = int(columns_T[0]) if len(columns_T) else targets_BT.shape[1]
+    kept = targets_BT.shape[1] + 1 - first
+    logits = _logits(model, batch, kept)
+    _require_dimensions(logits, 3, "rows without labels need a causal language model")
+    logits_BKV = logits[:, -kept:-1]
+    targets_BK = targets_BT[:, first:]
+    wanted_BK = targets_BK != IGNORED
+    return logits_BKV[wanted_BK], targets_BK[wanted_BK]
+
+
+def _require_dimensions(logits: Tensor, wanted: int, what: str) -> None:
+    if logits.dim() != wanted:
+        raise TrainError(
+            what, found=f"logits of shape {tuple(logits.shape)}", expected=f"{wanted} dimensions"
+        )
+
+
+def _logits(model: nn.Module, batch: Batch, kept: int | None = None) -> Tensor:
+    known = _accepted(type(model).forward)
+    options: dict[str, Any] = {}
+    if "use_cache" in known:
+        options["use_cache"] = False
+    if kept is not None and "logits_to_keep" in known:
+        options["logits_to_keep"] = kept
+    logits: Tensor = model(
+        input_ids=batch.ids_BT, attention_mask=batch.attention_mask_BT, **options
+    ).logits
+    return logits
+
+
+@functools.cache
+def _accepted(forward: Callable[..., Any]) -> frozenset[str]:
+    """Names of the arguments that a model class's `forward` takes."""
+    return frozenset(inspect.signature(forward).parameters)

@@ -1,0 +1,218 @@
+"""What a run trains: the tensors, how they are opened for it, and how the model is put back."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sidepath.errors import DataError, TrainError
+from sidepath.injection.registry import Installed, registry_of
+from sidepath.training.data import Data
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """The trained parameters of a model, by a name that does not depend on the adapter's."""
+
+    model: nn.Module
+    adapter: Installed | None
+    """None: full fine-tuning of whatever requires a gradient."""
+    parameters: dict[str, nn.Parameter]
+    """What the optimiser moves."""
+    tensors: dict[str, Tensor]
+    """What a checkpoint holds: the parameters, and buffers that training changes."""
+    groups: dict[str, list[nn.Parameter]]
+    """Parameters that must get a gradient together: one group a delta."""
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of the tensors."""
+        return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+
+    def put(self, state: dict[str, Tensor]) -> None:
+        """Write a state of `snapshot`'s names and shapes into the model, in place."""
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                tensor.copy_(state[name])
+
+    def require_gradients(self) -> None:
+        """The one-step probe: raise a `TrainError` naming every delta that got no gradient.
+
+        A fresh low-rank delta has one factor at zero, so the other one's gradient is zero: one
+        matrix of each delta must have a gradient that is not. Deltas without a matrix (biases,
+        norms) must have one on some tensor.
+        """
+        dead = []
+        for path, parameters in self.groups.items():
+            matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
+            if not any(_has_gradient(parameter) for parameter in matrices or parameters):
+                dead.append(path)
+        if dead:
+            raise TrainError(
+                "the first step would train nothing here: no gradient",
+                found=f"{len(dead)} of {len(self.groups)} side paths got none",
+                faults=dead,
+                hint="these modules take no part in the forward pass; choose other targets",
+            )
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
+
+
+def trained_of(model: nn.Module, adapter: str | None) -> Trained:
+    """What a run on `model` trains: the adapter named, or the active one; without any adapter
+    on the model every parameter that requires a gradient.
+
+    Raises:
+        TrainError: no adapter is active, one is merged in, or nothing requires a gradient.
+        UnknownAdapter: no adapter of that name is on the model.
+    """
+    registry = registry_of(model)
+    if registry is None:
+        if adapter is not None:
+            raise TrainError(
+                f'adapter "{adapter}" cannot be trained: the model holds no adapter',
+                hint="sidepath.inject(model, config) first",
+            )
+        return _whole_model(model)
+    if registry.merged is not None:
+        raise TrainError(
+            f'adapter "{registry.merged}" is merged into the base',
+            hint="sidepath.unmerge(model) first",
+        )
+    name = adapter if adapter is not None else registry.routing.active
+    if name is None:
+        raise TrainError(
+            "the model has adapters and none of them is active",
+            found=", ".join(f'"{known}"' for known in registry.adapters),
+            hint="name one: train(..., adapter=...), or sidepath.activate(model, name)",
+        )
+    return _adapter_only(model, registry.adapter(name))
+
+
+def _adapter_only(model: nn.Module, installed: Installed) -> Trained:
+    parameters: dict[str, nn.Parameter] = {}
+    tensors: dict[str, Tensor] = {}
+    groups: dict[str, list[nn.Parameter]] = {}
+    for path, delta in installed.deltas.items():
+        groups[path] = list(delta.parameters())
+        for name, parameter in delta.named_parameters():
+            parameters[f"{path}.{name}"] = parameter
+        buffers = {
+            name: buffer for name, buffer in delta.named_buffers() if _persistent(delta, name)
+        }
+        for name, tensor in {**dict(delta.named_parameters()), **buffers}.items():
+            tensors[f"{path}.{name}"] = tensor
+    return Trained(model, installed, parameters, tensors, groups)
+
+
+def _whole_model(model: nn.Module) -> Trained:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise TrainError(
+            "nothing to train: no adapter on the model, and no parameter requires a gradient",
+            hint="sidepath.inject(model, config) first",
+        )
+    kept = {name: buffer for name, buffer in model.named_buffers() if _persistent(model, name)}
+    groups = {"the model": list(parameters.values())}
+    return Trained(model, None, parameters, {**parameters, **kept}, groups)
+
+
+def _persistent(module: nn.Module, name: str) -> bool:
+    path, _, own = name.rpartition(".")
+    return own not in module.get_submodule(path)._non_persistent_buffers_set
+
+
+@contextlib.contextmanager
+def opened(trained: Trained, *, gradient_checkpointing: bool) -> Iterator[None]:
+    """Open the model for training; put back every mode, `requires_grad` and the active adapter."""
+    model: Any = trained.model
+    registry = registry_of(model)
+    needed = {id(parameter) for parameter in trained.parameters.values()}
+    kept = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    active = None if registry is None else registry.routing.active
+    checkpointed = gradient_checkpointing and not _is_checkpointing(model)
+    with modes_kept(model):
+        try:
+            for parameter, _ in kept:
+                parameter.requires_grad_(id(parameter) in needed)
+            if registry is not None and trained.adapter is not None:
+                registry.routing.active = trained.adapter.name
+            if checkpointed:
+                _switch_checkpointing(model, on=True)
+            yield
+        finally:
+            if checkpointed:
+                _switch_checkpointing(model, on=False)
+            if registry is not None:
+                registry.routing.active = active
+            for parameter, required in kept:
+                parameter.requires_grad_(required)
+                if id(parameter) in needed:
+                    parameter.grad = None
+
+
+def _is_checkpointing(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _switch_checkpointing(model: Any, *, on: bool) -> None:
+    """Recompute activations or stop doing so; transformers renamed the methods within 5.x."""
+    kind = "activation" if "activation_checkpointing_enable" in dir(type(model)) else "gradient"
+    if on:
+        # The re-entrant form needs an input that requires a gradient; a frozen base gives none.
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{kind}_checkpointing_disable")()
+
+
+@contextlib.contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Give every module its own `training` flag back after the block."""
+    kept = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in kept:
+            module.training = training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's inputs belong: the device of its first parameter."""
+    return next(model.parameters()).device
+
+
+def context_of(model: Any) -> float:
+    """Most tokens the model's positions reach; infinite when its config names no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return math.inf if limit is None else float(limit)
+
+
+def require_fit(model: Any, data: Data) -> None:
+    """Raise one `DataError` with everything about which the model and the data disagree."""
+    faults = []
+    longest, context = max(data.lengths), context_of(model)
+    vocabulary = model.config.get_text_config().vocab_size
+    if longest > context:
+        faults.append(f"a row has {longest} tokens, the model's context is {context:.0f}")
+    if data.largest_id >= vocabulary:
+        faults.append(
+            f"token id {data.largest_id} is beyond the model's vocabulary of {vocabulary}: "
+            "the tokenizer belongs to another model"
+        )
+    if data.task == "classify":
+        if len(data.labels) > model.config.num_labels:
+            faults.append(
+                f"{len(data.labels)} labels ({', '.join(data.labels)}), "
+                f"the model has {model.config.num_labels} classes"
+            )
+        if model.config.get_text_config().pad_token_id is None:
+            faults.append("the model's config has no pad_token_id, so it cannot tell padding")
+    if faults:
+        raise DataError("the data do not fit the model", where=data.name, faults=faults)

@@ -1,0 +1,155 @@
+"""The command line's surface: verbs, flags, places, exit codes, and a quick start."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sidepath import __version__
+from sidepath.cli import main
+from sidepath.cli.options import flags_of
+from sidepath.cli.surface import VERBS, sections_of
+
+from .conftest import Run
+
+COMMON = "--base --dtype --device"
+LORA = (
+    "--r --alpha --dropout --targets --exclude --rank-pattern --alpha-pattern --layers --bias"
+    " --train-whole --scaling --start"
+)
+TRAIN = (
+    "--steps --epochs --batch-size --accumulate --learning-rate --schedule --warmup --weight-decay"
+    " --beta1 --beta2 --clip --seed --autocast --gradient-checkpointing --eval-share --eval-every"
+    " --patience --checkpoint-every --keep-checkpoints --label-smoothing"
+)
+RUN = (
+    f"{COMMON} --data --output --method --eval-data --columns --max-tokens --limit --resume"
+    " --overwrite"
+)
+SURFACE = {
+    "demo": "--output --seed",
+    "plan": f"--method --batch-size --max-tokens --dtype {LORA} --lora-dtype",
+    "train": f"{RUN} {LORA} --lora-dtype {TRAIN}",
+    "eval": (
+        f"{COMMON} --data --adapter --allow-other-base --columns --batch-size --max-new-tokens"
+        " --metrics --max-tokens --limit"
+    ),
+    "generate": (
+        f"{COMMON} --prompt --data --adapter --allow-other-base --columns --max-new-tokens"
+        " --temperature --batch-size --limit --seed"
+    ),
+    "inspect": "--base",
+    "merge": "--skip-parity --dtype --allow-other-base --overwrite",
+    "config": f"{RUN} {LORA} --lora-dtype {TRAIN}",
+}
+PLACES = {
+    "plan": ("MODEL",),
+    "inspect": ("ADAPTER", "[OTHER]"),
+    "merge": ("BASE", "ADAPTER...", "OUT"),
+}
+
+
+def test_the_surface_is_what_it_was() -> None:
+    found = {
+        name: {flag.name for flag in flags_of(sections_of(verb, "lora"))}
+        for name, verb in VERBS.items()
+    }
+    assert found == {name: set(flags.split()) for name, flags in SURFACE.items()}
+    assert {name: verb.places for name, verb in VERBS.items() if verb.places} == PLACES
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["-h"]])
+def test_help_and_version_load_neither_torch_nor_transformers(arguments: list[str]) -> None:
+    script = (
+        "import sys, json; from sidepath.cli import main; code = main(sys.argv[1:]);"
+        "print(json.dumps([code, sorted({name.split('.')[0] for name in sys.modules})]))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True
+    )
+    code, modules = json.loads(ran.stdout.splitlines()[-1])
+    assert code == 0
+    assert not {"torch", "transformers", "numpy", "rich"} & set(modules)
+
+
+def test_module_and_version(run: Run) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "sidepath", "--version"], capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stdout) == (0, f"sidepath {__version__}\n")
+    assert run("--version").out == ran.stdout
+
+
+def test_help_names_every_verb(run: Run) -> None:
+    ran = run("--help")
+    assert ran.code == 0
+    assert all(f"\n  {verb} " in ran.out for verb in VERBS)
+
+
+def test_no_command_prints_the_overview_and_is_an_error(run: Run) -> None:
+    ran = run()
+    assert (ran.code, ran.out) == (2, "")
+    assert "usage: sidepath COMMAND" in ran.err
+
+
+def test_interrupt_is_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sidepath.cli.verbs.config", interrupted)
+    ran = run("config")
+    assert (ran.code, ran.err) == (130, "sidepath config: interrupted\n")
+
+
+def test_an_internal_fault_is_one_line_and_says_how_to_see_more(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("the flux\nis inverted")
+
+    monkeypatch.setattr("sidepath.cli.verbs.config", broken)
+    ran = run("config")
+    assert ran.code == 1
+    assert ran.err == (
+        "sidepath config: internal fault: RuntimeError: the flux is inverted"
+        " (SIDEPATH_DEBUG=1 shows the traceback)\n"
+    )
+    monkeypatch.setenv("SIDEPATH_DEBUG", "1")
+    assert "Traceback" in run("config").err
+
+
+def test_what_a_library_prints_stays_out_of_the_document(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sidepath.cli.verbs import config
+
+    def chatty(call: object) -> object:
+        print("loading ...")
+        return config(call)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("sidepath.cli.verbs.config", chatty)
+    ran = run("config", "--json")
+    assert ran.document["lora"]["r"]["source"] == "default"
+    assert "loading ..." in ran.err
+
+
+def test_a_reader_that_leaves_is_not_an_error_message() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ran = subprocess.run(
+        [sys.executable, "-m", "sidepath", "--help"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (141, "")
+
+
+def test_main_does_not_exit() -> None:
+    assert main(["--version"]) == 0

@@ -1,0 +1,67 @@
+"""The measure that decides whether a merged model is published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sidepath.errors import DataError
+from sidepath.store.parity import calibration_rows, compare, disturbed
+
+
+def test_parity_is_what_it_says() -> None:
+    want = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    got = torch.tensor([[2.0, 0.0, 0.5], [0.0, 1.0, 1.5]])
+    found = compare([want], [got], [want - 3], [torch.full((2, 3), -0.1)])
+    p, q = want.softmax(-1), got.softmax(-1)
+    assert found.max_abs == 1.5
+    assert found.mean_abs == pytest.approx(2.0 / 6)
+    assert found.top1 == 0.5
+    assert found.kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
+    assert found.effect == 3.0
+    assert found.tolerance == pytest.approx(0.4, rel=1e-3)
+    assert not found.holds
+    assert compare([want], [want], [want], [want * 0]).holds
+    assert not compare([want], [want * float("nan")], [want], [want + 9]).holds
+
+
+def test_one_bad_position_cannot_hide_a_wrong_mean() -> None:
+    want = torch.zeros(100, 4)
+    noisy = want.clone()
+    noisy[0] = 1.0  # one position where the model is very sensitive
+    assert not compare([want], [want + 0.5], [want], [noisy]).holds
+    assert compare([want], [noisy], [want], [noisy]).holds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_noise_is_that_of_one_rounding(dtype: torch.dtype) -> None:
+    exact = torch.rand(200_000, dtype=torch.float64) + 1.0
+    rounding = ((exact.to(dtype).double() - exact) / exact).std()
+    tensor = exact.float()
+    before = tensor.clone()
+    with disturbed({"w": tensor}, {"w": dtype}):
+        noise = ((tensor - before) / before).double().std()
+    assert torch.equal(tensor, before)
+    assert 1.0 <= noise / rounding <= 2.0
+
+
+def test_calibration_without_a_tokenizer_is_the_same_each_time(tmp_path: Path) -> None:
+    rows = calibration_rows(tmp_path, 64)
+    assert rows == calibration_rows(tmp_path, 64)
+    assert all(0 <= token < 64 for row in rows for token in row)
+    assert len({tuple(row) for row in rows}) == len(rows)
+
+
+def test_texts_need_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="need a tokenizer"):
+        calibration_rows(tmp_path, 64, ["some text"])
+
+
+def test_texts_are_encoded_by_the_bases_tokenizer(stories: Path) -> None:
+    assert len(calibration_rows(stories, 512)) == 6
+    (row,) = calibration_rows(stories, 512, ["Once upon a time"])
+    assert row
+    with pytest.raises(DataError, match="no tokens"):
+        calibration_rows(stories, 1, ["Once"])

@@ -1,0 +1,153 @@
+"""The house keeps its shape: imports go down the floors, and `import sidepath` stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sidepath
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "sidepath"
+FLOORS = {
+    "errors": 0,
+    "config": 0,
+    "base": 0,
+    "kernels": 1,
+    "core": 1,
+    "methods": 2,
+    "injection": 3,
+    "store": 4,
+    "training": 5,
+    "analyse": 5,
+    "serve": 5,
+    "demo": 6,
+    "cli": 7,
+}
+APART = {"training", "analyse", "serve"}
+"""Rooms of one floor that do not know each other."""
+DOWN_WITHIN = {("core", "kernels"), ("config", "errors")}
+
+
+def faults_of(room: str, text: str) -> list[str]:
+    """Imports in a file of `room` that go up, or across to a room it must not know."""
+    faults = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""] if node.level == 0 else [f"relative {node.module}"]
+            if names == ["sidepath"]:
+                names = [f"sidepath.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        faults += [name for name in names if not _allowed(room, name)]
+    return faults
+
+
+def _allowed(room: str, name: str) -> bool:
+    if name.startswith("relative"):
+        return False
+    if name.split(".")[0] != "sidepath" or name == "sidepath":
+        return name != "sidepath"
+    other = name.split(".")[1]
+    if other == room or other == "__version__":
+        return True
+    if other not in FLOORS:
+        return False
+    same = FLOORS[other] == FLOORS[room]
+    return FLOORS[other] < FLOORS[room] or (same and (room, other) in DOWN_WITHIN)
+
+
+def test_every_import_goes_down() -> None:
+    files = [path for path in SOURCE.rglob("*.py") if path.parent != SOURCE]
+    files += [SOURCE / "errors.py", SOURCE / "config.py"]
+    assert len(files) > 20
+    faults = []
+    for path in files:
+        room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        faults += [f"{path.name} imports {name}" for name in faults_of(room, path.read_text())]
+    assert not faults
+
+
+@pytest.mark.parametrize(
+    ("room", "text"),
+    [
+        ("core", "from sidepath.store.adapter import Adapter"),
+        ("methods", "import sidepath.injection.surgery"),
+        ("training", "def late():\n    from sidepath.analyse import spectrum"),
+        ("store", "from sidepath import train"),
+        ("kernels", "from sidepath.core import views"),
+        ("store", "import sidepath"),
+        ("store", "from . import folder"),
+        ("errors", "from sidepath.config import TrainConfig"),
+    ],
+)
+def test_the_floors_test_can_fail(room: str, text: str) -> None:
+    assert faults_of(room, text)
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_sidepath_loads_nothing_heavy() -> None:
+    """No server, plotting, dataset or metric library; torch and transformers on first use only."""
+    heavy = (
+        "torch transformers datasets matplotlib starlette uvicorn sklearn sacrebleu rouge_score "
+        "pandas scipy bitsandbytes peft"
+    )
+    assert (
+        run(f"import sidepath, sys; print([m for m in '{heavy}'.split() if m in sys.modules])")
+        == "[]"
+    )
+    lazily = "starlette uvicorn matplotlib datasets sklearn sacrebleu rouge_score peft"
+    code = (
+        "import sidepath, sys; [getattr(sidepath, n) for n in sidepath.__all__];"
+        f"print([m for m in '{lazily}'.split() if m in sys.modules])"
+    )
+    assert run(code) == "[]"
+
+
+def test_the_public_names() -> None:
+    assert sorted(sidepath.__all__) == [
+        "Adapter",
+        "LoRA",
+        "Plan",
+        "StepReport",
+        "TrainConfig",
+        "__version__",
+        "activate",
+        "disabled",
+        "embedded_base",
+        "errors",
+        "evaluate",
+        "generate",
+        "inject",
+        "load",
+        "load_data",
+        "merge",
+        "merge_folder",
+        "plan",
+        "remove",
+        "route",
+        "train",
+        "unmerge",
+    ]
+    assert callable(sidepath.inject)
+    assert callable(sidepath.train), "no package hides a verb of the same name"
+
+
+def test_every_exception_is_drawn_in_the_tree() -> None:
+    from sidepath import errors
+
+    tree = errors.__doc__ or ""
+    for name, value in vars(errors).items():
+        if isinstance(value, type) and issubclass(value, Exception):
+            assert name in tree
+            assert issubclass(value, errors.SidepathError)

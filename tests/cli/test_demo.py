@@ -10,18 +10,9 @@ from typing import Any
 
 import pytest
 
-from .conftest import Run
+from tests.demo.sample import result
 
-TASK = {
-    "name": "sql",
-    "metric": "exact_match",
-    "base": 0.0,
-    "lora": 91.5,
-    "full": 92.0,
-    "lora_trainable": 1000,
-    "full_trainable": 100_000,
-    "seconds": 3.5,
-}
+from .conftest import Run
 
 
 @pytest.fixture
@@ -36,8 +27,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         say("training")
         with progress("sql") as advance:
             advance(1, 1, "loss 0.1")
-        report = str(output / "demo-report.html")
-        return {"tasks": [TASK], "parity": {}, "routed_equal": True, "report": report}
+        return result()
 
     module = ModuleType("sidepath.demo.run")
     module.__dict__["run_demo"] = run_demo
@@ -47,12 +37,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_demo(run: Run, asked: dict[str, Any], tmp_path: Path) -> None:
     ran = run("demo", "--output", tmp_path, "--seed", 3, "--json")
-    assert ran.document["tasks"] == [TASK]
+    assert ran.document == result()
     assert asked == {"output": tmp_path, "seed": 3}
     assert ran.err.splitlines() == ["training", "sql 1/1, loss 0.1"]
 
 
 def test_demo_for_people(run: Run, asked: dict[str, Any], tmp_path: Path) -> None:
     out = run("demo", "--output", tmp_path).out
-    assert "sql   exact_match  0     91.5  92    1,000" in out
-    assert "routed_equal: True" in out
+    assert "sql (exact match)  base              1.2    0" in out
+    assert "LoRA              96.5   1,234" in out
+    assert "a mixed batch of 2 rows over 1 adapters and the base equals one row at a time" in out

@@ -5,46 +5,11 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from sidepath.demo.report import running_mean, score_rows, table, write_report
-
-
-def result() -> dict[str, Any]:
-    task = {
-        "name": "sql",
-        "description": "A question becomes SQL.",
-        "metric": "exact_match",
-        "audit": {"rows": 10, "supervised_share": 0.25, "end_token_share": 1.0, "truncated": 0},
-        "base": 1.25,
-        "lora": 96.5,
-        "full": 97.0,
-        "lora_trainable": 1234,
-        "full_trainable": 99999,
-        "lora_bytes": 5000,
-        "full_bytes": 400000,
-        "seconds": 3.21,
-        "full_seconds": 6.54,
-        "lora_losses": [3.0, 2.0, 1.0],
-        "full_losses": [3.0, 1.0, 0.5],
-        "samples": [{"prompt": "a < b & c", "completion": "x", "base": "<script>", "lora": "x"}],
-    }
-    parity = {"max_abs": 1e-6, "mean_abs": 1e-7, "top1": 1.0, "kl": 0.0}
-    return {
-        "tasks": [task],
-        "parity": {**parity, "each": {"sql": parity}},
-        "routed_equal": True,
-        "routed": {
-            "rows": 2,
-            "adapters": ["sql", None],
-            "tokens_equal": True,
-            "max_abs": 1e-6,
-            "texts": ["SELECT", "once"],
-        },
-        "seconds": 42.0,
-    }
+from sidepath.demo.report import facts, running_mean, samples, score_rows, table, write_report
+from tests.demo.sample import result
 
 
 class Collector(HTMLParser):
@@ -89,6 +54,14 @@ def test_a_difference_is_said_loudly(tmp_path: Path) -> None:
 def test_tables_escape_and_scores_have_three_lines_a_task() -> None:
     assert "&lt;b&gt;" in table(("a",), [("<b>",)])
     assert [row[1] for row in score_rows(result()["tasks"])] == ["base", "LoRA", "full fine-tuning"]
+
+
+def test_the_terminal_shows_samples_and_what_was_proved() -> None:
+    assert samples(result()["tasks"])[0].splitlines()[1] == "  prompt      a < b & c"
+    said = " ".join(facts(result()))
+    assert "1.0e-06" in said
+    assert "equals one row at a time" in said
+    assert "DIFFERS" in " ".join(facts({**result(), "routed_equal": False}))
 
 
 def test_running_mean_against_the_obvious_loop() -> None:

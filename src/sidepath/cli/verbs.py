@@ -61,6 +61,7 @@ def config(call: Call) -> Report:
 def demo(call: Call) -> Report:
     """The whole demonstration on the embedded base."""
     from sidepath.cli.bases import quiet
+    from sidepath.demo.report import SCORE_HEAD, facts, samples, score_rows
     from sidepath.demo.run import run_demo
 
     run = call.settings.build("demo", DemoRun)
@@ -68,8 +69,5 @@ def demo(call: Call) -> Report:
     found: Mapping[str, Any] = run_demo(
         Path(run.output), seed=run.seed, progress=progress, say=note
     )
-    columns = ["name", "metric", "base", "lora", "full", "lora_trainable", "full_trainable"]
-    columns.append("seconds")
-    rows = [[task.get(column) for column in columns] for task in found["tasks"]]
-    facts = [f"{name}: {found[name]}" for name in ("parity", "routed_equal", "report")]
-    return Report(found, [Table("", columns, rows), *facts])
+    table = Table("", SCORE_HEAD, score_rows(found["tasks"]))
+    return Report(found, ["", *samples(found["tasks"]), "", table, "", *facts(found)])

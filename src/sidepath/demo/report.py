@@ -102,6 +102,36 @@ def score_rows(tasks: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
+SAMPLE_HEAD = ("prompt", "wanted", "base", "base + LoRA")
+
+
+def samples(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The first sample of each task: what the base wrote, and what it writes adapted."""
+    keys = ("prompt", "completion", "base", "lora")
+    texts = []
+    for task in tasks:
+        sample = task["samples"][0]
+        lines = [
+            f"  {label:<12}{' '.join(sample[key].split())}"
+            for label, key in zip(SAMPLE_HEAD, keys, strict=True)
+        ]
+        texts.append("\n".join([task["name"], *lines]))
+    return texts
+
+
+def facts(result: Mapping[str, Any]) -> list[str]:
+    """What was proved, a line each."""
+    parity, routed = result["parity"], result["routed"]
+    verdict = "equals" if result["routed_equal"] else "DIFFERS FROM"
+    return [
+        f"merged against un-merged, re-read from disk: largest logit difference "
+        f"{parity['max_abs']:.1e}, same top token at {100 * parity['top1']:.1f} % of positions",
+        f"a mixed batch of {routed['rows']} rows over {len(result['tasks'])} adapters and the base "
+        f"{verdict} one row at a time (largest logit difference {routed['max_abs']:.1e})",
+        f"{result['seconds']:.0f} seconds in all; report: {result['report']}",
+    ]
+
+
 SCORE_HEAD = ("task", "method", "score", "trained parameters", "saved", "seconds")
 
 
@@ -120,7 +150,7 @@ def _task(task: Mapping[str, Any]) -> str:
         f"<p>{html.escape(task['description'])} Audited before step 1: {audit['rows']} rows, "
         f"{100 * audit['supervised_share']:.1f} % of tokens supervised, end token in "
         f"{100 * audit['end_token_share']:.0f} % of rows, {audit['truncated']} truncated.</p>"
-        + table(("prompt", "wanted", "base", "base + LoRA"), rows, text=(0, 1, 2, 3))
+        + table(SAMPLE_HEAD, rows, text=(0, 1, 2, 3))
     )
 
 

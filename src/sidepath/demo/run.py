@@ -36,8 +36,8 @@ Advance = Callable[..., None]
 Progress = Callable[[str], AbstractContextManager[Advance]]
 Say = Callable[[str], None]
 
-LORA = LoRA(r=6, alpha=12.0, targets=("all-linear",))
-"""Rank 6 of every matrix of the blocks: under 4 % of the base's parameters."""
+LORA = LoRA(r=5, alpha=10.0, targets=("all-linear",))
+"""Rank 5 of every matrix of the blocks: under 4 % of the base's parameters."""
 MAX_TOKENS = 256
 SAMPLES = 3
 

@@ -1,0 +1,1 @@
+"""The generated English from which the embedded base is pre-trained."""

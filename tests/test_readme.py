@@ -1,0 +1,64 @@
+"""The README is executed: its Python as it stands, its commands on the embedded base."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from sidepath.base import embedded_base
+from sidepath.cli import main
+from sidepath.demo.tasks import make_tasks
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    """The README's fenced blocks of one language."""
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder with the data files that the README names."""
+    rows = make_tasks()[1].train[:16]
+    for name in ("sql.jsonl", "train.jsonl", "dev.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "settings.toml").write_text("[lora]\nr = 4\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_library_example_runs_as_printed(here: Path) -> None:
+    (code,) = blocks("python")
+    assert code.count("\n") <= 40
+    # `exec` reads our own README: the point of the test.
+    exec(compile(code, "README.md", "exec"), {})
+    assert (here / "adapters" / "sql" / "adapter_model.safetensors").is_file()
+
+
+def test_the_commands_run_as_printed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = [text for text in blocks("") if "sidepath plan" in text]
+    lines = [line.partition(" #")[0] for line in block.splitlines() if line.strip()]
+    assert [line.split()[1] for line in lines] == [
+        "plan",
+        "train",
+        "eval",
+        "generate",
+        "inspect",
+        "merge",
+        "config",
+    ]
+    for line in lines:
+        words = [word if word != "MODEL" else str(embedded_base()) for word in shlex.split(line)]
+        assert main(words[1:]) == 0, capsys.readouterr().err
+    assert (here / "merged" / "parity.json").is_file()
+
+
+def test_make_targets_the_readme_names_exist() -> None:
+    makefile = README.with_name("Makefile").read_text()
+    for target in re.findall(r"^make (\S+)", README.read_text(), flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)

@@ -4,7 +4,8 @@
 
 Everything is made here from a seed: the documents (see ``corpus/``), the tokenizer, the
 weights and the card.  A run of a few steps is a smoke test; the shipped base took the
-default number of steps.
+default number of steps.  There are two stages, each with its own mixture of documents and
+fresh optimizers; ``--second-stage-of FOLDER`` takes up the first one's result.
 """
 
 from __future__ import annotations
@@ -21,9 +22,15 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from corpus.documents import documents
+from corpus.documents import FIRST, SECOND, Mixture, documents
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCABULARY = 2048
@@ -31,7 +38,10 @@ CONTEXT = 512
 TOKENS_PER_STEP = 2048
 # Attention is half the cost at full length, so most steps see a quarter of it.
 SHORT, SHORT_SHARE = CONTEXT // 4, 0.85
-TRAIN_SEED, HELD_OUT_SEED, WEIGHT_SEED = 1, 2, 3
+TRAIN_SEED, HELD_OUT_SEED, WEIGHT_SEED, SECOND_SEED = 1, 2, 3, 4
+FIRST_PEAK, SECOND_PEAK = 3e-3, 1.5e-3
+SECOND_SHARE = 0.2
+"""Steps of the second stage for each step of the first."""
 
 # Lower-case words carry their leading space; capitalised words, digits and signs do not.
 # So a name or a number has the same tokens after a space, a quote or a bracket, and
@@ -82,9 +92,11 @@ def build_tokenizer(sample: Iterator[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def packed_tokens(tokenizer: PreTrainedTokenizerFast, seed: int, count: int) -> Tensor:
+def packed_tokens(
+    tokenizer: PreTrainedTokenizerFast, seed: int, count: int, mixture: Mixture = FIRST
+) -> Tensor:
     """``count`` tokens of documents on end, each between its start and end token."""
-    stream, ids = documents(seed), []
+    stream, ids = documents(seed, mixture), []
     end = tokenizer.eos_token_id
     while len(ids) < count:
         for encoded in tokenizer(list(islice(stream, 2000)))["input_ids"]:
@@ -127,16 +139,13 @@ def loss_of(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
     return cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
 
 
-def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the embedding and the norms.
-
-    On this corpus Muon needs far fewer tokens, and tokens are what two cores lack.
-    """
+def make_optimizers(model: LlamaForCausalLM, peak: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the embedding and the norms."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [
-        torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        torch.optim.Muon(matrices, lr=peak, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 
 
@@ -146,15 +155,14 @@ def schedule(step: int, steps: int) -> float:
     return min((step + 1) / 50, 1.0, remaining)
 
 
-def train(model: LlamaForCausalLM, data: Tensor) -> float:
-    """One pass over ``data``; the mean loss of the last steps."""
-    optimizers = make_optimizers(model)
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+def train(model: LlamaForCausalLM, data: Tensor, peak: float) -> float:
+    """One pass over ``data`` at a peak learning rate; the mean loss of the last steps."""
+    optimizers = make_optimizers(model, peak)
     steps = len(data) // TOKENS_PER_STEP
     recent: list[float] = []
     started = time.perf_counter()
     for step, rows in enumerate(batches_of(data)):
-        for optimizer, peak in zip(optimizers, peaks, strict=True):
+        for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = peak * schedule(step, steps)
         loss = loss_of(model, rows)
         loss.backward()
@@ -212,22 +220,33 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=4000, help="training steps (few: smoke test)")
     parser.add_argument("--threads", type=int, default=2, help="processor threads")
+    parser.add_argument("--second-stage-of", type=Path, help="result of the first stage")
+    parser.add_argument("--first-stage-only", action="store_true", help="stop after it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     started = time.perf_counter()
-    tokenizer = build_tokenizer(islice(documents(TRAIN_SEED), 40_000))
-    data = packed_tokens(tokenizer, TRAIN_SEED, options.steps * TOKENS_PER_STEP)
+    second = 0 if options.first_stage_only else max(1, int(SECOND_SHARE * options.steps))
+    if options.second_stage_of is None:
+        tokenizer = build_tokenizer(islice(documents(TRAIN_SEED), 40_000))
+        model = new_model(tokenizer)
+        data = packed_tokens(tokenizer, TRAIN_SEED, options.steps * TOKENS_PER_STEP)
+        print(f"{model.num_parameters()} parameters, {data.numel()} tokens", flush=True)
+        train_loss = train(model, data, FIRST_PEAK)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(options.second_stage_of)
+        model = LlamaForCausalLM.from_pretrained(options.second_stage_of)
+    if second:
+        data = packed_tokens(tokenizer, SECOND_SEED, second * TOKENS_PER_STEP, SECOND)
+        train_loss = train(model, data, SECOND_PEAK)
     held_out = packed_tokens(tokenizer, HELD_OUT_SEED, 50 * TOKENS_PER_STEP)
-    model = new_model(tokenizer)
-    print(f"{model.num_parameters()} parameters, {data.numel()} tokens", flush=True)
-    train_loss = train(model, data)
     unseen_loss = held_out_loss(model, held_out)
     minutes = (time.perf_counter() - started) / 60
     save(options.output, model, tokenizer)
     facts = {
         "parameters": f"{model.num_parameters():,}",
         "steps": f"{options.steps:,}",
-        "tokens": f"{data.numel() / 1e6:.1f} million",
+        "second": f"{second:,}",
+        "tokens": f"{(options.steps + second) * TOKENS_PER_STEP / 1e6:.1f} million",
         "train_loss": f"{train_loss:.3f}",
         "held_out_loss": f"{unseen_loss:.3f}",
         "perplexity": f"{math.exp(unseen_loss):.2f}",

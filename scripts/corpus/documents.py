@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 
 from . import copying, everyday, opinions, records, statements
 
 # Weights are shares of documents.  Copying and records lead, because looking back in the
 # text is the skill that an adapter can later aim at a new format.
-MIXTURE = (
+FIRST = (
     (records.record_and_prose, 20),
     (records.prose_and_questions, 10),
     (records.comparison, 6),
@@ -28,10 +28,23 @@ MIXTURE = (
 )
 
 
-def documents(seed: int) -> Iterator[str]:
+# The second, shorter stage.  Whether a word praises or blames is said by one token among
+# thirty in the first stage and was not learnt there; here verdicts are dense.  The rest keeps
+# what was learnt before.
+SECOND = (
+    (opinions.verdicts, 30),
+    (opinions.sorted_words, 8),
+    (opinions.review, 8),
+    (opinions.word_notes, 2),
+    *((maker, weight / 3) for maker, weight in FIRST if maker is not opinions.review),
+)
+Mixture = Sequence[tuple[Callable[[Random], str], float]]
+
+
+def documents(seed: int, mixture: Mixture = FIRST) -> Iterator[str]:
     """An endless stream of documents; the same seed always gives the same stream."""
     rng = Random(seed)
-    makers = [maker for maker, _ in MIXTURE]
-    weights = [weight for _, weight in MIXTURE]
+    makers = [maker for maker, _ in mixture]
+    weights = [weight for _, weight in mixture]
     while True:
         yield rng.choices(makers, weights)[0](rng)

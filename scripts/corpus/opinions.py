@@ -111,6 +111,26 @@ def review(rng: Random) -> str:
     return author + " ".join(sentences)[:-1] + "." + joint.replace(".", "") + consequence + "."
 
 
+def verdicts(rng: Random) -> str:
+    """Short reviews one after another, each with its verdict at once: many lessons a line."""
+    ask = rng.choice(ASKED_AFTERWARDS)
+    lines = []
+    for _ in range(rng.randint(3, 6)):
+        good = rng.random() < 0.5
+        text = _judgement(rng, good) if rng.random() < 0.75 else _mixed(rng, good)
+        lines.append(f"{_sentence(text)}{ask} {'Yes' if good else 'No'}.")
+    return rng.choice([" ", "\n"]).join(lines)
+
+
+def sorted_words(rng: Random) -> str:
+    """Words of praise and of blame, each with what it is."""
+    asked = rng.sample(w.GOOD + w.BAD, rng.randint(4, 9))
+    link = rng.choice([" is ", ": ", " = ", " means "])
+    return rng.choice([", ", "; ", "\n"]).join(
+        f"{word}{link}{'praise' if word in w.GOOD else 'blame'}" for word in asked
+    )
+
+
 def word_notes(rng: Random) -> str:
     """A note on words that say much the same, or the opposite."""
     good = rng.random() < 0.5

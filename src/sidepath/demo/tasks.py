@@ -34,10 +34,8 @@ class Task:
     steps: int
     batch_size: int
     max_new_tokens: int
-    lora_learning_rate: float = 1e-2
-    full_learning_rate: float = 1.5e-3
-    lora_rank: int = 4
-    lora_alpha: int = 8
+    lora_learning_rate: float
+    full_learning_rate: float
 
 
 def _several(text: str) -> list[str]:
@@ -52,19 +50,9 @@ NAME_LAST = _several(
     "Lamp Anchor Lion Swan Fox Kettle Mill Rose Lantern Spoon Wheel Whale Crown Oak"
 )
 FOODS = _several("Italian French Indian Thai Greek Turkish Mexican Chinese Japanese Spanish")
-PRICES = {"low": "cheap", "mid": "fairly priced", "high": "expensive", "": ""}
-AREAS = {
-    "river": " by the river",
-    "centre": " in the city centre",
-    "hills": " up in the hills",
-    "": "",
-}
-RATINGS = {
-    "5": "guests are delighted",
-    "3": "guests find it average",
-    "1": "guests complain a lot",
-    "": "",
-}
+PRICES = ("cheap", "fairly priced", "expensive", "")
+AREAS = ("by the river", "in the city centre", "up in the hills", "")
+RATINGS = ("5 of 5", "4 of 5", "3 of 5", "1 of 5", "")
 FAMILIES = {"yes": "children are welcome", "no": "children are not welcome", "": ""}
 
 
@@ -74,32 +62,27 @@ def _venue(rng: Random) -> str:
 
 def restaurant_sentence(values: dict[str, str]) -> str:
     """The one right sentence for the attributes; a missing attribute is left unsaid."""
-    thing = f"{PRICES[values['price']]} {values['food']} restaurant".strip()
+    thing = f"{values['price']} {values['food']} restaurant".strip()
     article = "an" if thing[0].lower() in "aeiou" else "a"
-    sentence = f"{values['name']} is {article} {thing}{AREAS[values['area']]}"
-    if values["near"]:
-        sentence += f" near {values['near']}"
-    rating, families = RATINGS[values["rating"]], FAMILIES[values["families"]]
-    if rating and families:
-        # Good news and bad news are set against each other; two of a kind are joined.
-        agree = (values["rating"] != "1") == (values["families"] == "yes")
-        return f"{sentence}, where {rating} {'and' if agree else 'but'} {families}."
-    return f"{sentence}, where {rating or families}." if rating or families else f"{sentence}."
+    sentence = f"{values['name']} is {article} {thing} {values['area']}".rstrip()
+    if values["rating"]:
+        sentence += f", rated {values['rating']}"
+    families = FAMILIES[values["families"]]
+    return f"{sentence}, where {families}." if families else f"{sentence}."
 
 
 def _restaurant(rng: Random) -> tuple[Key, Row]:
     values = {
         "name": _venue(rng),
+        "price": rng.choice(PRICES),
         "food": rng.choice(FOODS),
-        "price": rng.choice(list(PRICES)),
-        "area": rng.choice(list(AREAS)),
-        "rating": rng.choice(list(RATINGS)),
+        "area": rng.choice(AREAS),
+        "rating": rng.choice(RATINGS),
         "families": rng.choice(list(FAMILIES)),
-        "near": _venue(rng) if rng.random() < 0.4 else "",
     }
-    given = ", ".join(f"{key}[{value}]" for key, value in values.items() if value)
+    given = " | ".join(f"{key} = {value}" for key, value in values.items() if value)
     row = {"prompt": f"{given}\nsentence:", "completion": f" {restaurant_sentence(values)}"}
-    return tuple(value for key, value in values.items() if key not in ("name", "near")), row
+    return tuple(value for key, value in values.items() if key != "name"), row
 
 
 # --- sql ----------------------------------------------------------------------------------
@@ -180,19 +163,19 @@ BAD = _several(
     "weak disappointing shabby careless mediocre lazy"
 )
 # {s} is a word of the review's own polarity, {o} one of the other; {a} and {b} are things.
+# Most reviews say it outright, as people do; the rest
+# set a word aside or deny it.
 SKELETONS = (
     "the {a} was {s}",
+    "the {a} was {s} and {s2}",
     "what {article} {s} {a}",
-    "a {a} that is never {o}",
-    "the {a} was not {o} at all",
-    "nobody could call this {a} {o}",
-    "the {a} was {o} but the {b} was so {s} that it decided the evening",
-    "although the {b} was {o}, the {a} was {s}",
-    "I feared {article_o} {o} {a} and found {article} {s} one",
+    "I found the {a} {s}",
     "{s} {a}, {s2} {b}",
-    "the {a} was anything but {o}, and the {b} was {s}",
-    "despite the {o} {b}, we had {article} {s} {a}",
-    "not once was the {a} {o}",
+    "such {article} {s} {a}, and the {b} was {s2} too",
+    "everyone said the {a} was {s}, and it was {s2}",
+    "{article} {s} {a} with {article2} {s2} {b}",
+    "the {a} was {o}, but the {b} was {s} and {s2}",
+    "the {a} was not {o} but {s}, and the {b} was {s2}",
 )
 
 
@@ -207,7 +190,7 @@ def _sentiment(rng: Random) -> tuple[Key, Row]:
     (own, second), opposite = rng.sample(same, 2), rng.choice(other)
     thing, beside = rng.sample(THINGS, 2)
     words = {"s": own, "s2": second, "o": opposite, "a": thing, "b": beside}
-    text = skeleton.format(**words, article=_article(own), article_o=_article(opposite))
+    text = skeleton.format(**words, article=_article(own), article2=_article(second))
     used = tuple(words[name] for name in ("s", "s2", "o") if "{" + name + "}" in skeleton)
     return (skeleton, *used), {"prompt": f"review: {text}.\nsentiment:", "completion": f" {label}"}
 
@@ -233,33 +216,40 @@ def _rows(
 
 
 MAKERS = {"restaurant": _restaurant, "sql": _sql, "sentiment": _sentiment}
-# Found by a sweep over the learning rates; the steps are what a short demo can afford.
+# Learning rates from a small sweep on rows of another seed (docs/log.md); the steps are what a
+# demo of two minutes can afford, the same for LoRA and for full fine-tuning.
 SETTINGS: dict[str, dict[str, Any]] = {
     "restaurant": {
         "metric": "bleu",
         "description": "attributes of a restaurant -> one sentence",
-        "steps": 60,
+        "lora_learning_rate": 1e-2,
+        "full_learning_rate": 2e-3,
+        "steps": 90,
         "batch_size": 16,
         "max_new_tokens": 48,
     },
     "sql": {
         "metric": "exact_match",
         "description": "a table and a question -> one SQL statement",
-        "steps": 70,
+        "lora_learning_rate": 1e-2,
+        "full_learning_rate": 2e-3,
+        "steps": 65,
         "batch_size": 16,
         "max_new_tokens": 32,
     },
     "sentiment": {
         "metric": "accuracy",
         "description": "a short review -> positive or negative",
-        "steps": 100,
+        "lora_learning_rate": 5e-3,
+        "full_learning_rate": 1e-3,
+        "steps": 60,
         "batch_size": 32,
-        "max_new_tokens": 4,
+        "max_new_tokens": 5,
     },
 }
 
 
-def make_tasks(seed: int = 0, train_rows: int = 1000, test_rows: int = 200) -> list[Task]:
+def make_tasks(seed: int = 0, train_rows: int = 2000, test_rows: int = 200) -> list[Task]:
     """The three tasks, each with its own training and test rows."""
     tasks = []
     for name, make in MAKERS.items():

@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--lora-rate", type=float, default=2e-3)
     parser.add_argument("--full-rate", type=float, default=2e-4)
     parser.add_argument("--probe-rate", type=float, default=2e-2)
+    parser.add_argument("--only", help="one method instead of all three")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
@@ -71,6 +72,8 @@ def main() -> None:
     }
     rows = []
     for method, rate in rates.items():
+        if arguments.only not in (None, method):
+            continue
         accuracies, seconds = [], []
         for seed in range(arguments.seeds):
             model, trainable = prepared(method, seed)

@@ -18,7 +18,8 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 
 def blocks(language: str) -> list[str]:
     """The README's fenced blocks of one language."""
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    return [text for found, text in fenced if found == language]
 
 
 @pytest.fixture

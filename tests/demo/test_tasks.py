@@ -86,19 +86,17 @@ def test_combinations_stay_on_their_side_for_every_seed() -> None:
 
 
 def _values(**given: str) -> dict[str, str]:
-    names = ("name", "food", "price", "area", "rating", "families", "near")
+    names = ("name", "food", "price", "area", "rating", "families")
     return {name: given.get(name, "") for name in names}
 
 
 @pytest.mark.parametrize(
-    ("rating", "families", "joint"),
-    [("5", "yes", "and"), ("5", "no", "but"), ("1", "yes", "but"), ("1", "no", "and")],
+    ("families", "ending"), [("yes", "children are welcome"), ("no", "children are not welcome")]
 )
-def test_good_and_bad_news_are_set_against_each_other(
-    rating: str, families: str, joint: str
-) -> None:
-    values = _values(name="The Old Mill", food="Thai", rating=rating, families=families)
-    assert f" {joint} children are" in tasks.restaurant_sentence(values)
+def test_what_is_known_of_rating_and_families_is_said_last(families: str, ending: str) -> None:
+    values = _values(name="The Old Mill", food="Thai", rating="3 of 5", families=families)
+    expected = f"The Old Mill is a Thai restaurant, rated 3 of 5, where {ending}."
+    assert tasks.restaurant_sentence(values) == expected
 
 
 def test_a_restaurant_with_little_known_gets_a_short_sentence() -> None:
@@ -108,8 +106,9 @@ def test_a_restaurant_with_little_known_gets_a_short_sentence() -> None:
 
 def test_every_given_name_stands_in_the_sentence(made: dict[str, Task]) -> None:
     for row in made["restaurant"].test:
-        for value in re.findall(r"(?:name|near|food)\[([^\]]*)\]", row["prompt"]):
-            assert value in row["completion"]
+        given = re.findall(r"(?:name|price|food|area|rating) = ([^|\n]*\w)", row["prompt"])
+        assert len(given) >= 2
+        assert all(value in row["completion"] for value in given)
 
 
 def test_sql_uses_only_the_columns_and_values_of_its_prompt(made: dict[str, Task]) -> None:
@@ -127,18 +126,18 @@ def test_sql_uses_only_the_columns_and_values_of_its_prompt(made: dict[str, Task
             assert value.strip("'") in row["prompt"]
 
 
-def test_sentiment_is_balanced_and_no_word_gives_it_away(made: dict[str, Task]) -> None:
+def test_sentiment_is_balanced_and_words_alone_do_not_decide_it(made: dict[str, Task]) -> None:
     rows = make_tasks(0, 2000, 10)[2].train
     labels = [row["completion"] for row in rows]
     assert set(labels) == {" positive", " negative"}
     assert 0.45 < labels.count(" positive") / len(labels) < 0.55
-    # Negation and contrast: the presence of good words alone must not decide the label.
+    # Contrast and denial: a list of good words gets most reviews right, as in life, not all.
     guesses = [
         " positive" if any(f" {word}" in row["prompt"] for word in tasks.GOOD) else " negative"
         for row in rows
     ]
     right = sum(guess == label for guess, label in zip(guesses, labels, strict=True))
-    assert right / len(rows) < 0.75
+    assert 0.8 < right / len(rows) < 0.95
 
 
 def test_the_settings_are_usable(made: dict[str, Task]) -> None:

@@ -142,12 +142,12 @@ def _scores(tasks: Sequence[Mapping[str, Any]]) -> str:
 def _task(task: Mapping[str, Any]) -> str:
     audit = task["audit"]
     rows = [
-        [sample["prompt"], sample["completion"], sample["base"], sample["lora"]]
+        [sample[key].strip() for key in ("prompt", "completion", "base", "lora")]
         for sample in task["samples"]
     ]
     return (
         f"<h2>{html.escape(task['name'])}: what it writes</h2>"
-        f"<p>{html.escape(task['description'])} Audited before step 1: {audit['rows']} rows, "
+        f"<p>{html.escape(task['description'].rstrip('.'))}. Audited before step 1: {audit['rows']} rows, "
         f"{100 * audit['supervised_share']:.1f} % of tokens supervised, end token in "
         f"{100 * audit['end_token_share']:.0f} % of rows, {audit['truncated']} truncated.</p>"
         + table(SAMPLE_HEAD, rows, text=(0, 1, 2, 3))

@@ -240,9 +240,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sentiment": {
         "metric": "accuracy",
         "description": "a short review -> positive or negative",
-        "lora_learning_rate": 5e-3,
+        "lora_learning_rate": 3e-3,
         "full_learning_rate": 1e-3,
-        "steps": 60,
+        "steps": 85,
         "batch_size": 32,
         "max_new_tokens": 5,
     },

@@ -147,7 +147,8 @@ def _task(task: Mapping[str, Any]) -> str:
     ]
     return (
         f"<h2>{html.escape(task['name'])}: what it writes</h2>"
-        f"<p>{html.escape(task['description'].rstrip('.'))}. Audited before step 1: {audit['rows']} rows, "
+        f"<p>{html.escape(task['description'].rstrip('.'))}. "
+        f"Audited before step 1: {audit['rows']} rows, "
         f"{100 * audit['supervised_share']:.1f} % of tokens supervised, end token in "
         f"{100 * audit['end_token_share']:.0f} % of rows, {audit['truncated']} truncated.</p>"
         + table(SAMPLE_HEAD, rows, text=(0, 1, 2, 3))

@@ -49,6 +49,8 @@ def test_the_demo_proves_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert result["parity"]["top1"] == 1.0
     assert Path(result["report"]).read_text().startswith("<!doctype html>")
     assert any("audit: 48 rows" in text for text in said)
+    again = demo.run_demo(tmp_path / "out", seed=1, progress=silent, say=said.append)
+    assert again["report"] == result["report"], "a second demo replaces the first one's files"
 
 
 def test_the_embedded_base_is_untouched_by_its_own_demo() -> None:

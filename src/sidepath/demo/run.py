@@ -25,7 +25,6 @@ from sidepath.injection.registry import base_parameters
 from sidepath.injection.surgery import activate
 from sidepath.methods.lora import LoRA
 from sidepath.store.adapter import Adapter, inject
-from sidepath.store.folder import publish
 from sidepath.store.merge import merge_folder
 from sidepath.store.plan import Plan, plan
 from sidepath.training.data import Data, load_data
@@ -220,9 +219,11 @@ def _published(
         "plan": planned.as_dict(),
         "seconds": seconds,
     }
-    with publish(output / "report") as folder:
-        write_report(folder / "demo-report.html", result)
-    return {**result, "report": str(output / "report" / "demo-report.html")}
+    path = output / "demo-report.html"
+    written = path.with_suffix(".part")
+    write_report(written, result)
+    written.replace(path)
+    return {**result, "report": str(path)}
 
 
 def _worst(parity: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from sidepath.errors import ResumeError, SidepathError
 from sidepath.store.folder import publish, sha256_file
 
-FORMAT = 1
+FORMAT = 2
 _TENSORS, _STATE = "tensors.safetensors", "checkpoint.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _MAY_CHANGE = ("checkpoint_every", "keep_checkpoints")
@@ -38,7 +38,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     """By "model/", "optimizer/<slot>/" and "best/" + name."""
     progress: dict[str, Any]
-    """Best loss, evaluations without improvement, random state; plain values."""
+    """Best loss, evaluations without improvement, place in the epoch; plain values."""
     identity: dict[str, Any]
     """What must be equal in the run that resumes: config, data, adapter, base; plain values."""
 

@@ -32,7 +32,7 @@ from sidepath.training.optim import (
     set_learning_rate,
 )
 from sidepath.training.report import StepReport
-from sidepath.training.rng import RandomState
+from sidepath.training.rng import derived
 from sidepath.training.trained import Trained, device_of, opened
 
 DEFAULT_EPOCHS = 3.0
@@ -54,7 +54,6 @@ class Run:
         self.config, self.folder = config, folder
         self.device = device_of(trained.model)
         self.optimizer = make_optimizer(trained.parameters, config)
-        self.random = RandomState.seeded(config.seed, self.device)
         self.rows_a_step = config.batch_size * config.accumulate
         self.steps_an_epoch = math.ceil(len(data) / self.rows_a_step)
         self.total = self._total()
@@ -94,7 +93,7 @@ class Run:
             for rows in split_step(self._rows(), self.config.batch_size)
         ]
         weight = sum(batch.weight for batch in batches)
-        with self.random.in_force(self.device):
+        with derived(self.config.seed, self.step, device=self.device):
             losses = [self._backward(batch, weight) for batch in batches]
         parameters = list(self.trained.parameters.values())
         norm = gradient_norm(parameters)
@@ -201,7 +200,6 @@ class Run:
             "stopped": self.stopped,
             "epoch": self.step // self.steps_an_epoch,
             "position": self.step % self.steps_an_epoch,
-            "random": self.random.as_dict(),
         }
         state = Checkpoint(self.step, tensors, progress, self._identity)
         return checkpoints.save(self.folder, state, keep=self.config.keep_checkpoints)
@@ -223,7 +221,6 @@ class Run:
         self.notices.append(f"resumed after step {self.step}")
 
     def _take_up(self, found: Checkpoint) -> None:
-        self.random = RandomState.from_dict(found.progress["random"])
         self.stopped, self.step = bool(found.progress["stopped"]), found.step
         state = checkpoints.under(found.tensors, "best/")
         on_device = {name: tensor.to(self.device) for name, tensor in state.items()}

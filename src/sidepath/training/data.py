@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -17,8 +18,11 @@ from sidepath.errors import DataError, TrainError
 from sidepath.training.audit import Audit
 from sidepath.training.batching import Example
 from sidepath.training.encode import Dropped, Encoder, encode
+from sidepath.training.portions import Portion, portion_of, regrouped
+from sidepath.training.rng import derived
 from sidepath.training.rows import Schema, Task, check_rows, class_ids, rename, schema_of
-from sidepath.training.sources import Source, read_source
+from sidepath.training.sources import Row, Source, read_source
+from sidepath.training.transform import Transform, identity_of
 
 SAMPLES = 3
 """Rows shown in the audit."""
@@ -41,9 +45,79 @@ class Data:
     max_tokens: int
     rows_read: int
     dropped: Dropped
+    parts: tuple[Portion, ...]
+    """Which rows come from which source, and how often each is drawn from."""
+    weighted: bool = False
+    """Weights were given; else every row is seen once an epoch."""
+    transform: Transform | None = None
+    """What is done to a row each time it is used in training; see `example`."""
+    raw: tuple[Row, ...] | None = None
+    """The rows before tokenising, beside `examples`; kept for a transform only."""
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def place(self, row: int) -> str:
+        """Where a row stands in its source, for messages: "a.jsonl, line 7"."""
+        part = portion_of(self.parts, row)
+        return f"{part.name}, {part.unit} {self.examples[row].line}"
+
+    def example(self, row: int, *, seed: int, epoch: int) -> Example:
+        """The example that training uses for a row in an epoch.
+
+        Without a transform `examples[row]`. With one, the row's fields go through it with the
+        global random generators (Python, NumPy, torch) seeded from (seed, epoch, row) and
+        are tokenised anew; the caller's random state is put back.
+
+        Raises:
+            DataError: the transform raises, or gives a row that training cannot use.
+        """
+        if self.transform is None or self.raw is None:
+            return self.examples[row]
+        with derived(seed, epoch, row):
+            return self._transformed(row, self.raw[row])
+
+    def _transformed(self, row: int, raw: Row) -> Example:
+        assert self.transform is not None
+        try:
+            fields = self.transform(copy.deepcopy(dict(raw.fields)))
+        except Exception as error:
+            raise DataError(
+                "the transform failed", where=self.place(row), found=repr(error)
+            ) from error
+        found = Source(self.place(row), "row")
+        if not isinstance(fields, Mapping):
+            found.fault(raw.line, f"expected named fields, found {type(fields).__name__}")
+            fields = {}
+        found.rows = [Row(raw.line, fields)]
+        rows = [] if found.faults else check_rows(found, self.schema)
+        classified = self.schema == "classify"
+        class_of, _ = class_ids(found, rows, self.labels) if classified else ([], ())
+        encoder = Encoder(self.tokenizer, self.max_tokens)
+        examples, dropped = encode(encoder, found, rows, self.schema, class_of)
+        if found.faults or not examples:
+            faults = [fault.partition(": ")[2] for fault in found.faults]
+            empty = "nothing in it to learn" if dropped.empty else "over-long"
+            raise DataError(
+                "the transform gave a row that cannot be used",
+                where=self.place(row),
+                faults=faults or [empty],
+            )
+        return examples[0]
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run's data must have in common with these, as plain values.
+
+        The rows' digest, the weights (null when none were given), and the transform's name with
+        the SHA-256 of its source text (null where Python cannot get it). What a transform
+        reads from elsewhere is not in it.
+        """
+        return {
+            "digest": self.digest,
+            "weights": [part.weight for part in self.parts] if self.weighted else None,
+            "transform": identity_of(self.transform),
+        }
 
     @property
     def pad_id(self) -> int:
@@ -79,9 +153,13 @@ class Data:
         return [example.ids_T[: example.prompt_length].tolist() for example in self.examples]
 
     def subset(self, rows: Sequence[int]) -> Data:
-        """The examples at these positions, in this order."""
+        """The examples at these positions, in this order (those of one portion together)."""
+        rows, parts = regrouped(self.parts, rows)
         chosen = tuple(self.examples[row] for row in rows)
-        return dataclasses.replace(self, examples=chosen, rows_read=len(chosen), dropped=Dropped())
+        raw = None if self.raw is None else tuple(self.raw[row] for row in rows)
+        return dataclasses.replace(
+            self, examples=chosen, raw=raw, parts=parts, rows_read=len(chosen), dropped=Dropped()
+        )
 
     def split(self, share: float, *, seed: int) -> tuple[Data, Data]:
         """Training rows and about `share` of the rows held out (at least one).
@@ -119,6 +197,7 @@ def load_data(
     task: Task = "auto",
     labels: Sequence[str] | None = None,
     columns: Mapping[str, str] | None = None,
+    transform: Transform | None = None,
 ) -> Data:
     """Read, check and tokenise rows.
 
@@ -153,6 +232,8 @@ def load_data(
     encoder = Encoder(tokenizer, min(max_tokens, tokenizer.model_max_length))
     examples, dropped = encode(encoder, found, rows, schema, class_of)
     _require_usable(found, examples, dropped, encoder.max_tokens)
+    by_line = {row.line: row for row in rows}
+    kept = tuple(by_line[example.line] for example in examples)
     return Data(
         name=found.name,
         unit=found.unit,
@@ -164,6 +245,9 @@ def load_data(
         max_tokens=encoder.max_tokens,
         rows_read=len(found.rows),
         dropped=dropped,
+        parts=(Portion(found.name, 0, len(examples), 1.0, found.unit),),
+        transform=transform,
+        raw=kept if transform is not None else None,
     )
 
 

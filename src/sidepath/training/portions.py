@@ -1,0 +1,80 @@
+"""Which rows of the data come from which source, and how often each source is drawn from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sidepath.errors import DataError
+
+
+@dataclass(frozen=True)
+class Portion:
+    """The rows [start, stop) of `Data.examples` that come from one source."""
+
+    name: str
+    """The source's name, as messages give it."""
+    start: int
+    stop: int
+    weight: float = 1.0
+    """Share of an epoch's rows that is drawn from here; the portions' weights sum to 1. Where
+    none are given it is the share of the rows, so that an epoch holds each row once."""
+    unit: str = "line"
+    """What `Example.line` counts: "line" or "row"."""
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def portion_of(parts: Sequence[Portion], row: int) -> Portion:
+    """The portion that holds a row."""
+    return next(part for part in parts if part.start <= row < part.stop)
+
+
+def shares(weights: Sequence[float] | None, counts: Sequence[int]) -> list[float]:
+    """The weight of each portion, their sum 1: as given, or else by the number of rows.
+
+    Raises:
+        DataError: not one weight a source, or a weight that is not a positive number.
+    """
+    if weights is None:
+        return [count / max(1, sum(counts)) for count in counts]
+    if len(weights) != len(counts):
+        raise DataError(
+            "weights: not one for each source of data",
+            found=f"{len(weights)} weights for {len(counts)} sources",
+        )
+    wrong = [weight for weight in weights if not (math.isfinite(weight) and weight > 0)]
+    if wrong:
+        raise DataError(
+            "weights: impossible value",
+            found=", ".join(str(weight) for weight in wrong),
+            expected="numbers above 0 (a source that is not wanted is not named)",
+        )
+    return [weight / sum(weights) for weight in weights]
+
+
+def regrouped(
+    parts: Sequence[Portion], rows: Sequence[int]
+) -> tuple[list[int], tuple[Portion, ...]]:
+    """`rows` with those of one portion together (else in the order given), and the portions.
+
+    A portion that keeps no row is left out.
+    """
+    if len(parts) == 1:
+        return list(rows), (dataclasses.replace(parts[0], start=0, stop=len(rows)),)
+    chosen = np.asarray(rows, dtype=np.int64)
+    of = np.searchsorted([part.stop for part in parts], chosen, side="right")
+    ordered = chosen[np.argsort(of, kind="stable")].tolist()
+    counts = np.bincount(of, minlength=len(parts)).tolist()
+    kept: list[Portion] = []
+    start = 0
+    for part, count in zip(parts, counts, strict=True):
+        if count:
+            kept.append(dataclasses.replace(part, start=start, stop=start + count))
+        start += count
+    return ordered, tuple(kept)

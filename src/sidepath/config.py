@@ -33,7 +33,15 @@ class TrainConfig:
     batch_size: int = 8
     """Rows in one forward pass."""
     accumulate: int = 1
-    """Forward passes in one optimiser step; the loss is normalised by tokens over all of them."""
+    """Forward passes in one optimiser step, which sees batch_size x accumulate rows whatever the
+    number of processes; the loss is normalised by tokens over all of them."""
+    packing: bool = False
+    """Fill each row with several examples, up to the longest row allowed; none sees another."""
+    workers: int = 0
+    """Processes that make batches ahead; worth it only for data with a transform of their own."""
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW; or on a GPU bitsandbytes' AdamW, its state in 8 bits and paged out when memory is
+    short."""
     learning_rate: float = 2e-4
     """Peak learning rate of AdamW; LoRA wants about ten times that of full fine-tuning."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -74,6 +82,7 @@ class TrainConfig:
             "epochs": self.epochs is None or self.epochs > 0,
             "batch_size": self.batch_size >= 1,
             "accumulate": self.accumulate >= 1,
+            "workers": self.workers >= 0,
             "learning_rate": self.learning_rate > 0,
             "warmup": 0 <= self.warmup <= 1,
             "weight_decay": self.weight_decay >= 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from sidepath.injection.surgery import activate, put_in
 from sidepath.injection.targets import resolve
 from sidepath.methods.lora import LoRA
+from sidepath.training.batching import Batch, collate
 from sidepath.training.data import Data
 
 
@@ -22,6 +24,12 @@ def supervised_text(data: Data, row: int = 0) -> str:
 def whole_text(data: Data, row: int = 0) -> str:
     """A row as text, special tokens included."""
     return str(data.tokenizer.decode(data.examples[row].ids_T.tolist()))
+
+
+def batch_of(data: Data, rows: Iterable[int]) -> Batch:
+    """The padded batch of these rows."""
+    chosen = list(rows)
+    return collate([data.examples[row] for row in chosen], chosen, data.pad_id)
 
 
 def llama(*, seed: int = 0, context: int = 128) -> Any:

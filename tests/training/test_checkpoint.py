@@ -118,7 +118,7 @@ def test_every_difference_is_named(data: Data, tmp_path: Path, tokenizer: Any) -
     with pytest.raises(ResumeError) as caught:
         run(fresh(), data.subset(range(20)), tmp_path, resume=True, learning_rate=0.1, seed=4)
     named = {fault.split(":")[0] for fault in caught.value.faults}
-    assert named == {"config.learning_rate", "config.seed", "data", "held_out"}
+    assert named == {"config.learning_rate", "config.seed", "data.digest", "held_out.digest"}
     with pytest.raises(ResumeError, match=r"adapter\.r: the checkpoint has 3, this run 2"):
         run(with_lora(llama(), dropout=0.2), data, tmp_path, resume=True)
     with pytest.raises(ResumeError, match="base:"):

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from sidepath.errors import DataError
-from sidepath.training.batching import collate
 from sidepath.training.data import load_data
 from sidepath.training.evaluate import evaluate, generate, generated
 from sidepath.training.loss import batch_loss
-from tests.training.kit import bert, llama, with_lora
+from tests.training.kit import batch_of, bert, llama, with_lora
 
 
 def slow_greedy(model: Any, tokenizer: Any, prompt: str, count: int) -> str:
@@ -79,7 +78,7 @@ def test_prompts_that_do_not_fit_are_refused(tokenizer: Any) -> None:
 def test_loss_is_a_mean_over_targets_whatever_the_batches(tokenizer: Any, pairs: Any) -> None:
     model = llama()
     data = load_data(pairs, tokenizer)
-    batch = collate(data.examples, range(len(data)), data.pad_id)
+    batch = batch_of(data, range(len(data)))
     expected = batch_loss(model, batch).item() / batch.weight
     for batch_size in (1, 5, 24):
         result = evaluate(model, data, metrics=("loss", "perplexity"), batch_size=batch_size)

@@ -17,11 +17,10 @@ from sidepath.injection.registry import registry_of
 from sidepath.injection.surgery import activate, put_in
 from sidepath.injection.targets import resolve
 from sidepath.methods.lora import LoRA
-from sidepath.training.batching import collate
 from sidepath.training.data import Data, load_data
 from sidepath.training.loop import train
 from sidepath.training.loss import batch_loss
-from tests.training.kit import bert, llama, with_lora
+from tests.training.kit import batch_of, bert, llama, with_lora
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -84,7 +83,7 @@ def test_accumulation_changes_neither_loss_nor_gradient(
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.1)
-    batch = collate(data.examples, range(len(data)), data.pad_id)
+    batch = batch_of(data, range(len(data)))
     loss = batch_loss(model, batch) / batch.weight
     loss.backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from sidepath.errors import TrainError
-from sidepath.training.batching import collate
 from sidepath.training.data import Data, load_data
 from sidepath.training.loss import batch_loss
-from tests.training.kit import bert, llama
+from tests.training.kit import batch_of, bert, llama
 
 
 def slow_loss(model: Any, data: Data, smoothing: float) -> Tensor:
@@ -38,7 +37,7 @@ def slow_loss(model: Any, data: Data, smoothing: float) -> Tensor:
 def test_causal_loss_is_the_definition(tokenizer: Any, pairs: Any, smoothing: float) -> None:
     model = llama().double()
     data = load_data(pairs[:6], tokenizer)
-    batch = collate(data.examples, range(6), data.pad_id)
+    batch = batch_of(data, range(6))
     loss = batch_loss(model, batch, smoothing=smoothing)
     assert batch.weight == sum(int(example.supervised_T.sum()) for example in data.examples)
     assert loss.dtype == torch.float64
@@ -49,7 +48,7 @@ def test_causal_loss_is_the_definition(tokenizer: Any, pairs: Any, smoothing: fl
 def test_label_loss_is_the_definition(tokenizer: Any, smoothing: float) -> None:
     model = bert(labels=3).double()
     data = load_data([{"text": "ab" * at, "label": at} for at in range(1, 4)], tokenizer)
-    batch = collate(data.examples, range(3), data.pad_id)
+    batch = batch_of(data, range(3))
     loss = batch_loss(model, batch, smoothing=smoothing)
     torch.testing.assert_close(loss, slow_loss(model, data, smoothing), rtol=1e-10, atol=1e-10)
 
@@ -62,20 +61,20 @@ def test_a_model_that_knows_no_logits_to_keep_gives_the_same(tokenizer: Any, pai
             return model(input_ids=input_ids, attention_mask=attention_mask)
 
     data = load_data(pairs[:6], tokenizer)
-    batch = collate(data.examples, range(6), data.pad_id)
+    batch = batch_of(data, range(6))
     torch.testing.assert_close(batch_loss(Plain(), batch), batch_loss(model, batch))
 
 
 def test_half_precision_logits_are_summed_in_float32(tokenizer: Any, pairs: Any) -> None:
     data = load_data(pairs[:6], tokenizer)
-    batch = collate(data.examples, range(6), data.pad_id)
+    batch = batch_of(data, range(6))
     assert batch_loss(llama().bfloat16(), batch).dtype == torch.float32
 
 
 def test_task_and_model_must_agree(tokenizer: Any, pairs: Any) -> None:
     data = load_data(pairs[:2], tokenizer)
     with pytest.raises(TrainError, match="causal language model"):
-        batch_loss(bert(), collate(data.examples, [0, 1], data.pad_id))
+        batch_loss(bert(), batch_of(data, [0, 1]))
     data = load_data([{"text": "ab", "label": 0}], tokenizer)
     with pytest.raises(TrainError, match="classification model"):
-        batch_loss(llama(), collate(data.examples, [0], data.pad_id))
+        batch_loss(llama(), batch_of(data, [0]))

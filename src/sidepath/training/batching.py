@@ -1,22 +1,26 @@
-"""Examples, the order they are seen in, and the padded batches they become.
+"""Examples, and the batches they become: padded, or packed several to a row.
 
-Dimensions: B rows of a batch, T tokens of its longest row, N targets.
+Dimensions: B rows of a batch, T tokens of its longest row.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+T = TypeVar("T")
+
 IGNORED = -100
 """The target of a token that is not supervised."""
-WINDOW = 8
-"""Optimiser steps whose rows are sorted by length together; see `step_groups`."""
+Bin = tuple[int, ...]
+"""Rows of the data that stand behind one another in one row of a batch; one row unless packed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,18 +47,24 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows padded on the right to the longest of them."""
+    """Rows padded on the right to the longest of them; each holds one example, or several.
+
+    Where rows are packed, `positions_BT` restarts at 0 with each example and there is no
+    attention mask: transformers reads from the positions which tokens belong together.
+    """
 
     ids_BT: Tensor
     """Token ids, int64."""
-    attention_mask_BT: Tensor
-    """1 for tokens, 0 for padding, int64."""
+    attention_mask_BT: Tensor | None
+    """1 for tokens, 0 for padding, int64; None for packed rows."""
+    positions_BT: Tensor | None
+    """Each token's position in its example, int64, 0 for padding; None unless packed."""
     targets_BT: Tensor
     """Token ids where supervised, else `IGNORED`; not shifted."""
     labels_B: Tensor | None
     """Class ids for classification, None for causal rows."""
     rows: tuple[int, ...]
-    """Positions of the rows in `Data.examples`."""
+    """Positions of the rows in `Data.examples`, in order."""
     tokens: int
     """Tokens, padding not counted."""
     weight: int
@@ -64,68 +74,89 @@ class Batch:
         """The same batch on a device."""
         if device.type == "cpu":
             return self
-        labels_B = None if self.labels_B is None else self.labels_B.to(device)
-        return Batch(
-            self.ids_BT.to(device),
-            self.attention_mask_BT.to(device),
-            self.targets_BT.to(device),
-            labels_B,
-            self.rows,
-            self.tokens,
-            self.weight,
-        )
+        moved: dict[str, Any] = {
+            field.name: value.to(device)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
 
 
 def collate(examples: Sequence[Example], rows: Sequence[int], pad_id: int) -> Batch:
-    """The padded batch of `rows`, in the order given."""
-    chosen = [examples[row] for row in rows]
-    lengths = [len(example.ids_T) for example in chosen]
-    ids_BT = np.full((len(chosen), max(lengths)), pad_id, dtype=np.int64)
-    mask_BT = np.zeros_like(ids_BT)
-    targets_BT = np.full_like(ids_BT, IGNORED)
-    for row, (example, length) in enumerate(zip(chosen, lengths, strict=True)):
-        ids_BT[row, :length] = example.ids_T
-        mask_BT[row, :length] = 1
-        targets_BT[row, :length] = np.where(example.supervised_T, example.ids_T, IGNORED)
-    labels = [example.label for example in chosen if example.label is not None]
+    """The padded batch of these examples, in the order given; `rows` says which they are."""
+    arrays = _Arrays(len(examples), max(len(example.ids_T) for example in examples), pad_id)
+    mask_BT = np.zeros_like(arrays.ids_BT)
+    for row, example in enumerate(examples):
+        arrays.put(row, 0, example)
+        mask_BT[row, : len(example.ids_T)] = 1
+    labels = [example.label for example in examples if example.label is not None]
     return Batch(
-        torch.from_numpy(ids_BT),
+        torch.from_numpy(arrays.ids_BT),
         torch.from_numpy(mask_BT),
-        torch.from_numpy(targets_BT),
+        None,
+        torch.from_numpy(arrays.targets_BT),
         torch.tensor(labels) if labels else None,
         tuple(rows),
-        sum(lengths),
-        len(labels) or int((targets_BT[:, 1:] != IGNORED).sum()),
+        int(mask_BT.sum()),
+        len(labels) or arrays.weight(),
     )
 
 
-def step_groups(lengths: Sequence[int], size: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """The rows of each optimiser step of an epoch; every row stands in exactly one step.
+def collate_packed(bins: Sequence[Sequence[Example]], rows: Sequence[int], pad_id: int) -> Batch:
+    """The batch with one row for each bin, its examples behind one another.
 
-    The rows are shuffled, sorted by length within windows of `WINDOW` steps (so that a step
-    holds rows of like length and little padding), cut into steps of `size` rows, and the steps
-    are shuffled. The order depends on the lengths, `size`, `seed` and `epoch` alone: how a
-    step is split into forward passes changes nothing.
+    The first token of an example is never a target, so none is predicted from the example
+    before it.
     """
-    generator = np.random.Generator(np.random.PCG64([seed, epoch]))
-    order = generator.permutation(len(lengths))
-    by_row = np.asarray(lengths)
-    span = WINDOW * size
-    windows = [order[start : start + span] for start in range(0, len(order), span)]
-    ranked = [window[np.argsort(by_row[window], kind="stable")] for window in windows]
-    groups = [
-        window[start : start + size] for window in ranked for start in range(0, len(window), size)
-    ]
-    return [groups[at].tolist() for at in generator.permutation(len(groups))]
+    longest = max(sum(len(example.ids_T) for example in bin_) for bin_ in bins)
+    arrays = _Arrays(len(bins), longest, pad_id)
+    positions_BT = np.zeros_like(arrays.ids_BT)
+    tokens = 0
+    for row, bin_ in enumerate(bins):
+        start = 0
+        for example in bin_:
+            arrays.put(row, start, example)
+            stop = start + len(example.ids_T)
+            positions_BT[row, start:stop] = np.arange(stop - start)
+            start = stop
+        tokens += start
+    return Batch(
+        torch.from_numpy(arrays.ids_BT),
+        None,
+        torch.from_numpy(positions_BT),
+        torch.from_numpy(arrays.targets_BT),
+        None,
+        tuple(rows),
+        tokens,
+        arrays.weight(),
+    )
 
 
-def split_step(group: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """A step's rows as forward passes of at most `batch_size` rows."""
-    for start in range(0, len(group), batch_size):
-        yield list(group[start : start + batch_size])
+class _Arrays:
+    """Ids and targets of a batch while it is filled."""
+
+    def __init__(self, rows: int, tokens: int, pad_id: int) -> None:
+        self.ids_BT = np.full((rows, tokens), pad_id, dtype=np.int64)
+        self.targets_BT = np.full((rows, tokens), IGNORED, dtype=np.int64)
+
+    def put(self, row: int, start: int, example: Example) -> None:
+        """Write an example into a row, from the column `start` on."""
+        place = slice(start, start + len(example.ids_T))
+        self.ids_BT[row, place] = example.ids_T
+        self.targets_BT[row, place] = np.where(example.supervised_T, example.ids_T, IGNORED)
+
+    def weight(self) -> int:
+        """Targets with a token before them."""
+        return int((self.targets_BT[:, 1:] != IGNORED).sum())
+
+
+def in_passes(items: Sequence[T], size: int) -> Iterator[list[T]]:
+    """A step's items as forward passes of at most `size` of them."""
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """All rows, longest first (a batch too large for memory fails at once), in batches."""
     order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
-    return list(split_step(order, batch_size))
+    return list(in_passes(order, batch_size))

@@ -26,7 +26,7 @@ from sidepath.store.folder import publish, sha256_file
 FORMAT = 2
 _TENSORS, _STATE = "tensors.safetensors", "checkpoint.json"
 _NAME = re.compile(r"step-(\d{8,})")
-_MAY_CHANGE = ("checkpoint_every", "keep_checkpoints")
+_MAY_CHANGE = ("checkpoint_every", "keep_checkpoints", "workers")
 """Settings that do not change what a run computes."""
 
 
@@ -43,6 +43,11 @@ class Checkpoint:
     """What must be equal in the run that resumes: config, data, adapter, base; plain values."""
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies."""
+    return folder / f"step-{step:08d}"
+
+
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Publish a checkpoint below `folder` and drop all but the newest `keep`; its path.
 
@@ -50,7 +55,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """
     from safetensors.torch import save_file
 
-    target = folder / f"step-{checkpoint.step:08d}"
+    target = path_of(folder, checkpoint.step)
     with publish(target) as temporary:
         tensors = {name: _stored(tensor) for name, tensor in checkpoint.tensors.items()}
         save_file(tensors, temporary / _TENSORS)
@@ -199,7 +204,7 @@ def restore_optimizer(
             _, slot, name = key.split("/", 2)
             parameter = parameters[name]
             # A fused step counts on the parameter's device, the plain one on the CPU.
-            fused = bool(optimizer.param_groups[0]["fused"])
+            fused = bool(optimizer.param_groups[0].get("fused"))
             device = parameter.device if fused or slot != "step" else torch.device("cpu")
             optimizer.state[parameter][slot] = tensor.to(device)
 

@@ -19,6 +19,7 @@ from sidepath.training.batching import Batch, by_length, collate
 from sidepath.training.data import Data
 from sidepath.training.encode import Encoder
 from sidepath.training.loss import loss_and_logits
+from sidepath.training.processes import ALONE, Processes
 from sidepath.training.trained import context_of, device_of, modes_kept, require_fit
 
 GENERATED: dict[str, Callable[[Sequence[str], scores.References], float]] = {
@@ -96,43 +97,57 @@ def _wanted(data: Data, metrics: Sequence[str] | None) -> list[str]:
     return list(metrics)
 
 
-def measure(model: nn.Module, data: Data, *, batch_size: int) -> dict[str, float]:
-    """Mean loss over all targets with `perplexity`, or with `accuracy` for classification."""
+def measure(
+    model: nn.Module, data: Data, *, batch_size: int, processes: Processes = ALONE
+) -> dict[str, float]:
+    """Mean loss over all targets with `perplexity`, or with `accuracy` for classification.
+
+    With several processes each takes a share of the batches; all get the same figures.
+    """
     if data.task == "classify":
-        loss, predicted, expected = _classified(model, data, batch_size)
+        loss, predicted, expected = _classified(model, data, batch_size, processes)
         return {"loss": loss, "accuracy": scores.accuracy(predicted, expected)}
     total, weight = 0.0, 0
-    for loss, _, batch in _forward(model, data, batch_size):
+    for loss, _, batch in _forward(model, data, batch_size, processes):
         total += loss
         weight += batch.weight
-    mean = total / weight
+    total, weights = processes.total([total, weight])
+    mean = total / weights
     return {"loss": mean, "perplexity": math.exp(min(mean, _LARGEST_EXPONENT))}
 
 
 def _classified(
-    model: nn.Module, data: Data, batch_size: int
+    model: nn.Module, data: Data, batch_size: int, processes: Processes = ALONE
 ) -> tuple[float, list[int], list[int]]:
     """Mean loss, predicted and expected class ids (in the order of the batches)."""
     total = 0.0
     predicted: list[int] = []
     expected: list[int] = []
-    for loss, logits_BC, batch in _forward(model, data, batch_size):
+    for loss, logits_BC, batch in _forward(model, data, batch_size, processes):
         total += loss
         predicted += logits_BC.argmax(dim=-1).tolist()
         expected += [label for row in batch.rows if (label := data.examples[row].label) is not None]
-    return total / len(expected), predicted, expected
+    predicted, expected = processes.all_of(predicted), processes.all_of(expected)
+    return processes.total([total])[0] / len(expected), predicted, expected
 
 
 def _forward(
-    model: nn.Module, data: Data, batch_size: int
+    model: nn.Module, data: Data, batch_size: int, processes: Processes
 ) -> Iterator[tuple[float, Tensor, Batch]]:
+    """Loss, logits and batch of this process's share of the rows."""
     device = device_of(model)
+    batches = by_length(data.lengths, batch_size)
+    mine = batches[processes.rank :: processes.count]
+    # Where weights are sharded, all processes must run the model equally often.
+    idle = batches[: -(-len(batches) // processes.count) - len(mine)]
     with modes_kept(model), torch.no_grad():
         model.eval()
-        for rows in by_length(data.lengths, batch_size):
-            batch = collate(data.examples, rows, data.pad_id).to(device)
+        for number, rows in enumerate([*mine, *idle]):
+            examples = [data.examples[row] for row in rows]
+            batch = collate(examples, rows, data.pad_id).to(device)
             loss, logits = loss_and_logits(model, batch)
-            yield float(loss), logits, batch
+            if number < len(mine):
+                yield float(loss), logits, batch
 
 
 def generated(

@@ -1,4 +1,4 @@
-"""The training loop: a generator that yields after each step.
+"""The training loop: an iterator that yields after each step.
 
 Logging, plotting and stopping are the caller's `for`. The model's modes, `requires_grad` flags
 and active adapter are put back when the loop ends, also when the caller breaks out of it.
@@ -14,13 +14,15 @@ from torch import nn
 
 from sidepath.config import TrainConfig
 from sidepath.errors import TrainError
+from sidepath.training import state
 from sidepath.training.checkpoint import require_none
 from sidepath.training.data import Data
+from sidepath.training.processes import Processes
 from sidepath.training.report import StepReport
 from sidepath.training.run import Run
 from sidepath.training.trained import require_fit, trained_of
 
-__all__ = ["StepReport", "train"]
+__all__ = ["StepReport", "Training", "train"]
 
 
 def train(
@@ -32,7 +34,7 @@ def train(
     held_out: Data | None = None,
     checkpoints: str | os.PathLike[str] | None = None,
     resume: bool = False,
-) -> Iterator[StepReport]:
+) -> Training:
     """Train in place, yielding a `StepReport` after each optimiser step.
 
     Trained is the adapter named, else the active one; on a model without adapters, every
@@ -43,6 +45,10 @@ def train(
     `config.eval_share`) the state with the lowest held-out loss is back in the model when the
     last report is yielded. With `checkpoints` and `config.checkpoint_every` a run can be
     resumed; on a CPU the resumed run ends with the unbroken run's bits.
+
+    Where torch.distributed was started (torchrun), every process calls this with the same
+    model, data and config, and the rows of each step are dealt out among them: the number of
+    processes changes neither the steps nor, within rounding, the result.
 
     All checks are made before this returns; the model is touched from the first step on.
 
@@ -61,13 +67,44 @@ def train(
     folder = None if checkpoints is None else Path(checkpoints)
     _require_consistent(config, held_out, folder, resume)
     _require_fit(model, data, held_out)
-    run = Run(trained, data, held_out, config, folder)
+    run = Run(trained, data, held_out, config, folder, Processes.of_this_run())
     if folder is not None:
         if resume:
-            run.resume()
+            state.resume(run)
         else:
+            run.processes.wait()
             require_none(folder)
-    return run.reports()
+    return Training(run)
+
+
+class Training(Iterator[StepReport]):
+    """A run under way: iterate over it for its steps."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._reports = run.reports()
+
+    def __iter__(self) -> Training:
+        return self
+
+    def __next__(self) -> StepReport:
+        return next(self._reports)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the run ended by `stop` before its last step."""
+        return self._run.interrupted
+
+    def stop(self) -> None:
+        """End after the step under way, with a checkpoint where there is a folder for them.
+
+        May be called from a signal handler. In a run of several processes one call is enough.
+        """
+        self._run.asked_to_stop = True
+
+    def close(self) -> None:
+        """End at once, without a checkpoint; the model's modes and flags are put back."""
+        self._reports.close()
 
 
 def _require_fit(model: nn.Module, data: Data, held_out: Data | None) -> None:

@@ -34,7 +34,7 @@ def loss_and_logits(
 ) -> tuple[Tensor, Tensor]:
     """The summed loss, and the logits it came from: (N, V), or (B, C) for classification."""
     if batch.labels_B is not None:
-        logits, targets = _logits(model, batch), batch.labels_B
+        logits, targets = logits_of(model, batch), batch.labels_B
         _require_dimensions(logits, 2, "labelled rows need a sequence classification model")
     else:
         logits, targets = _target_logits(model, batch)
@@ -49,7 +49,7 @@ def _target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     columns_T = (targets_BT != IGNORED).any(dim=0).nonzero()
     first = int(columns_T[0]) if len(columns_T) else targets_BT.shape[1]
     kept = targets_BT.shape[1] + 1 - first
-    logits = _logits(model, batch, kept)
+    logits = logits_of(model, batch, kept)
     _require_dimensions(logits, 3, "rows without labels need a causal language model")
     logits_BKV = logits[:, -kept:-1]
     targets_BK = targets_BT[:, first:]
@@ -64,13 +64,18 @@ def _require_dimensions(logits: Tensor, wanted: int, what: str) -> None:
         )
 
 
-def _logits(model: nn.Module, batch: Batch, kept: int | None = None) -> Tensor:
-    known = _accepted(type(model).forward)
+def logits_of(model: nn.Module, batch: Batch, kept: int | None = None) -> Tensor:
+    """What the model says of a batch: (B, T, V), or of the last `kept` positions only where it
+    can leave the others out; (B, C) for classification.
+    """
+    known = accepted(type(model).forward)
     options: dict[str, Any] = {}
     if "use_cache" in known:
         options["use_cache"] = False
     if kept is not None and "logits_to_keep" in known:
         options["logits_to_keep"] = kept
+    if batch.positions_BT is not None:
+        options["position_ids"] = batch.positions_BT
     logits: Tensor = model(
         input_ids=batch.ids_BT, attention_mask=batch.attention_mask_BT, **options
     ).logits
@@ -78,6 +83,6 @@ def _logits(model: nn.Module, batch: Batch, kept: int | None = None) -> Tensor:
 
 
 @functools.cache
-def _accepted(forward: Callable[..., Any]) -> frozenset[str]:
+def accepted(forward: Callable[..., Any]) -> frozenset[str]:
     """Names of the arguments that a model class's `forward` takes."""
     return frozenset(inspect.signature(forward).parameters)

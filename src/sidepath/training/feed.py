@@ -1,0 +1,90 @@
+"""Where the batches of a step come from: made in place, or ahead of time by worker processes.
+
+Which rows a step holds is `Order`'s word; a row that draws random numbers gets them from its
+own place (see `rng`). So the number of workers changes nothing but the time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from sidepath.errors import DataError
+from sidepath.training.batching import Batch, Bin, collate, collate_packed, in_passes
+from sidepath.training.data import Data
+from sidepath.training.order import Order
+
+AHEAD = 2
+"""Steps that each worker process makes ahead."""
+
+
+@dataclass(frozen=True, eq=False)
+class Feed(Dataset[list[Batch]]):
+    """The forward passes of each step for one of `count` processes.
+
+    The bins of a step are dealt out one by one, so that each process gets as many, of like
+    lengths; a process that gets none makes an idle pass, since all must take part in a step.
+    """
+
+    data: Data
+    order: Order
+    batch_size: int
+    seed: int
+    rank: int = 0
+    count: int = 1
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        """The batches that this process runs in a step (from 0)."""
+        epoch, bins = self.order.at(step)
+        mine = bins[self.rank :: self.count]
+        if not mine:
+            idle = self._batch(bins[:1], epoch)
+            return [dataclasses.replace(idle, rows=(), tokens=0, weight=0)]
+        return [self._batch(chosen, epoch) for chosen in in_passes(mine, self.batch_size)]
+
+    def _batch(self, bins: list[Bin], epoch: int) -> Batch:
+        rows = [row for bin_ in bins for row in bin_]
+        examples = [self.data.example(row, seed=self.seed, epoch=epoch) for row in rows]
+        if self.order.capacity is None:
+            return collate(examples, rows, self.data.pad_id)
+        of_row = dict(zip(rows, examples, strict=True))
+        packed = [[of_row[row] for row in bin_] for bin_ in bins]
+        return collate_packed(packed, rows, self.data.pad_id)
+
+    def steps(self, first: int, last: int, workers: int) -> Generator[list[Batch]]:
+        """The batches of the steps [first, last), one step after the other.
+
+        Errors: `DataError` for a row that cannot be used, from a worker as from here.
+        """
+        if workers == 0:
+            yield from (self[step] for step in range(first, last))
+            return
+        loader = DataLoader(
+            _Guarded(self),
+            batch_size=None,
+            sampler=range(first, last),
+            num_workers=workers,
+            prefetch_factor=AHEAD,
+            generator=torch.Generator(),  # else the loader draws from the caller's
+        )
+        for found in loader:
+            if isinstance(found, DataError):
+                raise found
+            yield found
+
+
+@dataclass(frozen=True, eq=False)
+class _Guarded(Dataset[list[Batch] | DataError]):
+    """A feed whose errors are results: torch would bury a worker's error in a traceback."""
+
+    feed: Feed
+
+    def __getitem__(self, step: int) -> list[Batch] | DataError:
+        try:
+            return self.feed[step]
+        except DataError as error:
+            return error

@@ -1,0 +1,113 @@
+"""What a checkpoint holds of a run, and how a run takes it up again.
+
+There is no random state: see `rng`. With several processes the first one writes, since all of
+them hold the same tensors, and every one reads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sidepath import config as settings
+from sidepath.errors import ResumeError
+from sidepath.store.fingerprint import fingerprint
+from sidepath.training import checkpoint as checkpoints
+from sidepath.training.best import Best
+from sidepath.training.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from sidepath.training.run import Run
+
+
+def save(run: Run) -> Path:
+    """Write a checkpoint of the run as it stands; its path. In every process or in none.
+
+    Errors: `WriteFailed`; `TrainError` when the processes do not hold the same tensors.
+    """
+    assert run.folder is not None
+    run.processes.require_equal("the trained tensors", run.trained.tensors)
+    identity = identity_of(run)
+    if run.processes.first:
+        checkpoint = Checkpoint(run.step, _tensors(run), _progress(run), identity)
+        checkpoints.save(run.folder, checkpoint, keep=run.config.keep_checkpoints)
+    run.processes.wait()
+    return checkpoints.path_of(run.folder, run.step)
+
+
+def _tensors(run: Run) -> dict[str, Any]:
+    tensors = {f"model/{name}": tensor for name, tensor in run.trained.tensors.items()}
+    tensors |= checkpoints.optimizer_tensors(run.optimizer, run.trained.parameters)
+    return tensors | {f"best/{name}": tensor for name, tensor in run.best.state.items()}
+
+
+def _progress(run: Run) -> dict[str, Any]:
+    epoch, position = run.order.place(run.step)
+    return {
+        "best": run.best.as_dict(),
+        "stopped": run.stopped,
+        "epoch": epoch,
+        "position": position,
+        "processes": run.processes.count,
+    }
+
+
+def resume(run: Run) -> None:
+    """Take up the newest whole checkpoint of the folder; without any, start at step 1. In place.
+
+    Errors: `ResumeError` when none can be trusted, or it belongs to a run with other settings,
+    data, adapter or base.
+    """
+    assert run.folder is not None
+    found, run.notices = checkpoints.latest(run.folder)
+    seen = run.processes.all_of([-1 if found is None else found.step])
+    if len(set(seen)) > 1:
+        raise ResumeError(
+            "the processes do not find the same newest checkpoint",
+            where=run.folder,
+            found=", ".join(f"step {step}" if step >= 0 else "none" for step in seen),
+            hint="all of them must see one folder",
+        )
+    if found is None:
+        run.notices.append(f"no checkpoint in {run.folder}: started from the beginning")
+        return
+    checkpoints.require_same(found.identity, identity_of(run), run.folder)
+    try:
+        _take_up(run, found)
+        before = int(found.progress["processes"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ResumeError(
+            "the checkpoint is malformed", where=run.folder, found=repr(error)
+        ) from error
+    run.notices.append(f"resumed after step {run.step}")
+    if before != run.processes.count:
+        run.notices.append(
+            f"the checkpoint is of a run in {before} processes, this one has "
+            f"{run.processes.count}: it will agree within rounding, not to the bit"
+        )
+
+
+def _take_up(run: Run, found: Checkpoint) -> None:
+    run.stopped, run.step = bool(found.progress["stopped"]), found.step
+    kept = checkpoints.under(found.tensors, "best/")
+    on_device = {name: tensor.to(run.device) for name, tensor in kept.items()}
+    run.best = Best.from_dict(found.progress["best"], on_device)
+    checkpoints.restore_optimizer(run.optimizer, run.trained.parameters, found.tensors)
+    run.trained.put(checkpoints.under(found.tensors, "model/"))
+
+
+def identity_of(run: Run) -> dict[str, Any]:
+    """What a run that resumes this one must have in common with it."""
+    installed = run.trained.adapter
+    return {
+        "config": settings.as_dict(run.config),
+        "data": run.data.identity,
+        "held_out": None if run.held_out is None else run.held_out.identity,
+        "method": None if installed is None else type(installed.config).__name__,
+        "adapter": None if installed is None else settings.as_dict(installed.config),
+        "tensors": {
+            name: f"{tensor.dtype} {list(tensor.shape)}"
+            for name, tensor in run.trained.tensors.items()
+        },
+        "base": None if installed is None else fingerprint(run.trained.model).id,
+    }

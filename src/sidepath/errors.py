@@ -20,7 +20,8 @@ do next. Faults of one operation are collected and raised once.
     │   └── WriteFailed            nothing was published: disk full, no permission, ...
     ├── DataError                  a row, a column or a file of the training data
     ├── TrainError                 training cannot go on
-    │   └── NonFinite              a NaN or Inf in loss or gradient
+    │   ├── NonFinite              a NaN or Inf in loss or gradient
+    │   └── Interrupted            exit code 143: stopped on request, to be resumed
     ├── ResumeError                a checkpoint that does not belong to this run
     ├── MissingExtra               an optional dependency is not installed
     └── ParityError                exit code 1: merged and un-merged model disagree
@@ -138,6 +139,12 @@ class TrainError(SidepathError):
 
 class NonFinite(TrainError):
     """A NaN or Inf appeared in the loss or a gradient."""
+
+
+class Interrupted(TrainError):
+    """Training was asked to stop (SIGTERM); a checkpoint holds what was done."""
+
+    exit_code: ClassVar[int] = 143
 
 
 class ResumeError(SidepathError):

@@ -1,6 +1,7 @@
 """The command line (floor 7): `sidepath COMMAND ...`.
 
-Exit codes: 0 done; 1 an internal fault; 2 the input is wrong; 130 interrupted.
+Exit codes: 0 done; 1 an internal fault; 2 the input is wrong; 130 interrupted; 143 stopped by
+SIGTERM, with a checkpoint to go on from.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from sidepath.cli.output import note, show
+from sidepath.cli.output import note, show, speaks
 from sidepath.cli.surface import VERBS, help_text, overview, parse, unknown_verb
 from sidepath.errors import SidepathError
 
@@ -89,5 +90,7 @@ def _unexpected(name: str, error: Exception) -> int:
 def _fail(message: str, code: int) -> int:
     if os.environ.get(DEBUG) == "1":
         traceback.print_exc()
-    note(message)
+    # Every process says what it failed on: it may be the only one that did.
+    rank = "" if speaks() else f"process {os.environ['RANK']}: "
+    print(rank + message, file=sys.stderr, flush=True)
     return code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,13 +38,21 @@ class Report:
     parts: Sequence[Table | str] = field(default_factory=tuple)
 
 
+def speaks() -> bool:
+    """Whether this process speaks to the user: of those torchrun starts, the first one does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def note(text: str) -> None:
-    """A line for people, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for people, on standard error, from the process that speaks."""
+    if speaks():
+        print(text, file=sys.stderr, flush=True)
 
 
 def show(report: Report, *, as_json: bool) -> None:
     """Print a report on standard output: JSON, rich tables on a terminal, or plain columns."""
+    if not speaks():
+        return
     if as_json:
         print(json.dumps(finite(report.document), indent=2, ensure_ascii=False), flush=True)
         return
@@ -106,7 +115,7 @@ def _rich_table(table: Table) -> None:
 @contextmanager
 def progress(what: str) -> Iterator[Advance]:
     """A bar with the time left on a terminal, else a line now and then; on standard error."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and speaks():
         with _bar(what) as advance:
             yield advance
     else:

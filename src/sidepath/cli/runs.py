@@ -48,6 +48,9 @@ class TrainRun(BaseRun):
     """Longest row in tokens; longer ones are truncated and counted."""
     limit: int | None = None
     """Use only the first rows of the data."""
+    distributed: Literal["none", "ddp", "fsdp"] = "none"
+    """Train in the processes that torchrun started: each holds the base (ddp), or a share of
+    it (fsdp)."""
     resume: bool = False
     """Go on from the newest checkpoint of this output."""
     overwrite: bool = False

@@ -23,12 +23,13 @@ from sidepath.cli.bases import (
     load_tokenizer,
 )
 from sidepath.cli.folders import require_output
+from sidepath.cli.launch import joined, restarted, stopped_by_sigterm
 from sidepath.cli.output import Report, Table, note, progress
 from sidepath.cli.runs import TrainRun
 from sidepath.cli.settings import toml
 from sidepath.cli.surface import Call
 from sidepath.config import TrainConfig
-from sidepath.errors import ConfigError, StoreError
+from sidepath.errors import ConfigError, Interrupted, StoreError
 from sidepath.injection.registry import check_name
 from sidepath.methods import METHODS
 from sidepath.methods.base import Method
@@ -39,6 +40,7 @@ from sidepath.store.plan import Plan, plan
 from sidepath.training.data import Data, load_data
 from sidepath.training.evaluate import CAUSAL, GENERATED, evaluate
 from sidepath.training.loop import train as train_steps
+from sidepath.training.processes import Processes
 from sidepath.training.report import StepReport
 
 SETTINGS = "settings.toml"
@@ -57,14 +59,21 @@ class Trained:
 
 def train(call: Call) -> Report:
     """Train an adapter on the user's data and save it with the settings that made it."""
+    run = call.settings.build("run", TrainRun)
+    with joined(run.distributed, run.device) as processes:
+        return _train_in(processes, call, run)
+
+
+def _train_in(processes: Processes, call: Call, run: TrainRun) -> Report:
+    """The whole command in one of its processes; the first one writes."""
     settings = call.settings
-    run = settings.build("run", TrainRun)
     method = settings.build(run.method, METHODS[run.method])
     config = settings.build("train", TrainConfig)
     output = Path(run.output)
     check_name(None, output.name)
     require_output(output, overwrite=run.overwrite)
-    if not run.resume:
+    resume = run.resume or restarted()
+    if not resume:
         _require_no_leftovers(output)
     folder = base_folder(run.base)
     data, held_out = _data(run, config, folder)
@@ -73,10 +82,16 @@ def train(call: Call) -> Report:
     planned = plan(model, method, batch_size=config.batch_size, tokens=data.audit.longest)
     _tell(data, planned, config)
     adapter = inject(model, method, output.name)
-    done = _train(adapter, data, held_out, config, run)
-    record = _record(call.command, run, config, data, done)
-    adapter.save(output, metrics=done.metrics, record=record, files={SETTINGS: toml(settings)})
-    _drop_checkpoints(output)
+    if run.distributed == "fsdp":
+        from sidepath.training.sharding import shard
+
+        shard(model, processes)
+    done = _train(adapter, data, held_out, config, output, resume, processes)
+    if processes.first:
+        record = _record(call.command, run, config, data, done)
+        adapter.save(output, metrics=done.metrics, record=record, files={SETTINGS: toml(settings)})
+        _drop_checkpoints(output)
+    processes.wait()
     return _report(output, data, planned, done)
 
 
@@ -143,27 +158,38 @@ def _tell(data: Data, planned: Plan, config: TrainConfig) -> None:
 
 
 def _train(
-    adapter: Adapter, data: Data, held_out: Data | None, config: TrainConfig, run: TrainRun
+    adapter: Adapter,
+    data: Data,
+    held_out: Data | None,
+    config: TrainConfig,
+    output: Path,
+    resume: bool,
+    processes: Processes,
 ) -> Trained:
-    folder = _checkpoints_of(Path(run.output))
-    wanted = config.checkpoint_every > 0 or run.resume
     began = time.perf_counter()
+    checkpoints = _checkpoints_of(output)
     steps = train_steps(
         adapter.model,
         data,
         config,
         adapter=adapter.name,
         held_out=held_out,
-        checkpoints=folder if wanted else None,
-        resume=run.resume,
+        checkpoints=checkpoints,
+        resume=resume,
     )
     reports: list[StepReport] = []
-    with progress("step") as advance:
+    with stopped_by_sigterm(steps.stop), progress("step") as advance:
         for report in steps:
             reports.append(report)
             for text in report.notices:
                 note(text)
             advance(report.number, report.total, _facts(report))
+    if steps.interrupted:
+        raise Interrupted(
+            f"stopped after step {reports[-1].number} of {reports[-1].total}",
+            where=checkpoints,
+            hint="the same command with --resume goes on from there, to the same bits",
+        )
     metrics: dict[str, float] = {}
     if held_out is not None:
         names = [name for name in CAUSAL if name not in GENERATED]
@@ -172,6 +198,7 @@ def _train(
             held_out,
             metrics=names if data.task == "causal" else None,
             batch_size=2 * config.batch_size,
+            processes=processes,
         )
     return Trained(reports, metrics, peak_memory(), time.perf_counter() - began)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,8 @@ class Registry:
     merged: str | None = None
     pristine: dict[str, Tensor] = field(default_factory=dict)
     """While merged: the base's own tensors, by full name, that the merge took out."""
+    sampled: Mapping[str, Any] | None = None
+    """The base's fingerprint, kept where its weights are no longer whole (sharded)."""
     frozen: dict[str, bool] = field(default_factory=dict)
     """`requires_grad` of each base parameter before the first injection."""
 

@@ -118,8 +118,11 @@ def fingerprint(
     if not isinstance(base, nn.Module):
         return Fingerprint(_of_folder(Path(base)))
     registry = registry_of(base)
-    named = base_parameters(base) if registry is None else registry.pristine_parameters(base)
     outside = tuple(f"{path}." for path in leave_out)
+    if registry is not None and registry.sampled is not None:
+        known = registry.sampled.items()
+        return Fingerprint({name: one for name, one in known if not name.startswith(outside)})
+    named = base_parameters(base) if registry is None else registry.pristine_parameters(base)
     kept = ((name, tensor) for name, tensor in named if not name.startswith(outside))
     return Fingerprint(dict(_of_parameters(kept)))
 

@@ -46,13 +46,15 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 128,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
     """Measure `model` (with its active adapter) on `data`; the model's mode is put back.
 
     Causal data: `loss` (nats a supervised token), `perplexity` = exp(loss) and, from greedy
     generation, `exact_match`, `bleu`, `rouge_l`. Rows with the same prompt count once there,
     with all their completions as references. Classification: `loss`, `accuracy`, `matthews`.
-    `metrics=None` measures all that the data allow; `tokenizer` defaults to the data's.
+    `metrics=None` measures all that the data allow; `tokenizer` defaults to the data's. With
+    `processes` (every one of which calls this) the rows are shared out, but for generation.
 
     Raises:
         DataError: a metric that these data do not have; rows too long for the model.
@@ -60,7 +62,7 @@ def evaluate(
     require_fit(model, data)
     wanted = _wanted(data, metrics)
     if data.task == "classify":
-        loss, predicted, expected = _classified(model, data, batch_size)
+        loss, predicted, expected = _classified(model, data, batch_size, processes)
         result = {"loss": loss}
         for name in wanted:
             if name in CLASSES:
@@ -68,7 +70,7 @@ def evaluate(
         return {name: result[name] for name in wanted}
     result = {}
     if set(wanted) - set(GENERATED):
-        result = measure(model, data, batch_size=batch_size)
+        result = measure(model, data, batch_size=batch_size, processes=processes)
     needed = [name for name in wanted if name in GENERATED]
     if needed:
         outputs, references = generated(

@@ -31,7 +31,7 @@ def joined(distributed: str, device: str) -> Iterator[Processes]:
     if count < 1:
         raise ConfigError(
             f"--distributed {distributed} needs a launcher",
-            hint="torchrun --nproc-per-node 2 -m sidepath train ...",
+            hint="torchrun --nproc-per-node 2 -m sidepath -- train ...",
         )
     import torch.distributed as dist
     from accelerate import PartialState

@@ -57,5 +57,5 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     named = [module for module in model.modules() if type(module).__name__ in names]
     if named:
         return named
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=lambda members: len(members))) if lists else []
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len, default=[])

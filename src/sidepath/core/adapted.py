@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sidepath.core.delta import Delta
@@ -55,11 +56,27 @@ class SidePaths(nn.Module):
                 hint="give route() one name (or None) for each row of the batch",
             )
         y = self.view(x, *args, **kwargs)
+        if torch.is_grad_enabled() and rows.in_order:
+            return self._joined(rows, y, x)
         for name, index in rows.groups:
             delta = self.get(name)
             if delta is not None:
                 y[index] = delta.onto(y[index], x[index], self.view)
         return y
+
+    def _joined(self, rows: Rows, y: Tensor, x: Tensor) -> Tensor:
+        """The same for groups that follow one another, put together once: autograd would keep
+        and copy the whole output for each group written into it.
+        """
+        pieces, done = [], 0
+        for name, index in rows.groups:
+            assert isinstance(index, slice)
+            pieces.append(y[done : index.start])
+            delta, done = self.get(name), index.stop
+            piece = y[index]
+            pieces.append(piece if delta is None else delta.onto(piece, x[index], self.view))
+        pieces.append(y[done:])
+        return torch.cat([piece for piece in pieces if len(piece)])
 
 
 class Adapted(nn.Module):

@@ -6,6 +6,7 @@ number of layers and of adapters. There is one per model, handed to its layers a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,13 @@ class Rows:
 
     count: int
     groups: tuple[tuple[str, RowIndex], ...]
+
+    @property
+    def in_order(self) -> bool:
+        """Whether each group's rows lie together, one group after the other."""
+        slices = [index for _, index in self.groups if isinstance(index, slice)]
+        ends = itertools.pairwise(slices)
+        return len(slices) == len(self.groups) and all(a.stop <= b.start for a, b in ends)
 
 
 @dataclass

@@ -33,18 +33,23 @@ def loss_and_logits(
     model: nn.Module, batch: Batch, *, smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """The summed loss, and the logits it came from: (N, V), or (B, C) for classification."""
-    if batch.labels_B is not None:
-        logits, targets = logits_of(model, batch), batch.labels_B
-        _require_dimensions(logits, 2, "labelled rows need a sequence classification model")
-    else:
-        logits, targets = _target_logits(model, batch)
+    logits, targets = logits_and_targets(model, batch)
+    return cross_entropy(logits, targets, smoothing), logits
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """The summed cross-entropy of (N, V) logits, in float32 or wider."""
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
-    loss = functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
-    return loss, logits
+    return functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
 
 
-def _target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def logits_and_targets(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits (N, V) and targets (N) of a batch, row by row; (B, C) and (B) for classification."""
+    if batch.labels_B is not None:
+        logits_BC = logits_of(model, batch)
+        _require_dimensions(logits_BC, 2, "labelled rows need a sequence classification model")
+        return logits_BC, batch.labels_B
     targets_BT = batch.targets_BT[:, 1:]
     columns_T = (targets_BT != IGNORED).any(dim=0).nonzero()
     first = int(columns_T[0]) if len(columns_T) else targets_BT.shape[1]

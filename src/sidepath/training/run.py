@@ -111,13 +111,16 @@ class Run:
     def prepared(self) -> Iterator[Iterator[list[Batch]]]:
         """Open the model for training and give the batches of each step to come."""
         checkpointing = self.config.gradient_checkpointing
-        with opened(self.trained, gradient_checkpointing=checkpointing):
+        with opened([self.trained], gradient_checkpointing=checkpointing):
             if self.order.capacity is not None:
                 require_packable(self.trained.model, self.data)
             self.processes.require_equal("the trained tensors", self.trained.tensors)
-            steps = self.feed.steps(self.step, self.total, self.config.workers)
-            with contextlib.closing(steps):
+            with contextlib.closing(self.batches()) as steps:
                 yield steps
+
+    def batches(self) -> Generator[list[Batch]]:
+        """The batches of each step to come."""
+        return self.feed.steps(self.step, self.total, self.config.workers)
 
     def over(self) -> bool:
         """Whether no step is left to take."""

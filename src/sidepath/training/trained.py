@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,11 +130,14 @@ def _persistent(module: nn.Module, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def opened(trained: Trained, *, gradient_checkpointing: bool) -> Iterator[None]:
-    """Open the model for training; put back every mode, `requires_grad` and the active adapter."""
-    model: Any = trained.model
+def opened(trained: Sequence[Trained], *, gradient_checkpointing: bool) -> Iterator[None]:
+    """Open one model for training these parts of it, the first of which is active.
+
+    Afterwards every mode, `requires_grad` and the active adapter are what they were.
+    """
+    model: Any = trained[0].model
     registry = registry_of(model)
-    needed = {id(parameter) for parameter in trained.parameters.values()}
+    needed = {id(parameter) for part in trained for parameter in part.parameters.values()}
     kept = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = None if registry is None else registry.routing.active
     checkpointed = gradient_checkpointing and not _is_checkpointing(model)
@@ -142,8 +145,8 @@ def opened(trained: Trained, *, gradient_checkpointing: bool) -> Iterator[None]:
         try:
             for parameter, _ in kept:
                 parameter.requires_grad_(id(parameter) in needed)
-            if registry is not None and trained.adapter is not None:
-                registry.routing.active = trained.adapter.name
+            if registry is not None and trained[0].adapter is not None:
+                registry.routing.active = trained[0].adapter.name
             if checkpointed:
                 _switch_checkpointing(model, on=True)
             yield

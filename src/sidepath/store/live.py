@@ -20,7 +20,7 @@ _DEQUANTISES = "bitsandbytes::gemm_4bit"
 """An operator that unpacks its whole weight inside itself, where no count sees it."""
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within the block, the bytes of every tensor that operators make, each storage once.
 
     Tensors that exist already count only where they are handed over as `held`. Temporary
@@ -29,7 +29,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         """Bytes alive now."""
         self.peak = 0

@@ -105,7 +105,7 @@ class Twin:
             with torch.random.fork_rng(devices=[]):
                 self.installed = put_in(self.model, config, "plan", sites)
             activate(self.model, "plan")
-        settings = getattr(self.model, "config", None)
+        settings: Any = getattr(self.model, "config", None)
         if getattr(settings, "use_cache", False):
             settings.use_cache = False  # nothing is generated; transformers would say so
         self.trained = storage_bytes(self.installed.parameters())

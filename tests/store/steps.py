@@ -32,7 +32,9 @@ def full_batch(
 
 
 @contextmanager
-def steps_of(model: Any, batch: Batch, *, checkpointing: bool) -> Iterator[Callable[[], None]]:
+def steps_of(
+    model: Any, batch: Batch, *, checkpointing: bool, autocast: bool = False
+) -> Iterator[Callable[[], None]]:
     """A function that takes one step of the training loop with the model's active adapter."""
     trained = trained_of(model, None)
     parameters = list(trained.parameters.values())
@@ -40,7 +42,8 @@ def steps_of(model: Any, batch: Batch, *, checkpointing: bool) -> Iterator[Calla
 
     def step() -> None:
         model.train()
-        loss = batch_loss(model, batch) / batch.weight
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = batch_loss(model, batch) / batch.weight
         loss.backward()  # type: ignore[no-untyped-call]
         clip_gradients(parameters, 1.0, gradient_norm(parameters))
         optimizer.step()

@@ -119,6 +119,22 @@ def test_batches_of_other_shapes(batch_size: int, tokens: int, padded: bool) -> 
     assert every > found, "fewer targets, fewer logits"
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_autocast_keeps_copies_of_the_weights(checkpointing: bool) -> None:
+    model = mid_llama()
+    shape: dict[str, Any] = {"batch_size": 2, "tokens": 32, "checkpointing": checkpointing}
+    found = plan(model, ALL, autocast=True, **shape).memory.total
+    off = plan(model, ALL, **shape).memory.total
+    sidepath.inject(model, ALL)
+    batch = full_batch(model, 2, 32)
+    with steps_of(model, batch, checkpointing=checkpointing, autocast=True) as step:
+        with LiveBytes(held_tensors(model)) as count:
+            step()
+            step()
+        assert found == pytest.approx(count.peak, rel=WITHIN)
+    assert checkpointing or abs(found - off) > WITHIN * off
+
+
 def test_dropout_takes_attention_off_the_fused_kernel() -> None:
     """With dropout in the attention torch keeps the T x T matrices: the twin must know."""
     from transformers import BertConfig, BertForSequenceClassification

@@ -89,6 +89,8 @@ class Shape:
     """Share of each row, at its end, whose tokens are targets."""
     padded: bool = True
     """Rows of several lengths: attention then needs a mask. Full rows hold a little less."""
+    autocast: bool = False
+    """The forward pass runs under autocast to bfloat16."""
 
 
 class Twin:
@@ -141,7 +143,8 @@ class Twin:
             with self._mode, warnings.catch_warnings(), LiveBytes(held) as count:
                 warnings.simplefilter("ignore")  # the real step will say it
                 before = count.live
-                loss = _loss(self.model, shape)
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=shape.autocast):
+                    loss = _loss(self.model, shape)
                 kept = count.live - before
                 loss.backward()  # type: ignore[no-untyped-call]
         except _UNRUNNABLE:

@@ -101,13 +101,16 @@ def plan(
     checkpointing: bool = False,
     supervised: float = 1.0,
     padded: bool = True,
+    autocast: bool = False,
 ) -> Plan:
     """What `inject(model, config)` would adapt, and what training it would hold. Changes nothing.
 
     Works on a model without weights (meta device) too. `memory` is the peak of a training step
     on one batch of `batch_size` x `tokens` (at most the model's context), its last share
     `supervised` targets, `padded` (rows of several lengths) or full, with AdamW, whose two
-    moments have the trained parameters' dtype; with gradient `checkpointing` or without.
+    moments have the trained parameters' dtype; with gradient `checkpointing` or without, with
+    `autocast` to bfloat16 or without. Over several forward passes a step (accumulation) it is
+    higher by at most the gradients.
     Held against the bytes of real steps on CPU it is within 15 % (`tests/store/test_memory.py`).
     Raises what `inject` would raise.
     """
@@ -116,7 +119,7 @@ def plan(
     twin = Twin(model, config, sites)
     installed = twin.installed
     base = [parameter for _, parameter in base_parameters(model)]
-    shape = Shape(batch_size, tokens, supervised, padded)
+    shape = Shape(batch_size, tokens, supervised, padded, autocast)
     return Plan(
         method=config.method,
         trainable=sum(parameter.numel() for parameter in installed.parameters()),

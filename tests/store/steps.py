@@ -67,3 +67,32 @@ def allocator_peak(model: Any, run: Callable[[], None]) -> int:
         live += event.nbytes()
         peak = max(peak, live)
     return held + peak
+
+
+def resident_growth(batch_size: int, tokens: int) -> None:
+    """Print how far two steps raise this process's resident memory, and what was predicted.
+
+    Run in a process of its own (`tests/store/test_memory.py`). Linux only.
+    """
+    from pathlib import Path
+
+    import sidepath
+    from tests.store.test_memory import ALL, mid_llama
+
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+    model = mid_llama()
+    predicted = sidepath.plan(model, ALL, batch_size=batch_size, tokens=tokens).memory.total
+    sidepath.inject(model, ALL)
+    held = storage_bytes(held_tensors(model))
+    with steps_of(model, full_batch(model, 1, 8), checkpointing=False) as step:
+        step()  # loads what torch loads on first use
+    batch = full_batch(model, batch_size, tokens)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = status("VmRSS")
+    with steps_of(model, batch, checkpointing=False) as step:
+        step()
+        step()
+    print(status("VmHWM") - before, predicted - held)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -237,3 +241,22 @@ def test_quantised_layers_count_what_is_held(
     batch = full_batch(model, batch_size, tokens)
     for real in measured(model, batch, checkpointing=checkpointing):
         assert found.memory.total == pytest.approx(real, rel=WITHIN)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
+def test_resident_memory_grows_as_predicted() -> None:
+    """With glibc's threshold for giving blocks back held still; else it keeps freed ones."""
+    code = "from tests.store.steps import resident_growth; resident_growth(16, 256)"
+    held_still = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, **held_still, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert done.returncode == 0, done.stderr
+    grown, predicted = map(int, done.stdout.split())
+    assert predicted == pytest.approx(grown, rel=WITHIN)

@@ -193,7 +193,7 @@ def test_plan_loads_no_weights(run: Run, tiny_base: Path, trained: Path, tmp_pat
     found = run("plan", only_config, "--r", 2, "--json").document
     keys = {"method", "trainable", "total", "adapter_bytes", "targets", "memory"}
     assert found.keys() >= keys
-    assert found["memory"].keys() == {
+    assert found["memory"].keys() >= {
         *("weights", "gradients", "optimizer", "activations", "total"),
     }
     assert found["targets"] == [{"pattern": "all-linear", "matched": 14}]

@@ -63,8 +63,8 @@ def test_a_transform_cannot_reach_the_kept_rows(tokenizer: Any) -> None:
     ("transform", "says"),
     [
         (lambda _: {"prompt": "a"}, 'no "completion"'),
-        (lambda _: {"prompt": "a", "completion": " "}, "nothing in it to learn"),
-        (lambda _: {"prompt": "a", "completion": "x" * 99}, "over-long"),
+        (lambda _: {"prompt": "a", "completion": " "}, "1 empty"),
+        (lambda _: {"prompt": "a", "completion": "x" * 99}, "1 over-long"),
         (lambda _: {"prompt": "a", "completion": 3}, "found int"),
         (lambda _: None, "found NoneType"),
         (lambda fields: fields["absent"], "KeyError"),

@@ -58,6 +58,18 @@ def shares(weights: Sequence[float] | None, counts: Sequence[int]) -> list[float
     return [weight / sum(weights) for weight in weights]
 
 
+def portions(
+    sources: Sequence[tuple[str, str]], counts: Sequence[int], weights: Sequence[float] | None
+) -> tuple[Portion, ...]:
+    """The portions of rows that lie one source after the other; `sources` are (name, unit)."""
+    made: list[Portion] = []
+    start = 0
+    for (name, unit), count, share in zip(sources, counts, shares(weights, counts), strict=True):
+        made.append(Portion(name, start, start + count, share, unit))
+        start += count
+    return tuple(made)
+
+
 def regrouped(
     parts: Sequence[Portion], rows: Sequence[int]
 ) -> tuple[list[int], tuple[Portion, ...]]:

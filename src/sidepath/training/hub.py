@@ -84,18 +84,39 @@ def _loaded(wanted: HubName) -> Any:
 
     with _quiet(datasets):
         try:
-            return datasets.load_dataset(
-                wanted.name, wanted.config, split=wanted.split, revision=wanted.revision
+            revision = _resolved(wanted)
+            rows = datasets.load_dataset(
+                wanted.name, wanted.config, split=wanted.split, revision=revision
             )
         # The library lets through whatever its readers and the network raise.
         except Exception as error:
-            raise DataError(
-                "the data set cannot be had from the hub",
-                where=wanted,
-                found=_reason(error),
-                hint="see that name, revision, config and split are right and the hub is reached; "
-                "what was downloaded in part is not used",
-            ) from error
+            raise _refused(wanted, _reason(error)) from error
+    files = [Path(file["filename"]) for file in rows.cache_files]
+    if revision is not None and any(revision not in file.parts for file in files):
+        # Where the hub fails the library takes whatever revision it has, without a word.
+        raise _refused(wanted, f"another revision in the cache: {files[0].parent}")
+    return rows
+
+
+def _resolved(wanted: HubName) -> str | None:
+    """The commit that the revision stands for now; offline, what the user wrote."""
+    import datasets
+    import huggingface_hub
+
+    if datasets.config.HF_HUB_OFFLINE:
+        return wanted.revision
+    api = huggingface_hub.HfApi(endpoint=datasets.config.HF_ENDPOINT)
+    return str(api.dataset_info(wanted.name, revision=wanted.revision, timeout=60).sha)
+
+
+def _refused(wanted: HubName, found: str) -> DataError:
+    return DataError(
+        "the data set cannot be had from the hub",
+        where=wanted,
+        found=found,
+        hint="see that name, revision, config and split are right and the hub is reached; "
+        "what was downloaded in part is not used",
+    )
 
 
 def _reason(error: Exception) -> str:

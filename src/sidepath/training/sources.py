@@ -53,14 +53,14 @@ class Source:
         """Note that something is wrong on a line."""
         self.faults.add(line, text)
 
-    def chunks(self, size: int = CHUNK) -> Iterator[list[Row]]:
-        """The rows, at most `size` lines at a time; lines that are no row become faults.
+    def chunks(self) -> Iterator[list[Row]]:
+        """The rows, at most `CHUNK` lines at a time; lines that are no row become faults.
 
         Raises:
             DataError: there is no such file, or it cannot be read.
         """
         with closing(self._rows()) as rows:
-            while lines := list(itertools.islice(rows, size)):
+            while lines := list(itertools.islice(rows, CHUNK)):
                 yield [row for row in lines if row is not None]
 
     def _rows(self) -> Generator[Row | None, None, None]:

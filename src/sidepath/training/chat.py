@@ -117,6 +117,11 @@ def _answer_spans(tokenizer: Any, messages: Messages, tools: Any, text: str) -> 
     for at, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        if at == 0:
+            raise DataError(
+                "message 1: a conversation that starts with an answer needs a chat template with "
+                "{% generation %} marks"
+            )
         before = _text(tokenizer, messages[:at], tools, add_generation_prompt=True)
         after = _text(tokenizer, messages[: at + 1], tools)
         if not after.startswith(before) or not text.startswith(after):
@@ -131,8 +136,6 @@ def _answer_spans(tokenizer: Any, messages: Messages, tools: Any, text: str) -> 
 def _text(
     tokenizer: Any, messages: Messages, tools: Any, *, add_generation_prompt: bool = False
 ) -> str:
-    if not messages and not add_generation_prompt:
-        return ""
     return str(
         _applied(
             tokenizer,

@@ -130,7 +130,7 @@ def _parquet(path: Path, _: Path) -> Items:
 
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(batch_size=PARQUET_BATCH):
                 for fields in batch.to_pylist():
                     number += 1

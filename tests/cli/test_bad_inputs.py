@@ -62,7 +62,10 @@ def test_a_data_set_that_the_hub_does_not_have(
     run: Run, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
+    import huggingface_hub
 
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with serving(Hub({}, main="none")) as hub:
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.address)
         absent = place.train(data=Path("hub:me/absent"))

@@ -93,7 +93,7 @@ def test_columns_reach_the_forms(tokenizer: Any) -> None:
 def test_prompt_and_completion_are_taken_as_they_are() -> None:
     fields = {"prompt": "p", "completion": "c", "instruction": "i", "output": "o"}
     assert normal_fields(fields, chat=True) is fields
-    labelled = {"text": "t", "label": 1}
+    labelled = {"text": "t", "label": 1, "instruction": "i", "output": "o"}
     assert normal_fields(labelled, chat=True) is labelled
 
 

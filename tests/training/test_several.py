@@ -69,6 +69,8 @@ def test_a_share_of_each_portion_is_held_out(tokenizer: Any, files: list[Path]) 
     assert [len(part) for part in held.parts] == [6, 2]
     assert [len(part) for part in kept.parts] == [23, 8]
     assert [part.weight for part in kept.parts] == [0.5, 0.5]
+    without = load_data(files, tokenizer).split(0.2, seed=0)[0]
+    assert [part.weight for part in without.parts] == [23 / 31, 8 / 31]
     places = [part.place(row) for part in (kept, held) for row in range(len(part))]
     assert sorted(places) == sorted(data.place(row) for row in range(len(data)))
     for part in (kept, held):

@@ -103,15 +103,15 @@ class Data:
     def identity(self) -> dict[str, Any]:
         """What a resumed run's data must have in common with these, as plain values.
 
-        The rows' digest, the weights (null when none were given), and the transform's name with
-        the SHA-256 of its source text (null where Python cannot get it). What a transform
-        reads from elsewhere is not in it.
+        The examples' digest, the weights (null when none were given), and what `identity_of`
+        says of the transform (null without one). What a transform reads from elsewhere is
+        not in it.
         """
-        return {
-            "digest": self.digest,
-            "weights": [part.weight for part in self.parts] if self.weighted else None,
-            "transform": identity_of(self.transform),
-        }
+        weights = [part.weight for part in self.parts] if self.weighted else None
+        transform = None
+        if self.transform is not None and self.raw is not None:
+            transform = identity_of(self.transform, (row.fields for row in self.raw))
+        return {"digest": self.digest, "weights": weights, "transform": transform}
 
     @property
     def pad_id(self) -> int:
@@ -152,7 +152,7 @@ class Data:
 
     def subset(self, rows: Sequence[int]) -> Data:
         """The examples at these positions, in this order (those of one portion together)."""
-        rows, parts = regrouped(self.parts, rows)
+        rows, parts = regrouped(self.parts, rows, weighted=self.weighted)
         chosen: Sequence[Example]
         if isinstance(self.examples, MappedExamples):
             chosen = self.examples.chosen(rows)
@@ -201,9 +201,10 @@ def load_data(
 
     Of several sources, `weights` gives the share of the rows drawn from each in training (they
     are divided by their sum); without, each row is seen once an epoch. `limit` holds for each
-    source. With `stream` the examples are kept in memory-mapped files in a temporary folder
-    instead of in memory. `transform` is called on a row's fields each time the row is used in
-    training (`Data.example`), and may draw from the global random generators.
+    source. With `stream` the examples are kept in memory-mapped files instead of in memory, in
+    a temporary folder (TMPDIR says where) that goes with the `Data`. `transform` is called on a
+    row's fields each time the row is used in training (`Data.example`), and may draw from the
+    global random generators.
 
     A completion is tokenised apart from its prompt, so that generation starts from the very
     tokens training saw: [start] prompt completion [end], with the completion and the end token

@@ -67,7 +67,8 @@ def normal_fields(fields: Mapping[str, Any], *, chat: bool) -> Mapping[str, Any]
     if "conversations" in fields:
         messages = [*_system(fields), *_turns(fields["conversations"])]
         return {"messages": _messages(messages), "tools": _tools(fields.get("tools"))}
-    if "instruction" in fields and "output" in fields and "completion" not in fields:
+    asked = "instruction" in fields and "output" in fields
+    if asked and "completion" not in fields and "label" not in fields:
         return _alpaca(fields, chat)
     return fields
 

@@ -131,13 +131,17 @@ def _reason(error: Exception) -> str:
 @contextlib.contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
     """No progress bars or warnings of the library between our own lines."""
-    level = datasets.logging.get_verbosity()
+    from huggingface_hub.utils import logging as hub_logging
+
     shown = datasets.is_progress_bar_enabled()
-    datasets.logging.set_verbosity_error()
+    levels = [(log, log.get_verbosity()) for log in (datasets.logging, hub_logging)]
+    for log, _ in levels:
+        log.set_verbosity_error()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        datasets.logging.set_verbosity(level)
+        for log, level in levels:
+            log.set_verbosity(level)
         if shown:
             datasets.enable_progress_bars()

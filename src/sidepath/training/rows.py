@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from sidepath.errors import DataError, nearest
+from sidepath.training.faults import lines_of
 from sidepath.training.forms import FORMS
 from sidepath.training.sources import Row, Source
 
@@ -79,6 +80,7 @@ def schema_of(source: Source, rows: Sequence[Row], task: Task) -> Schema:
         found=found or "no columns",
         expected=" | ".join(["+".join(FIELDS[schema]) for schema in _SCHEMAS[task]] + forms),
         hint='name the columns, as in columns={"prompt": "question", "completion": "answer"}',
+        faults=lines_of([(source.unit, source.faults)]),
     )
 
 

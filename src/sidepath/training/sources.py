@@ -19,8 +19,8 @@ from sidepath.training.faults import Faults
 from sidepath.training.hub import PREFIX, hub_rows, parse_hub_name
 from sidepath.training.tables import FORMATS, Items, file_items
 
-CHUNK = 4096
-"""Lines read, checked and tokenised together."""
+CHUNK = 1024
+"""Lines read, checked and tokenised together; of long rows more would fill the memory."""
 
 Rows = Sequence[Mapping[str, Any]]
 Place = str | os.PathLike[str]
@@ -90,11 +90,11 @@ def sources_of(source: Place | Sequence[Place] | Rows, limit: int | None) -> lis
     """
     if isinstance(source, (str, os.PathLike)):
         return [open_source(source, limit)]
-    places = [item for item in source if isinstance(item, (str, os.PathLike))]
-    if not places:
+    if not len(source) or not isinstance(source[0], (str, os.PathLike)):
         rows: Iterable[Any] = source
         items = lambda: ((at, row, None) for at, row in enumerate(rows, start=1))  # noqa: E731
         return [Source("the given rows", "row", items, limit)]
+    places = [item for item in source if isinstance(item, (str, os.PathLike))]
     if len(places) != len(source):
         raise DataError(
             "data are either names of files or rows, not both in one list",

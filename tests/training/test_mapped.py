@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import pickle
+import shutil
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,22 +94,25 @@ def test_the_files_go_with_the_last_that_reads_them(tokenizer: Any) -> None:
     assert not folder.exists()
 
 
-def test_another_process_reads_the_files_and_leaves_them(tokenizer: Any) -> None:
+def test_another_process_reads_the_files_and_leaves_them(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = load_data(ROWS["text"], tokenizer, stream=True)
     packed = pickle.dumps(data.examples)
     assert len(packed) < 1000
     other = pickle.loads(packed)
     assert all(map(same, data.examples, other))
+    folder = folder_of(data)
     del other
     gc.collect()
-    assert folder_of(data).is_dir()
-    child = os.fork()
-    if child == 0:  # pragma: no cover
+    assert folder.is_dir()
+    # A forked process has the finalizer of its parent, too.
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getpid", lambda: -1)
         del data
         gc.collect()
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert folder_of(data).is_dir()
+    assert folder.is_dir()
+    shutil.rmtree(folder)
 
 
 @pytest.fixture
@@ -221,10 +225,9 @@ def test_faults_are_counted_and_the_first_are_kept(
 
 @pytest.mark.slow
 def test_many_rows_are_streamed_in_little_memory(tokenizer: Any, tmp_path: Path) -> None:
-    """In memory these rows would take some 150 MiB; streamed, about 5 MiB and one chunk."""
+    """In memory these rows would take some 90 MiB."""
     path = tmp_path / "rows.jsonl"
     with path.open("w") as file:
-        file.writelines(numbered(200_000, lambda _: False))
+        file.writelines(numbered(100_000, lambda _: False))
     peak = peak_of(lambda: load_data(path, tokenizer, stream=True))
-    print(f"peak {peak:,}")
-    assert peak < 40 << 20
+    assert peak < 20 << 20

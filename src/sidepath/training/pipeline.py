@@ -119,11 +119,12 @@ class Pipeline:
         assert self.schema is not None
         rows = check_rows(source, normal, self.schema)
         numbers = self.classes.numbers(source, rows) if self.schema == "classify" else []
-        self._faulty = self._faulty or source.faults.full
-        if self._faulty:
+        self._faulty = self._faulty or bool(source.faults)
+        # Conversations may have faults that only show when they are rendered.
+        if self._faulty and (self.schema != "messages" or source.faults.full):
             return
         examples = encode(self.encoder, source, rows, self.schema, numbers, self.dropped)
-        if source.faults:
+        if self._faulty or source.faults:
             return
         self.store.add(examples)
         if self.keep_raw:

@@ -185,7 +185,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def build(cls: type[T], values: Mapping[str, Any], *, where: object = None) -> T:
-    """Build a config dataclass from plain values (lists become tuples).
+    """Build a config dataclass from plain values (lists become tuples; one text, a tuple of one).
 
     Unknown keys raise a `ConfigError` that names the nearest known ones.
     """
@@ -204,6 +204,8 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: object = None) -> T
 def _plain(value: Any, hint: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
+    if isinstance(value, str) and hint == tuple[str, ...]:
+        return (value,)
     numeric = isinstance(value, int) and not isinstance(value, bool)
     return float(value) if numeric and hint in (float, float | None) else value
 

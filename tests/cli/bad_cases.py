@@ -158,6 +158,62 @@ def merge_command(place: Place, *words: object) -> list[str]:
     return [str(word) for word in ("merge", *words)]
 
 
+def million_rows_with_a_broken_one(place: Place) -> list[str]:
+    path = place.here / "d.jsonl"
+    with path.open("w") as file:
+        for at in range(1, 1_000_001):
+            file.write("{broken\n" if at == 500_000 else '{"text": "a"}\n')
+    return place.train("--stream", data=path)
+
+
+def parquet(place: Place, **columns: object) -> Path:
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    path = place.here / "d.parquet"
+    write_table(pyarrow.table(columns), path)
+    return path
+
+
+def truncated_parquet(place: Place) -> list[str]:
+    path = parquet(place, text=[f"row {at}" for at in range(1000)])
+    path.write_bytes(path.read_bytes()[:-100])
+    return place.train(data=path)
+
+
+def mixed_schemas(place: Place) -> list[str]:
+    rows = [{"prompt": "a", "completion": "b"}, {"text": "c"}, {"messages": []}]
+    return place.train(data=write_rows(place.here / "d.jsonl", rows))
+
+
+def with_second(place: Place, *flags: object, rows: list[dict[str, object]]) -> list[str]:
+    return place.train("--data", write_rows(place.here / "second.jsonl", rows), *flags)
+
+
+def label_out_of_range(place: Place) -> list[str]:
+    rows = [{"text": "a", "label": at} for at in (0, 1, 2)]
+    other = write_rows(place.here / "eval.jsonl", rows)
+    return place.train("--eval-data", other, data=place.labelled)
+
+
+def base_with_template(place: Place, template: str) -> Path:
+    import json
+
+    base = place.copy(place.base, "base")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings["chat_template"] = template
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    return base
+
+
+def template_that_fails(place: Place, template: str) -> list[str]:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    data = write_rows(place.here / "d.jsonl", [{"messages": turns}])
+    return place.train("--base", base_with_template(place, template), data=data)
+
+
+GOOD = [{"prompt": "a", "completion": "b"}]
+
 Case = tuple[Callable[[Place], list[str]], tuple[str, ...]]
 CASES: dict[str, Case] = {
     "data file missing": (
@@ -172,6 +228,60 @@ CASES: dict[str, Case] = {
         (".safetensors",),
     ),
     "broken JSON on line 7": (broken_line_7, ("line 7",)),
+    "data file is a folder of a known format": (
+        lambda p: p.train(data=p.copy(p.adapter, "d.jsonl")),
+        ("d.jsonl", "directory"),
+    ),
+    "Parquet truncated": (truncated_parquet, ("d.parquet", "damaged")),
+    "Parquet of wrong types": (
+        lambda p: p.train(data=parquet(p, prompt=["a", "b"], completion=[1, 2])),
+        ("row 1", "row 2", "expected text, found int"),
+    ),
+    "Parquet empty": (lambda p: p.train(data=p.file("d.parquet", "")), ("damaged, or is none",)),
+    "schemas mixed in a file": (mixed_schemas, ("line 2", "line 3", "kind messages")),
+    "schemas mixed between files": (
+        lambda p: with_second(p, rows=[{"text": "c"}]),
+        ("pairs.jsonl", "second.jsonl", "different schemas"),
+    ),
+    "second file broken": (
+        lambda p: with_second(p, rows=[*GOOD, {"prompt": 1, "completion": "b"}]),
+        ("second.jsonl, line 2",),
+    ),
+    "second file empty": (lambda p: with_second(p, rows=[]), ("second.jsonl", "no rows")),
+    "data named twice": (lambda p: p.train("--data", p.pairs), ("named twice",)),
+    "too few weights": (
+        lambda p: with_second(p, "--weights", 1, rows=GOOD),
+        ("1 weights for 2 sources",),
+    ),
+    "weight of zero": (
+        lambda p: with_second(p, "--weights", "1,0", rows=GOOD),
+        ("weights", "found: 0.0"),
+    ),
+    "weight below zero": (
+        lambda p: with_second(p, "--weights", "1", "--weights=-2", rows=GOOD),
+        ("weights", "found: -2.0"),
+    ),
+    "weight that is no number": (
+        lambda p: with_second(p, "--weights", "1,x", rows=GOOD),
+        ("--weights", "'x'"),
+    ),
+    "label out of range": (label_out_of_range, ("line 3", '"2"', "expected 0, 1")),
+    "template not Jinja": (
+        lambda p: template_that_fails(p, "{% if %}"),
+        ("line 1", "not valid Jinja"),
+    ),
+    "template that raises": (
+        lambda p: template_that_fails(p, "{{ raise_exception('never') }}"),
+        ("line 1", "refuses the conversation: never"),
+    ),
+    "template that rewrites": (
+        lambda p: template_that_fails(p, "{{ messages | length }}{{ messages[0].content }}"),
+        ("line 1", "cannot be told from the rest"),
+    ),
+    "hub name malformed": (
+        lambda p: p.train(data=Path("hub:nobody")),
+        ("hub:nobody", "hub:OWNER/NAME"),
+    ),
     "no such column": (
         lambda p: p.train(data=p.file("d.csv", "question,answer\na,b\n")),
         ("answer, question",),

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from .bad_cases import CASES, Place, merge_command
+from tests.training.hub_stand_in import Hub, serving
+
+from .bad_cases import CASES, Place, merge_command, million_rows_with_a_broken_one
 from .conftest import Ran, Run
 
 
@@ -49,6 +51,25 @@ def refused(run: Run, place: Place, arguments: list[str], *fragments: str) -> Ra
 def test_refused(run: Run, place: Place, name: str) -> None:
     make, fragments = CASES[name]
     refused(run, place, make(place), *fragments)
+
+
+@pytest.mark.slow
+def test_a_broken_row_in_the_middle_of_a_million(run: Run, place: Place) -> None:
+    refused(run, place, million_rows_with_a_broken_one(place), "line 500000: not JSON")
+
+
+def test_a_data_set_that_the_hub_does_not_have(
+    run: Run, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with serving(Hub({}, main="none")) as hub:
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.address)
+        absent = place.train(data=Path("hub:me/absent"))
+        refused(run, place, absent, "hub:me/absent", "cannot be had from the hub", "404")
 
 
 def test_merged_twice(run: Run, place: Place) -> None:

@@ -27,8 +27,8 @@ TRAIN = (
     " --patience --checkpoint-every --keep-checkpoints --label-smoothing"
 )
 RUN = (
-    f"{COMMON} --data --output --method --eval-data --columns --max-tokens --limit --resume"
-    " --overwrite"
+    f"{COMMON} --data --output --method --eval-data --weights --stream --columns --max-tokens"
+    " --limit --resume --overwrite"
 )
 SURFACE = {
     "demo": "--output --seed",

@@ -22,10 +22,13 @@ def test_each_row_is_in_one_portion() -> None:
 
 
 def test_rows_stay_with_their_portion() -> None:
-    assert regrouped(PARTS[:1], [2, 0]) == ([2, 0], (Portion("a", 0, 2, 0.25),))
-    rows, parts = regrouped(PARTS, [7, 2, 4, 0])
-    assert rows == [2, 0, 7, 4]
-    assert parts == (Portion("a", 0, 2, 0.25), Portion("c", 2, 4, 0.25))
+    single = (Portion("a", 0, 3, 1.0),)
+    assert regrouped(single, [2, 0], weighted=False) == ([2, 0], (Portion("a", 0, 2, 1.0),))
+    rows, parts = regrouped(PARTS, [7, 2, 4, 0, 5], weighted=True)
+    assert rows == [2, 0, 7, 4, 5]
+    assert parts == (Portion("a", 0, 2, 0.5), Portion("c", 2, 5, 0.5))
+    _, parts = regrouped(PARTS, [7, 2, 4, 0, 5], weighted=False)
+    assert [part.weight for part in parts] == [0.4, 0.6]
 
 
 def test_shares_sum_to_one() -> None:

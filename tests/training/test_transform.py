@@ -63,8 +63,8 @@ def test_a_transform_cannot_reach_the_kept_rows(tokenizer: Any) -> None:
     ("transform", "says"),
     [
         (lambda _: {"prompt": "a"}, 'no "completion"'),
-        (lambda _: {"prompt": "a", "completion": " "}, "nothing in it to learn"),
-        (lambda _: {"prompt": "a", "completion": "x" * 99}, "over-long"),
+        (lambda _: {"prompt": "a", "completion": " "}, "1 empty"),
+        (lambda _: {"prompt": "a", "completion": "x" * 99}, "1 over-long"),
         (lambda _: {"prompt": "a", "completion": 3}, "found int"),
         (lambda _: None, "found NoneType"),
         (lambda fields: fields["absent"], "KeyError"),
@@ -104,13 +104,17 @@ def test_identity_tells_rows_weights_and_transform_apart(tokenizer: Any) -> None
     assert changed["digest"] == plain.digest
     assert changed["transform"]["name"].endswith("test_transform.noisy")
     assert len(changed["transform"]["source"]) == 64
-    other = identity_of(lambda fields: fields)
-    assert other is not None
+    more = load_data([{**row, "more": 1} for row in ROWS], tokenizer, transform=noisy).identity
+    assert more["digest"] == plain.digest
+    assert more["transform"]["source"] == changed["transform"]["source"]
+    assert more["transform"]["rows"] != changed["transform"]["rows"]
+    other = identity_of(lambda fields: fields, [])
     assert other["source"] not in (None, changed["transform"]["source"])
 
 
-def test_identity_without_source(tokenizer: Any) -> None:
+def test_identity_without_source() -> None:
     made: dict[str, Any] = {"__name__": "typed"}
     exec("def f(fields):\n    return fields", made)
-    assert identity_of(made["f"]) == {"name": "typed.f", "source": None}
-    assert identity_of(functools.partial(noisy))["name"] == "functools.partial"  # type: ignore[index]
+    found = identity_of(made["f"], [])
+    assert (found["name"], found["source"]) == ("typed.f", None)
+    assert identity_of(functools.partial(noisy), [])["name"] == "functools.partial"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -129,19 +128,22 @@ def _labels_of(adapter: str | None) -> tuple[str, ...] | None:
 
 
 def _prompts_of(run: GenerateRun) -> list[str]:
-    from sidepath.training.rows import rename
-    from sidepath.training.sources import read_source
+    from sidepath.training.faults import lines_of
+    from sidepath.training.rows import renamed, require_columns
+    from sidepath.training.sources import open_source
 
-    source: Any = read_source(str(run.data), run.limit)
-    rename(source, run.columns)
-    faults = list(source.faults)
+    source = open_source(str(run.data), run.limit)
     prompts: list[str] = []
-    for row in source.rows:
-        prompt = row.fields.get("prompt")
-        if isinstance(prompt, str) and prompt:
-            prompts.append(prompt)
-        else:
-            faults.append(f"{source.unit} {row.line}: no prompt")
+    for number, rows in enumerate(source.chunks()):
+        if number == 0:
+            require_columns(source, rows, run.columns)
+        for row in renamed(rows, run.columns):
+            prompt = row.fields.get("prompt")
+            if isinstance(prompt, str) and prompt:
+                prompts.append(prompt)
+            else:
+                source.fault(row.line, "no prompt")
+    faults = lines_of([(source.unit, source.faults)])
     if faults or not prompts:
         raise DataError(
             "the prompts have faults" if faults else "there are no prompts",

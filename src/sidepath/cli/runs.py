@@ -33,15 +33,20 @@ class BaseRun:
 class TrainRun(BaseRun):
     """What `train` reads and writes."""
 
-    data: str
-    """Training data: a JSONL or CSV file with prompt and completion, messages, text, or text
-    and label."""
+    data: tuple[str, ...] = field(metadata={"splits": False})
+    """Training data: a JSONL, JSON, CSV, TSV or Parquet file, or a data set of the hub as
+    `hub:OWNER/NAME[@REVISION][,config=CONFIG][,split=SPLIT]`, with prompt and completion,
+    messages, text, or text and label; give the flag again for more."""
     output: str
     """Folder that the adapter is saved into."""
     method: str = "lora"
     """The method of adaptation."""
     eval_data: str | None = None
     """Held-out data in the same form; their metrics are reported."""
+    weights: tuple[float, ...] | None = None
+    """Share of the rows drawn from each of the data; by their numbers of rows when not given."""
+    stream: bool = False
+    """Keep the tokenised rows in files instead of in memory, for data larger than memory."""
     columns: dict[str, str] = field(default_factory=dict)
     """Which column of the file holds a field, as in `prompt=question`."""
     max_tokens: int = 1024
@@ -61,6 +66,7 @@ class TrainRun(BaseRun):
         require(
             self,
             {
+                "data": len(self.data) > 0,
                 "max_tokens": self.max_tokens >= 2,
                 "limit": self.limit is None or self.limit >= 1,
             },

@@ -39,6 +39,7 @@ from sidepath.store.folder import lists_all_files
 from sidepath.store.plan import Plan, plan
 from sidepath.training.data import Data, load_data
 from sidepath.training.evaluate import CAUSAL, GENERATED, evaluate
+from sidepath.training.hub import PREFIX
 from sidepath.training.loop import train as train_steps
 from sidepath.training.processes import Processes
 from sidepath.training.report import StepReport
@@ -123,7 +124,15 @@ def _data(run: TrainRun, config: TrainConfig, folder: Path) -> tuple[Data, Data 
     tokenizer = load_tokenizer(folder)
     limit = min(run.max_tokens, context_tokens(folder) or run.max_tokens)
     columns = run.columns or None
-    data = load_data(run.data, tokenizer, max_tokens=limit, limit=run.limit, columns=columns)
+    data = load_data(
+        run.data,
+        tokenizer,
+        weights=run.weights,
+        max_tokens=limit,
+        limit=run.limit,
+        columns=columns,
+        stream=run.stream,
+    )
     if run.eval_data is not None:
         held_out = load_data(
             run.eval_data,
@@ -132,6 +141,7 @@ def _data(run: TrainRun, config: TrainConfig, folder: Path) -> tuple[Data, Data 
             task=data.task,
             labels=data.labels or None,
             columns=columns,
+            stream=run.stream,
         )
         return data, held_out
     if config.eval_share > 0:
@@ -223,12 +233,21 @@ def _record(
     audit = data.audit
     return {
         "task": data.task,
-        "data": {"name": Path(run.data).name, "rows": audit.rows, "digest": data.digest},
+        "data": {
+            "name": ", ".join(_short(part.name) for part in data.parts),
+            "rows": audit.rows,
+            "digest": data.digest,
+        },
         "seed": config.seed,
         "steps": done.reports[-1].number if done.reports else 0,
         "loss": _losses(done),
         "command": command,
     }
+
+
+def _short(name: str) -> str:
+    """A file without its folder; the whole name of a data set on the hub."""
+    return name if name.startswith(PREFIX) else Path(name).name
 
 
 def _losses(done: Trained) -> dict[str, float | None]:

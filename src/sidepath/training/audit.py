@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sidepath.errors import DataError
+from sidepath.training.portions import Portion
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,26 @@ class Audit:
     """The limit that was in force."""
     labels: dict[str, int]
     """Rows of each class; empty for causal data."""
+    portions: tuple[Portion, ...]
+    """Where the rows come from, and the share of an epoch drawn from each source."""
     samples: tuple[str, ...]
-    """The first rows as the model sees them, targets between ⟦ and ⟧."""
+    """Rows as the model sees them, targets between ⟦ and ⟧; long ones without their middle."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as `train --json` prints them."""
-        return {**dataclasses.asdict(self), "samples": list(self.samples)}
+        return {
+            **dataclasses.asdict(self),
+            "portions": [
+                {"name": part.name, "rows": len(part), "weight": part.weight}
+                for part in self.portions
+            ],
+            "samples": list(self.samples),
+        }
 
     def __str__(self) -> str:
-        lines = [f"{name:<18} {value}" for name, value in self._figures()]
+        figures = self._figures()
+        width = max(len(name) for name, _ in figures)
+        lines = [f"{name:<{width}} {value}" for name, value in figures]
         lines += [f"row {number}: {text}" for number, text in enumerate(self.samples, start=1)]
         return "\n".join(lines)
 
@@ -59,6 +71,11 @@ class Audit:
         ]
         if self.end_token_share is not None:
             figures.append(("end supervised", f"{self.end_token_share:.1%} of rows"))
+        if len(self.portions) > 1:
+            figures += [
+                (f"from {part.name}", f"{len(part):,} rows, weight {part.weight:.1%}")
+                for part in self.portions
+            ]
         for label, count in self.labels.items():
             figures.append((f"label {label}", f"{count:,}"))
         figures += [

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import hashlib
-import itertools
-import os
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from sidepath.errors import DataError, TrainError
+from sidepath.errors import DataError
 from sidepath.training.audit import Audit
 from sidepath.training.batching import Example
-from sidepath.training.encode import Dropped, Encoder, encode
-from sidepath.training.portions import Portion, portion_of, regrouped
+from sidepath.training.encode import Dropped, Encoder
+from sidepath.training.holdout import held_out
+from sidepath.training.mapped import MappedExamples, MappedWriter
+from sidepath.training.pipeline import InMemory, Pipeline, encode_one
+from sidepath.training.portions import Portion, portion_of, portions, regrouped, shares
 from sidepath.training.rng import derived
-from sidepath.training.rows import Schema, Task, check_rows, class_ids, rename, schema_of
-from sidepath.training.sources import Row, Source, read_source
+from sidepath.training.rows import Schema, Task
+from sidepath.training.samples import sample_rows, shown
+from sidepath.training.sources import Place, Row, Rows, sources_of
+from sidepath.training.survey import Survey, groups, survey
 from sidepath.training.transform import Transform, identity_of
-
-SAMPLES = 3
-"""Rows shown in the audit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +40,8 @@ class Data:
     """What `Example.line` counts: "line" or "row"."""
     task: Literal["causal", "classify"]
     schema: Schema
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
+    """A tuple, or (streamed) a sequence that builds an example when it is asked for."""
     labels: tuple[str, ...]
     """Names of the classes by id; empty for causal data."""
     tokenizer: Any
@@ -79,45 +82,36 @@ class Data:
 
     def _transformed(self, row: int, raw: Row) -> Example:
         assert self.transform is not None
+        place = self.place(row)
         try:
             fields = self.transform(copy.deepcopy(dict(raw.fields)))
         except Exception as error:
-            raise DataError(
-                "the transform failed", where=self.place(row), found=repr(error)
-            ) from error
-        found = Source(self.place(row), "row")
-        if not isinstance(fields, Mapping):
-            found.fault(raw.line, f"expected named fields, found {type(fields).__name__}")
-            fields = {}
-        found.rows = [Row(raw.line, fields)]
-        rows = [] if found.faults else check_rows(found, self.schema)
-        classified = self.schema == "classify"
-        class_of, _ = class_ids(found, rows, self.labels) if classified else ([], ())
+            raise DataError("the transform failed", where=place, found=repr(error)) from error
         encoder = Encoder(self.tokenizer, self.max_tokens)
-        examples, dropped = encode(encoder, found, rows, self.schema, class_of)
-        if found.faults or not examples:
-            faults = [fault.partition(": ")[2] for fault in found.faults]
-            empty = "nothing in it to learn" if dropped.empty else "over-long"
+        try:
+            return encode_one(encoder, Row(raw.line, fields), place, self.schema, self.labels)
+        except DataError as error:
             raise DataError(
                 "the transform gave a row that cannot be used",
-                where=self.place(row),
-                faults=faults or [empty],
-            )
-        return examples[0]
+                where=place,
+                found=error.found,
+                expected=error.expected,
+                faults=error.faults or [error.what],
+            ) from error
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """What a resumed run's data must have in common with these, as plain values.
 
-        The rows' digest, the weights (null when none were given), and the transform's name with
-        the SHA-256 of its source text (null where Python cannot get it). What a transform
-        reads from elsewhere is not in it.
+        The examples' digest, the weights (null when none were given), and what `identity_of`
+        says of the transform (null without one). What a transform reads from elsewhere is
+        not in it.
         """
-        return {
-            "digest": self.digest,
-            "weights": [part.weight for part in self.parts] if self.weighted else None,
-            "transform": identity_of(self.transform),
-        }
+        weights = [part.weight for part in self.parts] if self.weighted else None
+        transform = None
+        if self.transform is not None and self.raw is not None:
+            transform = identity_of(self.transform, (row.fields for row in self.raw))
+        return {"digest": self.digest, "weights": weights, "transform": transform}
 
     @property
     def pad_id(self) -> int:
@@ -126,22 +120,26 @@ class Data:
         return int(next(token for token in candidates if token is not None))
 
     @functools.cached_property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> array[int]:
         """Tokens of each example."""
-        return [len(example.ids_T) for example in self.examples]
+        if isinstance(self.examples, MappedExamples):
+            return array("q", self.examples.lengths.tobytes())
+        return array("q", (len(example.ids_T) for example in self.examples))
 
     @functools.cached_property
+    def survey(self) -> Survey:
+        """What is counted of the examples, in one pass over them."""
+        return survey(self.examples, f"{self.task} {self.pad_id} {self.labels}")
+
+    @property
     def largest_id(self) -> int:
         """The largest token id of all examples."""
-        return max(int(example.ids_T.max()) for example in self.examples)
+        return self.survey.largest_id
 
-    @functools.cached_property
+    @property
     def digest(self) -> str:
         """SHA-256 of everything training sees of the rows, in order."""
-        digest = hashlib.sha256(f"{self.task} {self.pad_id} {self.labels}".encode())
-        for example in self.examples:
-            digest.update(fingerprint_of(example))
-        return digest.hexdigest()
+        return self.survey.digest
 
     @functools.cached_property
     def audit(self) -> Audit:
@@ -154,56 +152,59 @@ class Data:
 
     def subset(self, rows: Sequence[int]) -> Data:
         """The examples at these positions, in this order (those of one portion together)."""
-        rows, parts = regrouped(self.parts, rows)
-        chosen = tuple(self.examples[row] for row in rows)
+        rows, parts = regrouped(self.parts, rows, weighted=self.weighted)
+        chosen: Sequence[Example]
+        if isinstance(self.examples, MappedExamples):
+            chosen = self.examples.chosen(rows)
+        else:
+            chosen = tuple(self.examples[row] for row in rows)
         raw = None if self.raw is None else tuple(self.raw[row] for row in rows)
         return dataclasses.replace(
             self, examples=chosen, raw=raw, parts=parts, rows_read=len(chosen), dropped=Dropped()
         )
 
     def split(self, share: float, *, seed: int) -> tuple[Data, Data]:
-        """Training rows and about `share` of the rows held out (at least one).
+        """Training rows, and about `share` of each portion's rows held out (at least one).
 
         Rows with the same prompt (or the same text) stay on one side, so that nothing held out
         was seen in training. The same seed gives the same split.
         """
-        families: dict[bytes, list[int]] = {}
-        for row, example in enumerate(self.examples):
-            families.setdefault(_family(example, self.schema), []).append(row)
-        order = np.random.default_rng([seed, len(self)]).permutation(len(families))
-        wanted = max(1, round(share * len(self)))
-        members = list(families.values())
-        held: set[int] = set()
-        for at in order.tolist():
-            if len(held) >= wanted:
-                break
-            held.update(members[at])
-        if len(held) == len(self):
-            raise TrainError(
-                "no row is left to train on after holding rows out",
-                found=f"{len(self)} rows, {len(families)} different prompts",
-                hint="give more rows, or evaluation data of their own",
-            )
-        kept = [row for row in range(len(self)) if row not in held]
-        return self.subset(kept), self.subset(sorted(held))
+        digests = b"".join(_family(example, self.schema) for example in self.examples)
+        held = held_out(groups(digests), self.parts, share, seed=seed)
+        return (
+            self.subset(np.flatnonzero(~held).tolist()),
+            self.subset(np.flatnonzero(held).tolist()),
+        )
 
 
 def load_data(
-    source: str | os.PathLike[str] | Sequence[Mapping[str, Any]],
+    source: Place | Sequence[Place] | Rows,
     tokenizer: Any,
     *,
+    weights: Sequence[float] | None = None,
     max_tokens: int = 1024,
     limit: int | None = None,
     task: Task = "auto",
     labels: Sequence[str] | None = None,
     columns: Mapping[str, str] | None = None,
+    stream: bool = False,
     transform: Transform | None = None,
 ) -> Data:
     """Read, check and tokenise rows.
 
-    Rows come from a file (.jsonl, .json, .csv, .tsv, each also .gz) or a list of mappings, and
-    have one schema: `messages`, `prompt` + `completion`, `text` + `label`, or `text`. `columns`
-    maps a schema's names to the file's: `{"prompt": "mr", "completion": "ref"}`.
+    Rows come from a file (.jsonl, .json, .csv, .tsv, each also .gz; .parquet), from a data set
+    on the Hugging Face hub ("hub:owner/name@revision,config=name,split=train", all behind the
+    name optional), from several of these in a list, or from a list of mappings. They have one
+    schema: `messages` (with `tools`), `prompt` + `completion`, `text` + `label`, or `text`;
+    ShareGPT's and Alpaca's forms are made into these. `columns` maps a schema's names to the
+    file's: `{"prompt": "mr", "completion": "ref"}`.
+
+    Of several sources, `weights` gives the share of the rows drawn from each in training (they
+    are divided by their sum); without, each row is seen once an epoch. `limit` holds for each
+    source. With `stream` the examples are kept in memory-mapped files instead of in memory, in
+    a temporary folder (TMPDIR says where) that goes with the `Data`. `transform` is called on a
+    row's fields each time the row is used in training (`Data.example`), and may draw from the
+    global random generators.
 
     A completion is tokenised apart from its prompt, so that generation starts from the very
     tokens training saw: [start] prompt completion [end], with the completion and the end token
@@ -215,107 +216,80 @@ def load_data(
     audit counts each of these.
 
     Raises:
-        DataError: with every fault found, by line.
+        DataError: with the first 20 faults by source and line, and the number of the rest.
     """
+    _require_possible(max_tokens, limit, stream, transform)
+    sources = sources_of(source, limit)
+    shares(weights, [1] * len(sources))
+    encoder = Encoder(tokenizer, min(max_tokens, tokenizer.model_max_length))
+    keep_raw = transform is not None
+    with contextlib.closing(MappedWriter() if stream else InMemory()) as store:
+        pipeline = Pipeline(encoder, task, labels, columns or {}, keep_raw, store)
+        counts = [pipeline.take(one) for one in sources]
+        examples, names = pipeline.finish(sources, counts)
+    assert pipeline.schema is not None
+    return Data(
+        name=", ".join(one.name for one in sources),
+        unit=sources[0].unit,
+        task="classify" if pipeline.schema == "classify" else "causal",
+        schema=pipeline.schema,
+        examples=examples,
+        labels=names,
+        tokenizer=tokenizer,
+        max_tokens=encoder.max_tokens,
+        rows_read=sum(one.rows_read for one in sources),
+        dropped=pipeline.dropped,
+        parts=portions([(one.name, one.unit) for one in sources], counts, weights),
+        weighted=weights is not None,
+        transform=transform,
+        raw=tuple(pipeline.raw) if keep_raw else None,
+    )
+
+
+def _require_possible(
+    max_tokens: int, limit: int | None, stream: bool, transform: Transform | None
+) -> None:
     if max_tokens < 2 or (limit is not None and limit < 1):
         raise DataError(
             "impossible limit",
             found=f"max_tokens={max_tokens}, limit={limit}",
             expected=">= 2, >= 1",
         )
-    found = read_source(source, limit)
-    rename(found, columns)
-    schema = schema_of(found, task)
-    rows = check_rows(found, schema)
-    classified = schema == "classify"
-    class_of, names = class_ids(found, rows, labels) if classified else ([], ())
-    encoder = Encoder(tokenizer, min(max_tokens, tokenizer.model_max_length))
-    examples, dropped = encode(encoder, found, rows, schema, class_of)
-    _require_usable(found, examples, dropped, encoder.max_tokens)
-    by_line = {row.line: row for row in rows}
-    kept = tuple(by_line[example.line] for example in examples)
-    return Data(
-        name=found.name,
-        unit=found.unit,
-        task="classify" if classified else "causal",
-        schema=schema,
-        examples=tuple(examples),
-        labels=names,
-        tokenizer=tokenizer,
-        max_tokens=encoder.max_tokens,
-        rows_read=len(found.rows),
-        dropped=dropped,
-        parts=(Portion(found.name, 0, len(examples), 1.0, found.unit),),
-        transform=transform,
-        raw=kept if transform is not None else None,
-    )
-
-
-def _require_usable(
-    found: Source, examples: Sequence[Example], dropped: Dropped, max_tokens: int
-) -> None:
-    if found.faults:
-        raise DataError("the data have faults", where=found.name, faults=_in_order(found.faults))
-    if not examples:
+    if stream and transform is not None:
         raise DataError(
-            "no row is left to train on",
-            where=found.name,
-            found=f"{len(found.rows)} rows: {dropped.empty} empty, {dropped.over_long} over-long",
-            expected=f"rows of at most {max_tokens} tokens with something to learn",
+            "stream and transform do not go together: a transform needs the rows as they were, "
+            "which are kept in memory",
+            hint="leave out one of them",
         )
 
 
-def _in_order(faults: Sequence[str]) -> list[str]:
-    """Faults by line; each starts with "line 7:" or "row 7:"."""
-    return sorted(faults, key=lambda fault: int(fault.split(":", 1)[0].split()[1]))
-
-
-def fingerprint_of(example: Example) -> bytes:
-    """SHA-256 of what training sees of one example."""
-    digest = hashlib.sha256(example.ids_T.tobytes())
-    digest.update(example.supervised_T.tobytes())
-    digest.update(str(example.label).encode())
-    return digest.digest()
-
-
 def _family(example: Example, schema: Schema) -> bytes:
+    """16 bytes that rows of one prompt (or of one text) have in common."""
     whole = schema in ("text", "classify")
-    return (example.ids_T if whole else example.ids_T[: example.prompt_length]).tobytes()
+    ids_T = example.ids_T if whole else example.ids_T[: example.prompt_length]
+    return hashlib.sha256(ids_T.tobytes()).digest()[:16]
 
 
 def _audited(data: Data) -> Audit:
-    examples, count = data.examples, len(data)
-    tokens = sum(data.lengths)
+    found, count = data.survey, len(data)
     causal = data.task == "causal"
-    supervised = sum(int(example.supervised_T.sum()) for example in examples)
     return Audit(
         task=data.task,
         rows_read=data.rows_read,
         rows=count,
-        tokens=tokens,
-        supervised_share=supervised / tokens if causal else 1.0,
-        end_token_share=sum(example.ends for example in examples) / count if causal else None,
-        truncated=sum(example.truncated for example in examples),
-        duplicates=count - len({fingerprint_of(example) for example in examples}),
+        tokens=found.tokens,
+        supervised_share=found.supervised / max(1, found.tokens) if causal else 1.0,
+        end_token_share=found.ends / max(1, count) if causal else None,
+        truncated=found.truncated,
+        duplicates=found.duplicates,
         empty=data.dropped.empty,
         over_long=data.dropped.over_long,
-        longest=max(data.lengths),
+        longest=found.longest,
         max_tokens=data.max_tokens,
-        labels={
-            name: sum(example.label == at for example in examples)
-            for at, name in enumerate(data.labels)
-        },
-        samples=tuple(_shown(data, example) for example in examples[:SAMPLES]),
+        labels={name: found.labels[at] for at, name in enumerate(data.labels)},
+        portions=data.parts,
+        samples=tuple(
+            shown(data.tokenizer, data.examples[row], data.labels)
+            for row in sample_rows(data.parts)
+        ),
     )
-
-
-def _shown(data: Data, example: Example) -> str:
-    """The row as text, with ⟦ and ⟧ around what is supervised."""
-    borders = (np.flatnonzero(np.diff(example.supervised_T)) + 1).tolist()
-    edges = [0, *borders, len(example.ids_T)]
-    pieces = []
-    for start, stop in itertools.pairwise(edges):
-        text = data.tokenizer.decode(example.ids_T[start:stop].tolist())
-        pieces.append(f"⟦{text}⟧" if example.supervised_T[start] else text)
-    shown = " ".join(pieces).replace("\n", "⏎")
-    return shown if example.label is None else f"{shown} ⟦{data.labels[example.label]}⟧"

@@ -65,19 +65,24 @@ class Encoder:
 
 
 def encode(
-    encoder: Encoder, source: Source, rows: Sequence[Row], schema: Schema, class_of: Sequence[int]
-) -> tuple[list[Example], Dropped]:
-    """The examples of checked rows. Rows that cannot be rendered become faults of `source`."""
-    dropped = Dropped()
+    encoder: Encoder,
+    source: Source,
+    rows: Sequence[Row],
+    schema: Schema,
+    class_of: Sequence[int],
+    dropped: Dropped,
+) -> list[Example]:
+    """The examples of checked rows; those that are none are counted in `dropped`.
+
+    Rows that cannot be rendered become faults of `source`.
+    """
     if schema == "classify":
-        made = _classified(encoder, rows, class_of)
-    elif schema == "completion":
-        made = _completions(encoder, rows, dropped)
-    elif schema == "text":
-        made = _texts(encoder, rows, dropped)
-    else:
-        made = _chats(encoder, source, rows, dropped)
-    return made, dropped
+        return _classified(encoder, rows, class_of)
+    if schema == "completion":
+        return _completions(encoder, rows, dropped)
+    if schema == "text":
+        return _texts(encoder, rows, dropped)
+    return _chats(encoder, source, rows, dropped)
 
 
 def _classified(encoder: Encoder, rows: Sequence[Row], class_of: Sequence[int]) -> list[Example]:
@@ -147,7 +152,9 @@ def _texts(encoder: Encoder, rows: Sequence[Row], dropped: Dropped) -> list[Exam
 def _chats(
     encoder: Encoder, source: Source, rows: Sequence[Row], dropped: Dropped
 ) -> list[Example]:
-    ends = {encoder.end_id, *encoder.tokenizer.all_special_ids}
+    added = encoder.tokenizer.added_tokens_decoder.items()
+    # The end of a turn is often a special token that is not the tokenizer's end token.
+    ends = {encoder.end_id, *(token for token, known in added if known.special)}
     examples = []
     for rendered in render(encoder.tokenizer, source, rows):
         example = _fit_chat(rendered, encoder.max_tokens, ends)

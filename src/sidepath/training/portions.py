@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,23 +57,33 @@ def shares(weights: Sequence[float] | None, counts: Sequence[int]) -> list[float
     return [weight / sum(weights) for weight in weights]
 
 
+def portions(
+    sources: Sequence[tuple[str, str]], counts: Sequence[int], weights: Sequence[float] | None
+) -> tuple[Portion, ...]:
+    """The portions of rows that lie one source after the other; `sources` are (name, unit)."""
+    made: list[Portion] = []
+    start = 0
+    for (name, unit), count, share in zip(sources, counts, shares(weights, counts), strict=True):
+        made.append(Portion(name, start, start + count, share, unit))
+        start += count
+    return tuple(made)
+
+
 def regrouped(
-    parts: Sequence[Portion], rows: Sequence[int]
+    parts: Sequence[Portion], rows: Sequence[int], *, weighted: bool
 ) -> tuple[list[int], tuple[Portion, ...]]:
     """`rows` with those of one portion together (else in the order given), and the portions.
 
-    A portion that keeps no row is left out.
+    A portion that keeps no row is left out. Weights that were given (`weighted`) stay in
+    proportion, others follow the rows that are left.
     """
-    if len(parts) == 1:
-        return list(rows), (dataclasses.replace(parts[0], start=0, stop=len(rows)),)
     chosen = np.asarray(rows, dtype=np.int64)
     of = np.searchsorted([part.stop for part in parts], chosen, side="right")
     ordered = chosen[np.argsort(of, kind="stable")].tolist()
     counts = np.bincount(of, minlength=len(parts)).tolist()
-    kept: list[Portion] = []
-    start = 0
-    for part, count in zip(parts, counts, strict=True):
-        if count:
-            kept.append(dataclasses.replace(part, start=start, stop=start + count))
-        start += count
-    return ordered, tuple(kept)
+    kept = [(part, count) for part, count in zip(parts, counts, strict=True) if count]
+    return ordered, portions(
+        [(part.name, part.unit) for part, _ in kept],
+        [count for _, count in kept],
+        [part.weight for part, _ in kept] if weighted else None,
+    )

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from sidepath.errors import DataError, nearest
+from sidepath.training.faults import lines_of
+from sidepath.training.forms import FORMS
 from sidepath.training.sources import Row, Source
 
 Schema = Literal["messages", "completion", "classify", "text"]
@@ -22,30 +24,33 @@ _SCHEMAS: dict[Task, tuple[Schema, ...]] = {
     "causal": ("messages", "completion", "text"),
     "classify": ("classify",),
 }
+KNOWN = sorted({name for names in (*FIELDS.values(), *FORMS.values()) for name in names})
+"""Every field that a schema or a form has a use for."""
 
 
-def rename(source: Source, columns: Mapping[str, str] | None) -> None:
-    """Give fields the names the schemas know: `columns` maps ours to the file's. In place."""
-    if not columns:
-        return
-    known = sorted({name for names in FIELDS.values() for name in names})
-    wrong = [name for name in columns if name not in known]
+def require_columns(source: Source, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+    """Raise a `DataError` unless `columns` maps known fields to columns that the rows have."""
+    wrong = [name for name in columns if name not in KNOWN]
     if wrong:
         raise DataError(
             "columns: unknown field on the left",
             found=", ".join(f'"{name}"' for name in wrong),
-            expected=", ".join(known),
+            expected=", ".join(KNOWN),
         )
-    present = {name for row in source.rows for name in row.fields}
+    present = {name for row in rows for name in row.fields}
     absent = [name for name in columns.values() if name not in present]
-    if source.rows and absent:
+    if rows and absent:
         faults = [_no_column(name, present) for name in absent]
         raise DataError(
             "no such column", where=source.name, faults=faults, expected=", ".join(sorted(present))
         )
-    source.rows = [
-        Row(row.line, {**row.fields, **_renamed(row.fields, columns)}) for row in source.rows
-    ]
+
+
+def renamed(rows: Sequence[Row], columns: Mapping[str, str]) -> list[Row]:
+    """Rows whose fields have the names the schemas know: `columns` maps ours to the file's."""
+    if not columns:
+        return list(rows)
+    return [Row(row.line, {**row.fields, **_renamed(row.fields, columns)}) for row in rows]
 
 
 def _renamed(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -57,34 +62,31 @@ def _no_column(name: str, present: set[str]) -> str:
     return f'"{name}"' + (f": did you mean {close}?" if close else "")
 
 
-def schema_of(source: Source, task: Task) -> Schema:
+def schema_of(source: Source, rows: Sequence[Row], task: Task) -> Schema:
     """The schema of the first row that has one; a `DataError` when no row has.
 
     A row's own fields decide: `messages` before `prompt` and `completion`, before `text` with
     `label` (not for task "causal"), before `text` alone.
     """
-    if not source.rows:
-        raise DataError(
-            "there are no rows", where=source.name, found="nothing", faults=source.faults
-        )
-    for row in source.rows:
+    for row in rows:
         for schema in _SCHEMAS[task]:
             if all(name in row.fields for name in FIELDS[schema]):
                 return schema
-    found = ", ".join(sorted({name for row in source.rows[:100] for name in row.fields}))
+    found = ", ".join(sorted({name for row in rows[:100] for name in row.fields}))
+    forms = ["+".join(names[:2]) for names in FORMS.values()] if task != "classify" else []
     raise DataError(
         "the rows have none of the known sets of columns",
         where=source.name,
         found=found or "no columns",
-        expected=" | ".join("+".join(FIELDS[schema]) for schema in _SCHEMAS[task]),
+        expected=" | ".join(["+".join(FIELDS[schema]) for schema in _SCHEMAS[task]] + forms),
         hint='name the columns, as in columns={"prompt": "question", "completion": "answer"}',
-        faults=source.faults,
+        faults=lines_of([(source.unit, source.faults)]),
     )
 
 
-def check_rows(source: Source, schema: Schema) -> list[Row]:
+def check_rows(source: Source, rows: Sequence[Row], schema: Schema) -> list[Row]:
     """The rows that fit the schema; every other row becomes a fault of `source`."""
-    return [row for row in source.rows if _fits(source, row, schema)]
+    return [row for row in rows if _fits(source, row, schema)]
 
 
 def _fits(source: Source, row: Row, schema: Schema) -> bool:
@@ -111,10 +113,11 @@ def _wrong(name: str, value: Any) -> str | None:
     if name == "label":
         fits = isinstance(value, (str, int)) and value != ""
         return None if fits else f"expected a name or an integer, found {value!r:.40}"
-    return _wrong_text(value)
+    return wrong_text(value)
 
 
-def _wrong_text(value: Any) -> str | None:
+def wrong_text(value: Any) -> str | None:
+    """Why a value is no text that a tokenizer takes; None for one that is."""
     if not isinstance(value, str):
         return f"expected text, found {type(value).__name__}"
     try:
@@ -130,35 +133,11 @@ def _wrong_messages(value: Any) -> str | None:
     for number, message in enumerate(value, start=1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             return f'message {number} has no "role"'
-        if fault := _wrong_text(message.get("content")):
+        calls = message["role"] == "assistant" and message.get("tool_calls")
+        if calls and message.get("content") is None:
+            continue
+        if fault := wrong_text(message.get("content")):
             return f'message {number}, "content": {fault}'
     if all(message["role"] != "assistant" for message in value):
         return "no message of the assistant: nothing to learn"
     return None
-
-
-def class_ids(
-    source: Source, rows: Sequence[Row], labels: Sequence[str] | None
-) -> tuple[list[int], tuple[str, ...]]:
-    """The class id of each row, and the classes' names by id.
-
-    Given `labels`, the id is the position in it (an integer label is compared as text, or is
-    itself the position when no name equals it); other labels become faults of `source`.
-    Without `labels`, the classes found are sorted: as numbers when all are, else as text.
-    """
-    found = [str(row.fields["label"]).strip() for row in rows]
-    names = tuple(labels) if labels is not None else _sorted_classes(found)
-    ids = {name: at for at, name in enumerate(names)}
-    if not any(name in ids for name in found):
-        ids = {str(at): at for at in range(len(names))}
-    for row, name in zip(rows, found, strict=True):
-        if name not in ids:
-            source.fault(row.line, f'label "{name}" is out of range: expected {", ".join(ids)}')
-    return [ids.get(name, 0) for name in found], names
-
-
-def _sorted_classes(found: Sequence[str]) -> tuple[str, ...]:
-    distinct = set(found)
-    if all(name.lstrip("-").isdecimal() for name in distinct):
-        return tuple(sorted(distinct, key=int))
-    return tuple(sorted(distinct))

@@ -1,4 +1,4 @@
-"""Rows of a file or a list, each with the line it stands on (JSONL, JSON, CSV, TSV, `.gz`).
+"""Rows of files, data sets of a hub, and lists, each with the line it stands on, in chunks.
 
 Nothing is raised for a single bad line: faults are collected, so that the caller can report
 a broken line 7 and a missing column on line 9 in one error.
@@ -6,22 +6,24 @@ a broken line 7 and a missing column on line 9 in one error.
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import gzip
-import io
-import json
+import itertools
 import os
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from sidepath.errors import DataError
+from sidepath.training.faults import Faults
+from sidepath.training.hub import PREFIX, hub_rows, parse_hub_name
+from sidepath.training.tables import FORMATS, Items, file_items
 
-FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-_ROW_ERRORS = (ValueError, RecursionError)
+CHUNK = 1024
+"""Lines read, checked and tokenised together; of long rows more would fill the memory."""
+
+Rows = Sequence[Mapping[str, Any]]
+Place = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -32,145 +34,103 @@ class Row:
     fields: Mapping[str, Any]
 
 
-@dataclass
 class Source:
-    """What was read: `name` and `unit` ("line" or "row") speak of it in messages."""
+    """One place that rows come from; `name` and `unit` ("line" or "row") speak of it.
 
-    name: str
-    unit: str
-    rows: list[Row] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
+    `chunks` reads the rows once, from the beginning to `limit` of them; what follows the last
+    one is not read.
+    """
+
+    def __init__(
+        self, name: str, unit: str, items: Callable[[], Items], limit: int | None = None
+    ) -> None:
+        self.name, self.unit = name, unit
+        self.faults = Faults()
+        self.rows_read = 0
+        self._items, self._limit = items, limit
 
     def fault(self, line: int, text: str) -> None:
         """Note that something is wrong on a line."""
-        self.faults.append(f"{self.unit} {line}: {text}")
+        self.faults.add(line, text)
+
+    def chunks(self) -> Iterator[list[Row]]:
+        """The rows, at most `CHUNK` lines at a time; lines that are no row become faults.
+
+        Raises:
+            DataError: there is no such file, or it cannot be read.
+        """
+        with closing(self._rows()) as rows:
+            while lines := list(itertools.islice(rows, CHUNK)):
+                yield [row for row in lines if row is not None]
+
+    def _rows(self) -> Generator[Row | None, None, None]:
+        """A row for each line that is one, None for the others."""
+        with closing(self._items()) as items:
+            while self._limit is None or self.rows_read < self._limit:
+                item = next(items, None)
+                if item is None:
+                    return
+                line, fields, fault = item
+                row = None
+                if fault is not None:
+                    self.fault(line, fault)
+                elif isinstance(fields, Mapping) and all(isinstance(key, str) for key in fields):
+                    self.rows_read += 1
+                    row = Row(line, fields)
+                else:
+                    self.fault(line, f"expected named fields, found {type(fields).__name__}")
+                yield row
 
 
-def read_source(
-    source: str | os.PathLike[str] | Sequence[Mapping[str, Any]], limit: int | None
-) -> Source:
-    """The rows of `source`, at most `limit` of them; lines after the last one are not read.
+def sources_of(source: Place | Sequence[Place] | Rows, limit: int | None) -> list[Source]:
+    """A source for each file or data set named, or one for rows that are given as they are.
 
     Raises:
-        DataError: there is no such file, it cannot be read, or it is of no known format.
+        DataError: a name of no known format; files and rows in one list; the same file twice.
     """
     if isinstance(source, (str, os.PathLike)):
-        return _read_file(Path(source), limit)
-    found = Source("the given rows", "row")
-    for number, item in enumerate(source[:limit], start=1):
-        _keep(found, number, item)
-    return found
+        return [open_source(source, limit)]
+    if not len(source) or not isinstance(source[0], (str, os.PathLike)):
+        rows: Iterable[Any] = source
+        items = lambda: ((at, row, None) for at, row in enumerate(rows, start=1))  # noqa: E731
+        return [Source("the given rows", "row", items, limit)]
+    places = [item for item in source if isinstance(item, (str, os.PathLike))]
+    if len(places) != len(source):
+        raise DataError(
+            "data are either names of files or rows, not both in one list",
+            found=f"{len(places)} names and {len(source) - len(places)} other things",
+        )
+    names = [os.fspath(place) for place in places]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(
+            "a source of data is named twice",
+            found=", ".join(twice),
+            hint="to see its rows more often, give weights",
+        )
+    return [open_source(place, limit) for place in places]
 
 
-def _keep(found: Source, line: int, item: Any) -> None:
-    if isinstance(item, Mapping) and all(isinstance(key, str) for key in item):
-        found.rows.append(Row(line, item))
-    else:
-        found.fault(line, f"expected named fields, found {type(item).__name__}")
+def open_source(place: Place, limit: int | None = None) -> Source:
+    """The rows of one file, or of a hub's data set ("hub:owner/name"); nothing is read yet.
 
-
-def _read_file(path: Path, limit: int | None) -> Source:
+    Raises:
+        DataError: a name of no known format.
+    """
+    text = os.fspath(place)
+    if text.startswith(PREFIX):
+        name = parse_hub_name(text)
+        return Source(text, "row", lambda: hub_rows(name), limit)
+    path = Path(place)
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes[-1:] == [".gz"]
     kind = suffixes[-2 if packed else -1] if len(suffixes) > packed else ""
-    if kind not in FORMATS:
+    if kind not in FORMATS or (packed and not FORMATS[kind].text):
+        known = ", ".join(name for name, form in FORMATS.items() if form.text)
         raise DataError(
             "the data file is of no known format",
             where=path,
             found=path.suffix or "no suffix",
-            expected=", ".join(FORMATS) + ", each also with .gz",
+            expected=f"{known} (each also with .gz), .parquet, or {PREFIX}OWNER/NAME",
         )
-    readers = {".json": _read_json, ".csv": _read_csv, ".tsv": _read_tsv}
-    reader = readers.get(kind, _read_jsonl)
-    try:
-        with _opened(path, packed) as stream:
-            found = Source(str(path), "line")
-            reader(stream, found, limit)
-            return found
-    except (OSError, EOFError, zlib.error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DataError("the data file cannot be read", where=path, found=reason) from error
-
-
-@contextlib.contextmanager
-def _opened(path: Path, packed: bool) -> Iterator[TextIO]:
-    with path.open("rb") as raw:
-        stream = gzip.GzipFile(fileobj=raw) if packed else raw
-        # Bytes that are no UTF-8 become lone surrogates, which the row check names by line.
-        with io.TextIOWrapper(
-            stream, encoding="utf-8-sig", errors="surrogateescape", newline=""
-        ) as text:
-            yield text
-
-
-def _read_jsonl(stream: Iterable[str], found: Source, limit: int | None) -> None:
-    for number, line in enumerate(stream, start=1):
-        if limit is not None and len(found.rows) >= limit:
-            return
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except _ROW_ERRORS as error:
-            found.fault(number, f"not JSON ({_reason(error)}): {line.strip()[:60]}")
-            continue
-        _keep(found, number, item)
-
-
-def _read_json(stream: TextIO, found: Source, limit: int | None) -> None:
-    text = stream.read()
-    found.unit = "row"
-    if not text.strip():
-        return
-    try:
-        items = json.loads(text)
-    except _ROW_ERRORS as error:
-        raise DataError(
-            "the data file is not JSON", where=found.name, found=_reason(error)
-        ) from None
-    if not isinstance(items, list):
-        raise DataError(
-            "a .json data file holds one list of rows",
-            where=found.name,
-            found=type(items).__name__,
-            hint="use .jsonl for one JSON object a line",
-        )
-    for number, item in enumerate(items[:limit], start=1):
-        _keep(found, number, item)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at line {error.lineno} column {error.colno}"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
-
-
-def _read_csv(stream: Iterable[str], found: Source, limit: int | None) -> None:
-    _read_table(csv.reader(stream, strict=True), found, limit)
-
-
-def _read_tsv(stream: Iterable[str], found: Source, limit: int | None) -> None:
-    """Tab-separated as GLUE has it: a quotation mark is a character like any other."""
-    lines = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
-    _read_table(lines, found, limit)
-
-
-def _read_table(reader: Any, found: Source, limit: int | None) -> None:
-    header: list[str] | None = None
-    line = 1
-    while limit is None or len(found.rows) < limit:
-        try:
-            record = next(reader, None)
-        except csv.Error as error:
-            found.fault(line, f"not a table ({error}); nothing after it was read")
-            return
-        if record is None:
-            return
-        if record and header is None:
-            header = record
-        elif record and header is not None:
-            if len(record) == len(header):
-                found.rows.append(Row(line, dict(zip(header, record, strict=True))))
-            else:
-                found.fault(line, f"{len(record)} fields where the header has {len(header)}")
-        line = reader.line_num + 1
+    return Source(str(path), FORMATS[kind].unit, lambda: file_items(path, kind, packed), limit)

@@ -9,7 +9,7 @@ Intercepted are Python's own calls: the functions of `os` in `OPERATIONS` (so `p
 that fails has lost what was still buffered.
 
 Not Python's calls: `renameat2` through ctypes is counted by wrapping `folder._exchange` as a
-whole. safetensors writes in Rust: a temporary file `.tmpXXXXXX` beside the target, which it removes
+whole; a folder's `exists` and `is_dir` are `stat`. safetensors writes in Rust: a temporary file `.tmpXXXXXX` beside the target, which it removes
 when it fails and renames when it is whole. That is counted as two operations, before and after:
 an error before leaves nothing, an error after removes the file; a kill "before" leaves half of
 the temporary file, a kill "after" the finished file. Rust's single system calls are not failed one
@@ -45,7 +45,7 @@ OPERATIONS = (
 )
 KILLED = 9
 """Exit code of a process that `Faults(..., kill=True)` ended."""
-_exit = os._exit
+_exit, _readlink = os._exit, os.readlink
 
 
 class Faults:
@@ -53,12 +53,14 @@ class Faults:
 
     `error` is the errno. With `lasting`, every operation after it fails too: the disk is gone.
     With `kill` the process ends there. `exchange=False` stands for a system without renameat2.
+    Only operations on `under`, and on what lies below it, count.
     """
 
     def __init__(
         self,
-        number: int = 0,
+        number: int,
         *,
+        under: Path,
         error: int = errno.EIO,
         lasting: bool = False,
         kill: bool = False,
@@ -66,6 +68,7 @@ class Faults:
     ) -> None:
         self.number, self.error, self.lasting, self.kill = number, error, lasting, kill
         self.exchange = exchange
+        self.under = os.path.realpath(under)
         self.names: list[str] = []
         """The operations so far, in order."""
         self._patches = contextlib.ExitStack()
@@ -74,6 +77,18 @@ class Faults:
     def hit(self) -> bool:
         """Whether an operation failed."""
         return 0 < self.number <= len(self.names)
+
+    def concerns(self, place: object) -> bool:
+        """Whether a path or an open file is `under` or below it."""
+        if isinstance(place, int):
+            try:
+                place = _readlink(f"/proc/self/fd/{place}")
+            except OSError:
+                return False
+        elif not isinstance(place, str | os.PathLike):
+            return False
+        path = os.path.abspath(place)
+        return path == self.under or path.startswith(self.under + os.sep)
 
     def strikes(self, name: str) -> bool:
         """Count one operation; whether it has to fail."""
@@ -109,16 +124,21 @@ class Faults:
 
     def _wrapped(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
+            directory = kwargs.get("dir_fd")
+            if not self.concerns(args[0] if directory is None else directory):
+                return function(*args, **kwargs)
             if self.strikes(name):
                 if name == "close" and not self.kill:
                     function(*args)  # the kernel closes the file also when it reports an error
-                self.fail(name, args[0] if args else None)
+                self.fail(name, args[0])
             return function(*args, **kwargs)
 
         return wrapped
 
     def _opening(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            if not self.concerns(file):
+                return function(file, mode, *args, **kwargs)
             if self.strikes("open"):
                 self.fail("open", file)
             opened = function(file, mode, *args, **kwargs)
@@ -130,6 +150,9 @@ class Faults:
         function = module.serialize_file
 
         def wrapped(tensors: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+            if not self.concerns(path):
+                function(tensors, path, *args, **kwargs)
+                return
             if self.strikes("safetensors"):
                 if self.kill:
                     _leave_half(function, tensors, Path(path))

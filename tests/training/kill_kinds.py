@@ -96,7 +96,8 @@ def each_operation(
 def _operation(row: Row, folder: Path, mode: str, number: int, step: int) -> bool:
     """One run with a fault; whether the fault was reached."""
     error = errno.EIO if mode == "kill" else getattr(errno, mode)
-    faults = Faults(number, kill=mode == "kill", error=error)
+    under = folder / "checkpoints"
+    faults = Faults(number, under=under, kill=mode == "kill", error=error)
 
     def at_step(reached: int) -> None:
         if reached == step - 1:

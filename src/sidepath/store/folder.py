@@ -84,7 +84,8 @@ def lists_all_files(folder: Path, manifests: Sequence[str] = MANIFESTS) -> bool:
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()
     }
     for name in manifests:
-        with suppress(OSError, ValueError):
+        # A disk that fails says nothing about whose folder it is.
+        with suppress(FileNotFoundError, IsADirectoryError, PermissionError, ValueError):
             manifest = json.loads((folder / name).read_bytes())
             files = manifest.get("files") if isinstance(manifest, dict) else None
             if isinstance(files, dict) and inside <= {name, *files}:

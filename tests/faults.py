@@ -9,11 +9,12 @@ Intercepted are Python's own calls: the functions of `os` in `OPERATIONS` (so `p
 that fails has lost what was still buffered.
 
 Not Python's calls: `renameat2` through ctypes is counted by wrapping `folder._exchange` as a
-whole; a folder's `exists` and `is_dir` are `stat`. safetensors writes in Rust: a temporary file `.tmpXXXXXX` beside the target, which it removes
-when it fails and renames when it is whole. That is counted as two operations, before and after:
-an error before leaves nothing, an error after removes the file; a kill "before" leaves half of
-the temporary file, a kill "after" the finished file. Rust's single system calls are not failed one
-by one; `full_disk` makes the real ones fail (`RLIMIT_FSIZE`, set by the kernel).
+whole. safetensors writes in Rust: a temporary file `.tmpXXXXXX` beside the target, which it
+removes when it fails and renames when it is whole. That is counted as two operations, before and
+after: an error before leaves nothing, an error after removes the file; a kill "before" leaves
+half of the temporary file, a kill "after" the finished file. Rust's single system calls are not
+failed one by one; `full_disk`, and `forked` with a limit, make the real ones fail or be the last
+(`RLIMIT_FSIZE`, which the kernel keeps to; it strikes when the file would grow, once a file).
 """
 
 from __future__ import annotations
@@ -214,7 +215,8 @@ class _Written:
 @contextlib.contextmanager
 def full_disk(size: int) -> Iterator[None]:
     """Within the block no file can grow beyond `size` bytes: the kernel fails the real calls, in
-    any language, with EFBIG (a full disk's nearest kin that needs no privileges)."""
+    any language, with EFBIG (a full disk's nearest kin that needs no privileges).
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -1,6 +1,6 @@
 """The ways to stop a run, each giving one row of the kill table.
 
-    python -m tests.training.kill_kinds quick     the rows of the quick tests, as JSON
+python -m tests.training.kill_kinds quick     the rows of the quick tests, as JSON
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from tests.training.killing import (
     STEPS,
     Log,
     Row,
-    count_notices,
     finish,
     play,
     run_folder,
@@ -122,7 +121,8 @@ def _operation(row: Row, folder: Path, mode: str, number: int, step: int) -> boo
 
 def in_rust(mode: str, setting: str = PLAIN, steps: Iterable[int] = range(1, STEPS)) -> Row:
     """From step k on the kernel lets no file grow beyond `SMALL` bytes: safetensors' real system
-    call fails ("error", EFBIG), or the kernel kills the process within it ("kill", SIGXFSZ)."""
+    call fails ("error", EFBIG), or the kernel kills the process within it ("kill", SIGXFSZ).
+    """
     said = "EFBIG in" if mode == "error" else "killed (SIGXFSZ) in"
     row = Row(f"{said} safetensors' own system call", setting)
     expected = FAILED if mode == "error" else -signal.SIGXFSZ

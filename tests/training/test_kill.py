@@ -80,9 +80,7 @@ print(json.dumps([row.runs, row.equal, row.exceptions]))
     assert called(code) == [1, 0, []]
 
 
-def test_a_loop_that_is_closed_after_each_step(
-    tmp_path: Path, tokenizer: Any, pairs: Any
-) -> None:
+def test_a_loop_that_is_closed_after_each_step(tmp_path: Path, tokenizer: Any, pairs: Any) -> None:
     data, config = load_data(pairs, tokenizer), TrainConfig(**TRAIN)
 
     def run(folder: Path, stop: int = 0) -> tuple[list[tuple[int, str]], str]:

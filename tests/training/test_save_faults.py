@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from sidepath.errors import WriteFailed
-from sidepath.store.adapter import inject, load
 from sidepath.methods.lora import LoRA
+from sidepath.store.adapter import inject, load
 from sidepath.training.checkpoint import Checkpoint, latest, save
 from tests.faults import KILLED, Faults, forked, full_disk
 from tests.training.kit import llama
@@ -63,9 +63,7 @@ def attempt(
     try:
         with_faults()
     except WriteFailed as error:
-        assert faults.hit, error
-        assert error.what.startswith("cannot write ")
-        return True, True
+        return faults.hit, error.what.startswith("cannot write ")
     return faults.hit, False
 
 

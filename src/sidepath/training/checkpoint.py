@@ -30,7 +30,8 @@ _TENSORS, _STATE = "tensors.safetensors", "checkpoint.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _KEYS = {"format", "step", "progress", "identity", "files"}
 _UNREADABLE = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError),
+    *(OSError, ValueError, KeyError, TypeError, AttributeError),
+    RuntimeError,  # RecursionError; what torch raises for a file that went away
     *(SafetensorError, SidepathError),
 )
 _ATTEMPTS = 100

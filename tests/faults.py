@@ -231,20 +231,30 @@ def forked(action: Callable[[], object], *, limit: int | None = None) -> int:
     With `limit`, the kernel kills the child in the very call that would let a file grow beyond
     so many bytes (SIGXFSZ, which Python otherwise ignores), in Rust's code too.
     """
+    return ended(started(action, limit=limit))
+
+
+def started(action: Callable[[], object], *, limit: int | None = None) -> int:
+    """As `forked`, without waiting: the child's process id."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: threads do not cross a fork
         child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            if limit is not None:
-                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            action()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            _exit(code)
+    if child != 0:
+        return child
+    code = 1
+    try:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        action()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        _exit(code)
+
+
+def ended(child: int) -> int:
+    """Wait for a child; its exit code, negative for the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -1,5 +1,8 @@
 """The ways to stop a run, each giving one row of the kill table.
 
+A start that is killed before its first step ends cannot say that it resumed: `Row.resumes`
+counts those that did.
+
 python -m tests.training.kill_kinds quick     the rows of the quick tests, as JSON
 """
 
@@ -15,13 +18,12 @@ import resource
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sidepath.errors import WriteFailed
 from sidepath.training import checkpoint as checkpoints
-from tests.faults import KILLED, Faults, forked
+from tests.faults import KILLED, Faults, ended, forked, started
 from tests.training.killing import (
     PHASES,
     PLAIN,
@@ -35,6 +37,8 @@ from tests.training.killing import (
 )
 
 _exit = os._exit
+SERIES = ([1, 2], [3, 8], [19, 20], [1, 2, 3], [2, 9, 17], [5, 5], [20, 20, 20])
+"""Steps after which a run is killed, one start after the other."""
 FAILED = 3
 """Exit code of a child whose run ended with `WriteFailed`."""
 SMALL = 6_000
@@ -49,10 +53,10 @@ def each_step(setting: str = PLAIN, steps: Iterable[int] = range(1, STEPS + 1)) 
     return row
 
 
-def in_a_row(setting: str = PLAIN) -> Row:
+def in_a_row(setting: str = PLAIN, series: Iterable[Iterable[int]] = SERIES) -> Row:
     """Killed twice and thrice before the end; also twice after the same step."""
     row = Row("twice and thrice in a row", setting)
-    for steps in ([1, 2], [3, 8], [19, 20], [1, 2, 3], [2, 9, 17], [5, 5], [20, 20, 20]):
+    for steps in series:
         _killed_at(row, steps)
     return row
 
@@ -180,20 +184,10 @@ def _seconds(setting: str) -> float:
 
 def _strike(row: Row, folder: Path, delay: float, phase: mmap.mmap) -> bool:
     """Start a run and kill it after `delay` seconds; False when it had come to its end."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            os.setsid()
-            _marked(row.setting, folder, phase)
-            code = 0
-        finally:
-            _exit(code)
+    child = started(lambda: _marked(row.setting, folder, phase))
     time.sleep(delay)
     os.kill(child, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = ended(child)
     if code == -signal.SIGKILL:
         row.kills += 1
         name = PHASES[phase[0]]
@@ -221,12 +215,12 @@ def _marked(setting: str, folder: Path, phase: mmap.mmap) -> None:
 def quick() -> list[Row]:
     """Every kind, thinned out."""
     return [
-        each_step(),
-        in_a_row(),
-        each_operation("kill", every=4, first=2),
-        each_operation("ENOSPC", every=7, first=1),
+        each_step(steps=(1, 10, 20)),
+        in_a_row(series=([5, 5], [2, 9, 17])),
+        each_operation("kill", every=9, first=2),
+        each_operation("ENOSPC", every=18, first=1),
         in_rust("error", steps=(3,)),
-        in_rust("kill", steps=(1, 9)),
+        in_rust("kill", steps=(9,)),
         at_random(5),
     ]
 

@@ -3,9 +3,7 @@
 A tiny Llama, LoRA with dropout, three forward passes a step, a checkpoint after each of 20 steps.
 Each piece of a run is a forked child: nothing but the checkpoints outlives a kill, and torch is
 imported once. Children write the loss of each step (`float.hex`) and at the end the SHA-256 of
-the final weights to a log; `compare` holds all of it against the unbroken run's.
-
-
+the final weights to a log; `finish` holds all of it against the unbroken run's.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from sidepath.training.checkpoint import Checkpoint, latest, save
 from sidepath.training.data import Data, load_data
 from sidepath.training.loop import train
 from sidepath.training.report import StepReport
+from tests.faults import started
 from tests.training.kit import bert, llama, with_lora
 
 CONFIG: dict[str, Any] = {
@@ -340,13 +341,7 @@ def test_a_checkpoint_that_a_killed_swap_set_aside_is_found(tmp_path: Path) -> N
 
 def test_the_newest_is_read_while_another_process_saves(tmp_path: Path) -> None:
     save(tmp_path, state(1), keep=1)
-    child = os.fork()
-    if child == 0:
-        try:
-            for step in range(2, 150):
-                save(tmp_path, state(step), keep=1)
-        finally:
-            os._exit(0)
+    child = started(lambda: [save(tmp_path, state(step), keep=1) for step in range(2, 150)])
     seen = [1]
     while os.waitpid(child, os.WNOHANG)[0] == 0:
         found, notices = latest(tmp_path)

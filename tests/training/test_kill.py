@@ -52,8 +52,8 @@ def test_every_kind_of_kill_thinned_out() -> None:
     rows = called(PRINT.format("kill_kinds.quick()"))
     require_equal(rows)
     kinds = {row["kind"]: row for row in rows}
-    assert kinds["os._exit after each step"]["kills"] == 20
-    assert kinds["killed at each file operation of a save"]["kills"] > 10
+    assert kinds["os._exit after each step"]["kills"] == 3
+    assert kinds["killed at each file operation of a save"]["kills"] > 5
     assert kinds["SIGKILL at random moments"]["kills"] == 5
     assert all(row["fallbacks"] == 0 for row in rows), "a kill never damages a checkpoint"
 

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -286,3 +287,122 @@ def test_sha256_file(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256_file(tmp_path / "x") == expected
+
+
+def test_a_leftover_is_held_while_it_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a save that made its folder in between would lose it under its hands."""
+    (tmp_path / ".a.sidepath-00000000.new").mkdir()
+    held = []
+
+    def watched(path: Path, **_: Any) -> None:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held.append(path.name)
+        finally:
+            os.close(handle)
+
+    monkeypatch.setattr(folders.shutil, "rmtree", watched)
+    folders.clear_leftovers(tmp_path, re.compile("a"))
+    assert held == [".a.sidepath-00000000.new"]
+
+
+def test_what_a_living_swap_has_set_aside_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without renameat2 the target is missing for a moment: nobody may give it back then."""
+    write(tmp_path / "a", "old")
+    monkeypatch.setattr(folders, "_renameat2", lambda: None)
+    rename, seen = os.rename, []
+
+    def watched(source: Any, target: Any) -> None:
+        rename(source, target)
+        if str(target).endswith(".old"):
+            folders.clear_leftovers(tmp_path, re.compile("a"))
+            seen.append(Path(target).exists())
+
+    monkeypatch.setattr(folders.os, "rename", watched)
+    write(tmp_path / "a", "new")
+    assert seen == [True]
+    assert state(tmp_path / "a") == "new"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_leftovers_are_cleared_by_the_names_of_their_targets(tmp_path: Path) -> None:
+    names = [
+        ".b-1.sidepath-00000000.new",
+        ".b-2.sidepath-00000000.gone",
+        ".b-3.sidepath-0000000a.old",
+    ]
+    others = [".c.sidepath-00000000.new", ".b-1.sidepath-short.new", "b-9"]
+    for name in (*names, *others):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text(name)
+    folders.clear_leftovers(tmp_path, re.compile(r"b-\d"))
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "b-3"])
+    assert (tmp_path / "b-3" / "half").read_text() == names[2]
+
+
+def test_discarding_never_shows_half_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a", "old")
+
+    def broken(path: Path, **_: Any) -> None:
+        assert not (tmp_path / "a").exists()
+        (path / "weights").unlink()
+        raise OSError(errno.EIO, "injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.shutil, "rmtree", broken)
+        folders.discard(tmp_path / "a")
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(".a.sidepath-")
+    write(tmp_path / "a", "new")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_new_parents_are_brought_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    fsync = os.fsync
+
+    def watched(handle: int) -> None:
+        synced.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    monkeypatch.setattr(folders.os, "fsync", watched)
+    write(tmp_path / "one" / "two" / "a", "new")
+    for path in (tmp_path, tmp_path / "one", tmp_path / "one" / "two"):
+        assert path.stat().st_ino in synced, path
+
+
+def test_parents_are_removed_again_when_one_cannot_be_brought_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(handle: int) -> None:
+        raise OSError(errno.EIO, "injected")
+
+    monkeypatch.setattr(folders.os, "fsync", broken)
+    with pytest.raises(WriteFailed):
+        write(tmp_path / "one" / "two" / "a", "new")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_fails_is_not_taken_for_foreign_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a", "old")
+
+    def broken(path: Path) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", broken)
+        with pytest.raises(WriteFailed, match="Input/output error"):
+            write(tmp_path / "a", "new")
+    assert state(tmp_path / "a") == "old"

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +13,12 @@ import pytest
 import torch
 
 from sidepath.config import TrainConfig
-from sidepath.errors import ResumeError, WriteFailed
+from sidepath.errors import ResumeError, StoreError, WriteFailed
+from sidepath.training.checkpoint import Checkpoint, latest, save
 from sidepath.training.data import Data, load_data
 from sidepath.training.loop import train
 from sidepath.training.report import StepReport
+from tests.faults import started
 from tests.training.kit import bert, llama, with_lora
 
 CONFIG: dict[str, Any] = {
@@ -175,3 +182,174 @@ def test_a_checkpoint_that_cannot_be_written(data: Data, tmp_path: Path) -> None
         run(model, data, tmp_path / "file")
     assert not model.training
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def state(step: int) -> Checkpoint:
+    tensors = {"model/a": torch.full((50,), float(step)), "best/a": torch.ones(2)}
+    return Checkpoint(step, tensors, {"best": {"loss": 1.5}}, {"config": {"seed": 1}})
+
+
+def rewritten(path: Path, drop: str = "", **changes: Any) -> None:
+    """Change a checkpoint's JSON and give it the digest that fits."""
+    body = json.loads(path.read_text())
+    del body["digest"]
+    body |= changes
+    body.pop(drop, None)
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**body, "digest": digest}))
+
+
+def flipped(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at % len(content)] ^= 1 << (at % 8)
+    path.write_bytes(content)
+
+
+def swapped(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "emptied": lambda path: path.write_bytes(b""),
+    "cut in half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "one byte short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "one byte more": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "removed": Path.unlink,
+    "a folder in its place": swapped,
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "first bit": lambda path: flipped(path, 0),
+    "a bit in the middle": lambda path: flipped(path, path.stat().st_size // 2),
+    "last bit": lambda path: flipped(path, -1),
+    "another run's": lambda path: path.write_bytes(
+        (path.parents[2] / "other" / "step-00000002" / path.name).read_bytes()
+    ),
+}
+JSON_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "not an object": (lambda path: path.write_text("[1]"), "digest"),
+    "deep": (lambda path: path.write_text("[" * 100_000), "damaged"),
+    "not UTF-8": (lambda path: path.write_bytes(b"\xff\xfe{}"), "damaged"),
+    "another format": (lambda path: rewritten(path, format=99), "format 99, this version reads"),
+    "files is a list": (lambda path: rewritten(path, files=[1]), "damaged"),
+    "files names none": (lambda path: rewritten(path, files={}), "damaged"),
+    "step is text": (lambda path: rewritten(path, step="2"), "step"),
+    "another step": (lambda path: rewritten(path, step=9), "the step in it, 9"),
+    **{
+        f"without {key}": (lambda path, key=key: rewritten(path, drop=key), key)
+        for key in ("format", "step", "progress", "identity", "files")
+    },
+}
+CASES = {
+    **{
+        f"{name}: {kind}": (name, damage, "step-00000002 is damaged")
+        for name in ("checkpoint.json", "tensors.safetensors")
+        for kind, damage in DAMAGES.items()
+    },
+    **{kind: ("checkpoint.json", *case) for kind, case in JSON_DAMAGES.items()},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_damage_falls_back_says_so_and_is_mended_by_the_run(
+    tmp_path: Path, case: str
+) -> None:
+    name, damage, said = CASES[case]
+    other = state(2)
+    other.tensors["model/a"] += 1
+    save(tmp_path / "other", dataclasses.replace(other, progress={"place": 1}), keep=2)
+    folder = tmp_path / "run"
+    for step in (1, 2):
+        save(folder, state(step), keep=2)
+    damage(folder / "step-00000002" / name)
+    found, notices = latest(folder)
+    assert found is not None
+    assert found.step == 1
+    assert len(notices) == 1
+    assert "step-00000002 is damaged (" in notices[0]
+    assert said in notices[0]
+    assert notices[0].endswith("; an older one is used")
+    # With the older one damaged too there is nothing to trust, and both are named.
+    shutil.copytree(folder, tmp_path / "both")
+    damaged = tmp_path / "both" / "step-00000001" / name
+    damaged.write_bytes(b"{")
+    with pytest.raises(ResumeError) as caught:
+        latest(tmp_path / "both")
+    assert [fault.split()[0] for fault in caught.value.faults] == ["step-00000002", "step-00000001"]
+    # The run goes on from the older one and comes to the damaged one's step again.
+    save(folder, state(2), keep=2)
+    found, notices = latest(folder)
+    assert found is not None
+    assert (found.step, notices) == (2, [])
+
+
+def test_a_damaged_run_ends_with_the_unbroken_runs_bits(data: Data, tmp_path: Path) -> None:
+    whole = fresh()
+    expected = run(whole, data, tmp_path / "whole")
+    run(fresh(), data, tmp_path / "cut", stop=6)
+    for name in ("checkpoint.json", "tensors.safetensors"):
+        (tmp_path / "cut" / "step-00000006" / name).write_bytes(b"")
+    model = fresh()
+    after = run(model, data, tmp_path / "cut", resume=True)
+    assert "step-00000006 is damaged" in after[0].notices[0]
+    assert [report.loss for report in after] == [report.loss for report in expected[5:]]
+    assert same_bits(model, whole)
+
+
+def test_a_damaged_checkpoint_of_a_later_step_costs_no_good_one(tmp_path: Path) -> None:
+    """Resumed from 10 with checkpoints every 5: 15 is the newest good one, 20 stands damaged."""
+    for step in (10, 20):
+        path = save(tmp_path, state(step), keep=2)
+    (path / "checkpoint.json").write_bytes(b"")
+    save(tmp_path, state(15), keep=1)
+    found, notices = latest(tmp_path)
+    assert found is not None
+    assert found.step == 15
+    assert len(notices) == 1
+    save(tmp_path, state(20), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000020"]
+
+
+def test_other_files_in_a_checkpoint_are_not_replaced(tmp_path: Path) -> None:
+    path = save(tmp_path, state(1), keep=2)
+    (path / "thesis.txt").write_text("years of work")
+    with pytest.raises(StoreError, match="not ours to replace"):
+        save(tmp_path, state(1), keep=2)
+    assert (path / "thesis.txt").exists()
+
+
+def test_leftovers_of_every_step_are_cleared_by_resuming_and_by_saving(tmp_path: Path) -> None:
+    save(tmp_path, state(5), keep=2)
+    names = [
+        f".step-0000000{at}.sidepath-0000000{at}.{end}" for at, end in ((3, "new"), (4, "gone"))
+    ]
+    for act in (lambda: latest(tmp_path), lambda: save(tmp_path, state(5), keep=2)):
+        for name in names:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "tensors.safetensors").write_text("half")
+        (tmp_path / ".mine").mkdir(exist_ok=True)
+        act()
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "step-00000005"]
+
+
+def test_a_checkpoint_that_a_killed_swap_set_aside_is_found(tmp_path: Path) -> None:
+    path = save(tmp_path, state(5), keep=2)
+    path.rename(tmp_path / ".step-00000005.sidepath-00000000.old")
+    found, notices = latest(tmp_path)
+    assert found is not None
+    assert (found.step, notices) == (5, [])
+
+
+def test_the_newest_is_read_while_another_process_saves(tmp_path: Path) -> None:
+    save(tmp_path, state(1), keep=1)
+    child = started(lambda: [save(tmp_path, state(step), keep=1) for step in range(2, 150)])
+    seen = [1]
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        found, notices = latest(tmp_path)
+        assert found is not None
+        assert notices == []
+        assert torch.equal(found.tensors["model/a"], torch.full((50,), float(found.step)))
+        assert found.step >= seen[-1]
+        seen.append(found.step)
+    assert latest(tmp_path)[0] is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000149"]
+    assert len(set(seen)) > 3, "the two did not overlap"

@@ -4,6 +4,9 @@
 fsynced, file by file and folder by folder, and swapped in by one rename: whoever reads the
 target sees the old folder or the new one. The temporary folder is locked (flock) while its
 writer lives, so the next save can tell a killed save's leftovers from a save in progress.
+
+Beside a target `x` may stand, after a kill only: `.x.sidepath-<8 hex>.new` (a save that was not
+finished, or the folder it replaced), `.old` (set aside during a swap) and `.gone` (being deleted).
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from sidepath.errors import StoreError, WriteFailed
 MANIFESTS = ("sidepath.json", "parity.json", "checkpoint.json")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
-_SUFFIX = r"\.sidepath-[0-9a-f]{8}\.(new|old)"
+_LEFTOVER = re.compile(r"\.(.+)\.sidepath-[0-9a-f]{8}\.(new|old|gone)")
 
 
 @contextmanager
@@ -54,8 +57,8 @@ def publish(
     try:
         try:
             _refuse_foreign(target, manifests, replace)
-            made = _make_parents(target.parent)
-            _clear_leftovers(target)
+            _make_parents(target.parent, made)
+            clear_leftovers(target.parent, re.compile(re.escape(target.name)))
             with _locked_sibling(target) as temporary:
                 yield temporary
                 _settle(temporary)
@@ -81,7 +84,8 @@ def lists_all_files(folder: Path, manifests: Sequence[str] = MANIFESTS) -> bool:
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()
     }
     for name in manifests:
-        with suppress(OSError, ValueError):
+        # A disk that fails says nothing about whose folder it is.
+        with suppress(FileNotFoundError, IsADirectoryError, PermissionError, ValueError):
             manifest = json.loads((folder / name).read_bytes())
             files = manifest.get("files") if isinstance(manifest, dict) else None
             if isinstance(files, dict) and inside <= {name, *files}:
@@ -110,37 +114,63 @@ def _refuse_foreign(
     )
 
 
-def _make_parents(parent: Path) -> list[Path]:
-    """Create `parent`; return the folders that were made, deepest first."""
-    missing = [path for path in (parent, *parent.parents) if not path.exists()]
-    parent.mkdir(parents=True, exist_ok=True)
-    return missing
+def _make_parents(parent: Path, made: list[Path]) -> None:
+    """Create `parent`, durably; the folders that were made are put into `made`, deepest first."""
+    for path in reversed([path for path in (parent, *parent.parents) if not path.exists()]):
+        path.mkdir(exist_ok=True)
+        made.insert(0, path)
+        _fsync(path.parent)  # a folder is on the disk once its parent's entry is
+    parent.mkdir(exist_ok=True)  # an error if it is a file
 
 
-def _clear_leftovers(target: Path) -> None:
-    """Give back an old folder that a killed save had set aside; delete its other leftovers."""
-    pattern = re.compile(re.escape(f".{target.name}") + _SUFFIX)
-    for path in sorted(target.parent.iterdir()):
-        match = pattern.fullmatch(path.name)
-        if match is None or not _abandoned(path):
+def clear_leftovers(parent: Path, names: re.Pattern[str]) -> None:
+    """Clear what killed saves left in `parent` of targets whose whole name matches `names`.
+
+    An old folder that was set aside, with nothing in its place, is given back; the rest is
+    deleted. Saves in progress are left alone. Errors: `OSError`.
+    """
+    for path in sorted(parent.iterdir()):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None or names.fullmatch(match[1]) is None:
             continue
-        if match[1] == "old" and not target.exists():
-            os.rename(path, target)
-        else:
-            shutil.rmtree(path)
+        with _abandoned(path) as free:
+            target = path.with_name(match[1])
+            if free and match[2] == "old" and not target.exists():
+                os.rename(path, target)
+            elif free:
+                shutil.rmtree(path)
 
 
-def _abandoned(path: Path) -> bool:
+def discard(folder: Path) -> None:
+    """Delete a folder: renamed aside first, so that no reader ever sees half of it.
+
+    Whatever fails is left for `clear_leftovers`; nothing is raised.
+    """
+    aside = folder.with_name(f".{folder.name}.sidepath-{secrets.token_hex(4)}.gone")
+    with suppress(OSError):
+        os.rename(folder, aside)
+        shutil.rmtree(aside)
+
+
+@contextmanager
+def _abandoned(path: Path) -> Iterator[bool]:
+    """Whether no living process writes to a temporary folder; none can start to in the block."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
-        return False
+        yield False
+        return
+    try:
+        yield _lock(handle)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    finally:
-        os.close(handle)
     return True
 
 
@@ -204,18 +234,24 @@ def _swap(temporary: Path, target: Path) -> None:
     if _exchange(temporary, target):
         return
     aside = temporary.with_suffix(".old")
-    os.rename(target, aside)
+    handle = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.rename(temporary, target)
-    except BaseException:
-        os.rename(aside, target)
-        raise
-    try:
-        os.rename(aside, temporary)
-    except BaseException:
-        os.rename(target, temporary)
-        os.rename(aside, target)
-        raise
+        _lock(handle)  # or another process would take what is set aside for a killed save's
+        os.rename(target, aside)
+        try:
+            os.rename(temporary, target)
+        except BaseException:
+            os.rename(aside, target)
+            raise
+        try:
+            os.rename(aside, temporary)
+        except BaseException:
+            os.rename(target, temporary)
+            os.rename(aside, target)
+            raise
+    finally:
+        with suppress(OSError):
+            os.close(handle)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -3,7 +3,8 @@
     <folder>/step-00000012/tensors.safetensors    trained tensors, optimiser, best state
     <folder>/step-00000012/checkpoint.json        everything else, with the SHA-256 of both
 
-Each is published whole (see `store.folder`), and older ones go only after a new one is safe.
+Each is published whole (see `store.folder`), and older ones go only after a new one is safe:
+renamed aside before they are deleted, so that a kill leaves no half of one.
 """
 
 from __future__ import annotations
@@ -11,21 +12,29 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sidepath.errors import ResumeError, SidepathError
-from sidepath.store.folder import publish, sha256_file
+from sidepath.store.folder import clear_leftovers, discard, publish, sha256_file
 
 FORMAT = 2
 _TENSORS, _STATE = "tensors.safetensors", "checkpoint.json"
 _NAME = re.compile(r"step-(\d{8,})")
+_KEYS = {"format", "step", "progress", "identity", "files"}
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError),
+    RuntimeError,  # RecursionError; what torch raises for a file that went away
+    *(SafetensorError, SidepathError),
+)
+_ATTEMPTS = 100
+"""Readings of a folder that another process keeps changing."""
 _MAY_CHANGE = ("checkpoint_every", "keep_checkpoints", "workers")
 """Settings that do not change what a run computes."""
 
@@ -51,12 +60,16 @@ def path_of(folder: Path, step: int) -> Path:
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Publish a checkpoint below `folder` and drop all but the newest `keep`; its path.
 
-    Errors: `WriteFailed`; nothing half-written is left, and the older checkpoints stand.
+    A checkpoint of the same step is replaced. One of a later step was damaged when the run went
+    on from an older one: it stays until the run gets there, and does not count.
+
+    Errors: `WriteFailed`; nothing half-written is left, and the older checkpoints stand. What
+    cannot be dropped stays until a later save.
     """
     from safetensors.torch import save_file
 
     target = path_of(folder, checkpoint.step)
-    with publish(target) as temporary:
+    with publish(target, replace=_only_ours) as temporary:
         tensors = {name: _stored(tensor) for name, tensor in checkpoint.tensors.items()}
         save_file(tensors, temporary / _TENSORS)
         body = {
@@ -68,9 +81,17 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         }
         text = json.dumps({**body, "digest": _digest(body)}, indent=1)
         (temporary / _STATE).write_text(text, encoding="utf-8")
-    for old in _numbered(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):
+        older = [path for path in _numbered(folder) if _number(path) < checkpoint.step]
+        for path in older[: max(0, len(older) + 1 - keep)]:
+            discard(path)
+        clear_leftovers(folder, _NAME)
     return target
+
+
+def _only_ours(folder: Path) -> bool:
+    """A damaged checkpoint is replaced, a folder with other files is not."""
+    return {path.name for path in folder.iterdir()} <= {_TENSORS, _STATE}
 
 
 def _stored(tensor: Tensor) -> Tensor:
@@ -85,12 +106,12 @@ def _numbered(folder: Path) -> list[Path]:
     """The checkpoints below a folder, oldest first."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _matched(path))]
-    return [path for _, path in sorted(found)]
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_number)
 
 
-def _matched(path: Path) -> re.Match[str] | None:
-    return _NAME.fullmatch(path.name) if path.is_dir() else None
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def require_none(folder: Path) -> None:
@@ -108,31 +129,52 @@ def require_none(folder: Path) -> None:
 def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, and one notice for each newer one that is not.
 
-    None when the folder holds no checkpoint: the run was stopped before its first.
+    None when the folder holds no checkpoint: the run was stopped before its first. What killed
+    saves left in the folder is cleared first.
 
     Raises:
         ResumeError: there are checkpoints, and every one is damaged.
     """
-    faults: list[str] = []
-    for path in reversed(_numbered(folder)):
-        try:
-            checkpoint = _read(path)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, SidepathError) as error:
-            faults.append(f"{path.name} is damaged ({_reason(error)})")
-            continue
-        return checkpoint, [f"{fault}; an older one is used" for fault in faults]
-    if faults:
+    if folder.is_dir():
+        with suppress(OSError):
+            clear_leftovers(folder, _NAME)
+    for _ in range(_ATTEMPTS):
+        before = _present(folder)
+        found, faults = _newest_whole(folder)
+        if _present(folder) == before:  # else another process saved or pruned meanwhile
+            break
+    if found is None and faults:
         raise ResumeError(
             "no checkpoint of the run can be trusted",
             where=folder,
             faults=faults,
             hint="delete the folder to start anew",
         )
-    return None, []
+    return found, [f"{fault}; an older one is used" for fault in faults]
+
+
+def _present(folder: Path) -> dict[str, int]:
+    """The inode of each checkpoint: it changes when one is replaced."""
+    present = {}
+    for path in _numbered(folder):
+        with suppress(FileNotFoundError):
+            present[path.name] = path.stat().st_ino
+    return present
+
+
+def _newest_whole(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    faults: list[str] = []
+    for path in reversed(_numbered(folder)):
+        try:
+            return _read(path), faults
+        except _UNREADABLE as error:
+            faults.append(f"{path.name} is damaged ({_reason(error)})")
+    return None, faults
 
 
 def _reason(error: Exception) -> str:
-    return error.what if isinstance(error, SidepathError) else str(error).splitlines()[0]
+    text = error.what if isinstance(error, SidepathError) else str(error)
+    return next(iter(text.splitlines()), type(error).__name__)
 
 
 def _read(path: Path) -> Checkpoint:
@@ -141,13 +183,17 @@ def _read(path: Path) -> Checkpoint:
     body = json.loads((path / _STATE).read_bytes())
     if not isinstance(body, dict) or body.pop("digest", None) != _digest(body):
         raise ResumeError(f"{_STATE} does not have the digest it names")
-    if body["format"] != FORMAT:
-        raise ResumeError(f"format {body['format']}, this version reads {FORMAT}")
+    if body.get("format") != FORMAT:
+        raise ResumeError(f"format {body.get('format')}, this version reads {FORMAT}")
+    if missing := sorted(_KEYS - body.keys()):
+        raise ResumeError(f"{_STATE} lacks {', '.join(missing)}")
+    if body["step"] != _number(path):
+        raise ResumeError(f"the folder's name does not fit the step in it, {body['step']}")
     # The bytes are proven to be ours before safetensors parses them.
     if sha256_file(path / _TENSORS) != body["files"][_TENSORS]:
         raise ResumeError(f"{_TENSORS} does not have the SHA-256 that {_STATE} names")
     tensors = load_file(path / _TENSORS)
-    return Checkpoint(int(body["step"]), tensors, body["progress"], body["identity"])
+    return Checkpoint(body["step"], tensors, body["progress"], body["identity"])
 
 
 def require_same(found: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) -> None:
@@ -180,33 +226,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The optimiser's state of each parameter as "optimizer/<slot>/<name>"."""
-    return {
-        f"optimizer/{slot}/{name}": tensor
-        for name, parameter in parameters.items()
-        for slot, tensor in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, Tensor],
-    tensors: Mapping[str, Tensor],
-) -> None:
-    """The inverse of `optimizer_tensors`, in place, on each parameter's device."""
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer/"):
-            _, slot, name = key.split("/", 2)
-            parameter = parameters[name]
-            # A fused step counts on the parameter's device, the plain one on the CPU.
-            fused = bool(optimizer.param_groups[0].get("fused"))
-            device = parameter.device if fused or slot != "step" else torch.device("cpu")
-            optimizer.state[parameter][slot] = tensor.to(device)
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

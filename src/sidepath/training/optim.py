@@ -96,3 +96,35 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float, norm: Ten
     """Scale the gradients, in place, to the global norm `largest` if `norm` is above it."""
     if largest > 0:
         nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+
+
+def state_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The optimiser's state of each parameter as "optimizer/<slot>/<name>"."""
+    return {
+        f"optimizer/{slot}/{name}": torch.as_tensor(value)
+        for name, parameter in parameters.items()
+        for slot, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """The inverse of `state_tensors`, in place, on each parameter's device."""
+    for key, tensor in tensors.items():
+        if not key.startswith("optimizer/"):
+            continue
+        _, slot, name = key.split("/", 2)
+        state = optimizer.state[parameters[name]]
+        if slot != "step":
+            state[slot] = tensor.to(parameters[name].device)
+        elif not tensor.is_floating_point():
+            state[slot] = int(tensor)  # bitsandbytes counts in Python
+        else:
+            # A fused step counts on the parameter's device, the plain one on the CPU.
+            fused = bool(optimizer.param_groups[0].get("fused"))
+            state[slot] = tensor.to(parameters[name].device) if fused else tensor

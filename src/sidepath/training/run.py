@@ -202,8 +202,8 @@ class Run:
             f"step {self.step + 1}: the {'loss' if in_loss else 'gradient'} is not finite",
             where=self._places(rows),
             found=f"loss {loss}, gradient norm {norm}",
-            hint="the weights were not touched and the last checkpoint stands; lower the "
-            "learning rate, or look at these rows",
+            hint="the weights were not touched and the last checkpoint stands, but resuming meets "
+            "the same rows again; mend them, or lower the learning rate, and start anew",
         )
 
     def _places(self, rows: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ from sidepath.store.fingerprint import fingerprint
 from sidepath.training import checkpoint as checkpoints
 from sidepath.training.best import Best
 from sidepath.training.checkpoint import Checkpoint
+from sidepath.training.optim import restore_state, state_tensors
 
 if TYPE_CHECKING:
     from sidepath.training.run import Run
@@ -37,7 +38,7 @@ def save(run: Run) -> Path:
 
 def _tensors(run: Run) -> dict[str, Any]:
     tensors = {f"model/{name}": tensor for name, tensor in run.trained.tensors.items()}
-    tensors |= checkpoints.optimizer_tensors(run.optimizer, run.trained.parameters)
+    tensors |= state_tensors(run.optimizer, run.trained.parameters)
     return tensors | {f"best/{name}": tensor for name, tensor in run.best.state.items()}
 
 
@@ -92,7 +93,7 @@ def _take_up(run: Run, found: Checkpoint) -> None:
     kept = checkpoints.under(found.tensors, "best/")
     on_device = {name: tensor.to(run.device) for name, tensor in kept.items()}
     run.best = Best.from_dict(found.progress["best"], on_device)
-    checkpoints.restore_optimizer(run.optimizer, run.trained.parameters, found.tensors)
+    restore_state(run.optimizer, run.trained.parameters, found.tensors)
     run.trained.put(checkpoints.under(found.tensors, "model/"))
 
 

@@ -50,10 +50,10 @@ def require_equal(rows: list[dict[str, Any]]) -> None:
 
 QUICK = """
 import dataclasses, json
-from sidepath.training import checkpoint
+from sidepath.training import state
 from tests.training import kill_kinds
 rows = kill_kinds.quick()
-checkpoint.restore_optimizer = lambda *args: None  # a resume that loses a piece of the state
+state.restore_state = lambda *args: None  # a resume that loses a piece of the state
 rows.append(kill_kinds.each_step(steps=(5,)))
 print(json.dumps([dataclasses.asdict(row) for row in rows]))
 """

@@ -133,7 +133,7 @@ def test_a_run_stops_there_and_keeps_what_was_good(
     assert bytes_of == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     # Mended rows are other data: refused, and named.
     mended = load_data(rows(bad=None), tokenizer)
-    with pytest.raises(ResumeError, match="data: the checkpoint has"):
+    with pytest.raises(ResumeError, match=r"data\.digest: the checkpoint has"):
         train(make(), mended, CONFIG, checkpoints=tmp_path, resume=True)
     anew = train(make(), mended, CONFIG, checkpoints=tmp_path / "new")
     assert len(list(anew)) == STEPS

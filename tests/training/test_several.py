@@ -153,6 +153,7 @@ def test_a_file_that_gives_nothing_is_named(tokenizer: Any, files: list[Path]) -
     with pytest.raises(DataError, match="no row is left to train on") as caught:
         load_data([*files, useless], tokenizer)
     assert str(caught.value.where) == str(useless)
+    assert caught.value.found == "1 rows: 1 empty, 0 over-long"
 
 
 @pytest.mark.parametrize(

@@ -48,10 +48,10 @@ class Classes:
         _, named, counted = self._odd[-1]
         positions = [str(at) for at in range(len(labels))]
         for faults, known in ((named, labels), (counted, positions)):
-            allowed = set(known)
+            allowed, expected = set(known), _listed(known)
             for row, name in zip(rows, names, strict=True):
                 if name not in allowed:
-                    text = f'label "{name}" is out of range: expected {", ".join(known)}'
+                    text = f'label "{name:.40}" is out of range: expected {expected}'
                     faults.add(row.line, text)
 
     def settle(self) -> tuple[list[int], tuple[str, ...]]:
@@ -60,12 +60,16 @@ class Classes:
         Labels out of range become faults of their sources.
         """
         names = self.labels if self.labels is not None else _sorted_classes(list(self.found))
-        by_name = any(name in names for name in self.found)
+        by_name = not self.found.keys().isdisjoint(names)
         for source, named, counted in self._odd:
             source.faults.merge(named if by_name else counted)
         known = names if by_name else tuple(str(at) for at in range(len(names)))
         ids = {name: at for at, name in enumerate(known)}
         return [ids.get(name, 0) for name in self.found], names
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (f" and {len(names) - 20:,} more" if len(names) > 20 else "")
 
 
 def _sorted_classes(found: Sequence[str]) -> tuple[str, ...]:

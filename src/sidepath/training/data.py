@@ -17,7 +17,7 @@ import numpy as np
 from sidepath.errors import DataError
 from sidepath.training.audit import Audit
 from sidepath.training.batching import Example
-from sidepath.training.encode import Dropped, Encoder
+from sidepath.training.encode import Dropped, Encoder, total
 from sidepath.training.holdout import held_out
 from sidepath.training.mapped import MappedExamples, MappedWriter
 from sidepath.training.pipeline import InMemory, Pipeline, encode_one
@@ -238,7 +238,7 @@ def load_data(
         tokenizer=tokenizer,
         max_tokens=encoder.max_tokens,
         rows_read=sum(one.rows_read for one in sources),
-        dropped=pipeline.dropped,
+        dropped=total(pipeline.dropped),
         parts=portions([(one.name, one.unit) for one in sources], counts, weights),
         weighted=weights is not None,
         transform=transform,

@@ -26,6 +26,11 @@ class Dropped:
     over_long: int = 0
 
 
+def total(parts: Sequence[Dropped]) -> Dropped:
+    """Dropped rows of several sources together."""
+    return Dropped(sum(one.empty for one in parts), sum(one.over_long for one in parts))
+
+
 @dataclass(frozen=True)
 class Encoder:
     """A tokenizer with the ids it starts and ends a text with, and the longest row allowed."""

@@ -60,7 +60,8 @@ class Pipeline:
     store: InMemory | MappedWriter
     schema: Schema | None = None
     """That of the first row, where none is given."""
-    dropped: Dropped = field(default_factory=Dropped)
+    dropped: list[Dropped] = field(default_factory=list)
+    """What was dropped of each source taken."""
     raw: list[Row] = field(default_factory=list)
     """The rows beside the examples, as they were before normalising; kept on request."""
 
@@ -85,6 +86,7 @@ class Pipeline:
             DataError: it cannot be read, has no rows, or rows of another schema than the first.
         """
         before, known = len(self.store), False
+        self.dropped.append(Dropped())
         for read in source.chunks():
             if read and not known:
                 require_columns(source, read, self.columns)
@@ -123,7 +125,7 @@ class Pipeline:
         # Conversations may have faults that only show when they are rendered.
         if self._faulty and (self.schema != "messages" or source.faults.full):
             return
-        examples = encode(self.encoder, source, rows, self.schema, numbers, self.dropped)
+        examples = encode(self.encoder, source, rows, self.schema, numbers, self.dropped[-1])
         if self._faulty or source.faults:
             return
         self.store.add(examples)
@@ -149,14 +151,16 @@ class Pipeline:
         )
         if faults:
             raise DataError("the data have faults", where=where, faults=faults)
-        bare = [source for source, count in zip(sources, counts, strict=True) if not count]
+        taken = zip(sources, counts, self.dropped, strict=True)
+        bare = [(source, dropped) for source, count, dropped in taken if not count]
         if bare:
-            empty, over_long = self.dropped.empty, self.dropped.over_long
             raise DataError(
                 "no row is left to train on",
-                where=", ".join(source.name for source in bare),
-                found=f"{sum(source.rows_read for source in bare)} rows: "
-                f"{empty} empty, {over_long} over-long",
+                where=", ".join(source.name for source, _ in bare),
+                found="; ".join(
+                    f"{source.rows_read} rows: {dropped.empty} empty, {dropped.over_long} over-long"
+                    for source, dropped in bare
+                ),
                 expected=f"rows of at most {self.encoder.max_tokens} tokens "
                 "with something to learn",
             )

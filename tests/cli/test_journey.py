@@ -78,7 +78,7 @@ def test_the_settings_of_the_run_are_saved_and_repeat_it(
 def test_a_killed_run_resumes_to_the_same_bytes(
     run: Run, tiny_base: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sidepath.cli import training
+    from sidepath.cli import following
 
     def flags(name: str) -> list[str]:
         words = f"train --base {tiny_base} --data {pairs} --output {tmp_path / name} --steps 6"
@@ -86,13 +86,13 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 
     assert run(*flags("unbroken")).code == 0
 
-    def killed(report: training.StepReport) -> str:
+    def killed(report: following.StepReport) -> str:
         if report.number == 5:
             raise KeyboardInterrupt
         return ""
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_facts", killed)
+        patch.setattr(following, "_facts", killed)
         ran = run(*flags("broken"))
     assert (ran.code, ran.err.splitlines()[-1]) == (130, "sidepath train: interrupted")
     assert not (tmp_path / "broken").exists()

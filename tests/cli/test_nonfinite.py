@@ -41,7 +41,7 @@ def test_a_row_whose_loss_is_not_a_number(run: Run, tiny_base: Path, tmp_path: P
     mended = write_rows(tmp_path / "mended.jsonl", rows)
     refused = run(*flags, mended, "--resume")
     assert refused.code == 2
-    assert "data: the checkpoint has" in refused.err
+    assert "data.digest: the checkpoint has" in refused.err
     assert latest(tmp_path / "out.checkpoints")[0].step == found.step  # type: ignore[union-attr]
     left = run(*flags, mended)
     assert left.code == 2

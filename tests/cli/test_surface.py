@@ -22,13 +22,13 @@ LORA = (
     " --train-whole --scaling --start"
 )
 TRAIN = (
-    "--steps --epochs --batch-size --accumulate --learning-rate --schedule --warmup --weight-decay"
-    " --beta1 --beta2 --clip --seed --autocast --gradient-checkpointing --eval-share --eval-every"
-    " --patience --checkpoint-every --keep-checkpoints --label-smoothing"
+    "--steps --epochs --batch-size --accumulate --packing --workers --optimizer --learning-rate"
+    " --schedule --warmup --weight-decay --beta1 --beta2 --clip --seed --autocast"
+    " --gradient-checkpointing --eval-share --eval-every --patience --checkpoint-every --keep-checkpoints --label-smoothing"
 )
 RUN = (
     f"{COMMON} --data --output --method --eval-data --weights --stream --columns --max-tokens"
-    " --limit --resume --overwrite"
+    " --limit --distributed --dry-run --forgetting --forgetting-data --track --resume --overwrite"
 )
 SURFACE = {
     "demo": "--output --seed",

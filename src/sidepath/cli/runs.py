@@ -56,6 +56,14 @@ class TrainRun(BaseRun):
     distributed: Literal["none", "ddp", "fsdp"] = "none"
     """Train in the processes that torchrun started: each holds the base (ddp), or a share of
     it (fsdp)."""
+    dry_run: bool = False
+    """Plan, audit the data and take the gradients of one step; then stop and write nothing."""
+    forgetting: bool = True
+    """Measure after training what the base forgot: the loss of its own text before and after."""
+    forgetting_data: str | None = None
+    """Text to measure forgetting on; sampled from the base itself when not given."""
+    track: tuple[str, ...] = ()
+    """Trackers that get each step's figures: tensorboard, wandb."""
     resume: bool = False
     """Go on from the newest checkpoint of this output."""
     overwrite: bool = False

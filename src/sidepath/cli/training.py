@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import resource
-import shutil
-import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,39 +16,29 @@ from sidepath.cli.bases import (
     load_tokenizer,
 )
 from sidepath.cli.folders import require_output
-from sidepath.cli.launch import joined, restarted, stopped_by_sigterm
-from sidepath.cli.output import Report, Table, note, progress
+from sidepath.cli.following import checkpoints_of, drop_checkpoints, follow, require_no_leftovers
+from sidepath.cli.launch import joined, restarted
+from sidepath.cli.outcome import Outcome, record, report
+from sidepath.cli.output import Report, Table, note
 from sidepath.cli.runs import TrainRun
 from sidepath.cli.settings import toml
 from sidepath.cli.surface import Call
 from sidepath.config import TrainConfig
-from sidepath.errors import ConfigError, Interrupted, StoreError
+from sidepath.errors import ConfigError
 from sidepath.injection.registry import check_name
 from sidepath.methods import METHODS
 from sidepath.methods.base import Method
 from sidepath.methods.lora import LoRA
 from sidepath.store.adapter import Adapter, inject
-from sidepath.store.folder import lists_all_files
-from sidepath.store.plan import Plan, plan
+from sidepath.store.plan import Plan, plan, readable
 from sidepath.training.data import Data, load_data
 from sidepath.training.evaluate import CAUSAL, GENERATED, evaluate
-from sidepath.training.hub import PREFIX
+from sidepath.training.forgetting import Forgetting, forgetting
+from sidepath.training.loop import probe
 from sidepath.training.loop import train as train_steps
 from sidepath.training.processes import Processes
-from sidepath.training.report import StepReport
 
 SETTINGS = "settings.toml"
-CHECKPOINTS = ".checkpoints"
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What training left behind."""
-
-    reports: list[StepReport]
-    metrics: dict[str, float]
-    peak_memory_bytes: int
-    seconds: float
 
 
 def train(call: Call) -> Report:
@@ -72,57 +55,49 @@ def _train_in(processes: Processes, call: Call, run: TrainRun) -> Report:
     config = settings.build("train", TrainConfig)
     output = Path(run.output)
     check_name(None, output.name)
-    require_output(output, overwrite=run.overwrite)
     resume = run.resume or restarted()
-    if not resume:
-        _require_no_leftovers(output)
+    if not run.dry_run:
+        require_output(output, overwrite=run.overwrite)
+        if not resume:
+            require_no_leftovers(output)
     folder = base_folder(run.base)
     data, held_out = _data(run, config, folder)
+    text = _own_text(run, data, folder)
     torch.manual_seed(config.seed)
     model, method = _base_for(run, method, data, folder)
-    planned = plan(model, method, batch_size=config.batch_size, tokens=data.audit.longest)
+    planned = _planned(model, method, data, config)
     _tell(data, planned, config)
     adapter = inject(model, method, output.name)
     if run.distributed == "fsdp":
         from sidepath.training.sharding import shard
 
         shard(model, processes)
-    done = _train(adapter, data, held_out, config, output, resume, processes)
+    if run.dry_run:
+        return _tried(adapter, data, config, planned)
+    training = train_steps(
+        model,
+        data,
+        config,
+        adapter=adapter.name,
+        held_out=held_out,
+        checkpoints=checkpoints_of(output),
+        resume=resume,
+    )
+    followed = follow(training, output, processes, run.track, settings.as_dict())
+    metrics = _measured(model, held_out, config, processes)
+    lost = _forgotten(adapter, data, run, text)
+    outcome = Outcome(followed, metrics, lost, planned, data)
     if processes.first:
-        record = _record(call.command, run, config, data, done)
-        adapter.save(output, metrics=done.metrics, record=record, files={SETTINGS: toml(settings)})
-        _drop_checkpoints(output)
+        made = record(outcome, config, call.command)
+        adapter.save(output, metrics=metrics, record=made, files={SETTINGS: toml(settings)})
+        drop_checkpoints(output)
     processes.wait()
-    return _report(output, data, planned, done)
-
-
-def _require_no_leftovers(output: Path) -> None:
-    left = _checkpoints_of(output)
-    if any(left.glob("*")):
-        raise StoreError(
-            "an unfinished run of this output left checkpoints",
-            where=left,
-            hint="go on with --resume, or delete that folder",
-        )
-
-
-def _checkpoints_of(output: Path) -> Path:
-    return output.with_name(output.name + CHECKPOINTS)
-
-
-def _drop_checkpoints(output: Path) -> None:
-    """A saved adapter needs no checkpoint any more; what else lies in their folder is left."""
-    folder = _checkpoints_of(output)
-    for path in folder.glob("*"):
-        if path.is_dir() and lists_all_files(path):
-            shutil.rmtree(path)
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+    return report(outcome, output)
 
 
 def _data(run: TrainRun, config: TrainConfig, folder: Path) -> tuple[Data, Data | None]:
     tokenizer = load_tokenizer(folder)
-    limit = min(run.max_tokens, context_tokens(folder) or run.max_tokens)
+    limit = _limit(run, folder)
     columns = run.columns or None
     data = load_data(
         run.data,
@@ -149,6 +124,18 @@ def _data(run: TrainRun, config: TrainConfig, folder: Path) -> tuple[Data, Data 
     return data, None
 
 
+def _own_text(run: TrainRun, data: Data, folder: Path) -> Data | None:
+    """The text to measure forgetting on, read before training so that a fault shows then."""
+    if run.forgetting_data is None:
+        return None
+    return load_data(run.forgetting_data, data.tokenizer, max_tokens=_limit(run, folder))
+
+
+def _limit(run: TrainRun, folder: Path) -> int:
+    """The longest row: what was asked for, and never more than the base's context."""
+    return min(run.max_tokens, context_tokens(folder) or run.max_tokens)
+
+
 def _base_for(run: TrainRun, method: Method, data: Data, folder: Path) -> tuple[nn.Module, Method]:
     """The base for these data; a head that no checkpoint filled is trained whole."""
     if data.task == "causal":
@@ -160,6 +147,20 @@ def _base_for(run: TrainRun, method: Method, data: Data, folder: Path) -> tuple[
     return model, dataclasses.replace(method, train_whole=whole)
 
 
+def _planned(model: nn.Module, method: Method, data: Data, config: TrainConfig) -> Plan:
+    """The plan for the longest batch: packed rows are as long as a row may be."""
+    tokens = data.max_tokens if config.packing else data.audit.longest
+    return plan(
+        model,
+        method,
+        batch_size=config.batch_size,
+        tokens=tokens,
+        checkpointing=config.gradient_checkpointing,
+        supervised=data.audit.supervised_share if data.task == "causal" else 1.0,
+        autocast=config.autocast == "bfloat16",
+    )
+
+
 def _tell(data: Data, planned: Plan, config: TrainConfig) -> None:
     """The audit, and the plan with data types and memory, before the first step."""
     note(str(data.audit))
@@ -167,111 +168,55 @@ def _tell(data: Data, planned: Plan, config: TrainConfig) -> None:
     note(f"computing    autocast {config.autocast}; the optimizer's state in the adapter's dtype")
 
 
-def _train(
-    adapter: Adapter,
-    data: Data,
-    held_out: Data | None,
-    config: TrainConfig,
-    output: Path,
-    resume: bool,
-    processes: Processes,
-) -> Trained:
-    began = time.perf_counter()
-    checkpoints = _checkpoints_of(output)
-    steps = train_steps(
-        adapter.model,
-        data,
-        config,
-        adapter=adapter.name,
-        held_out=held_out,
-        checkpoints=checkpoints,
-        resume=resume,
-    )
-    reports: list[StepReport] = []
-    with stopped_by_sigterm(steps.stop), progress("step") as advance:
-        for report in steps:
-            reports.append(report)
-            for text in report.notices:
-                note(text)
-            advance(report.number, report.total, _facts(report))
-    if steps.interrupted:
-        raise Interrupted(
-            f"stopped after step {reports[-1].number} of {reports[-1].total}",
-            where=checkpoints,
-            hint="the same command with --resume goes on from there, to the same bits",
-        )
-    metrics: dict[str, float] = {}
-    if held_out is not None:
-        names = [name for name in CAUSAL if name not in GENERATED]
-        metrics = evaluate(
-            adapter.model,
-            held_out,
-            metrics=names if data.task == "causal" else None,
-            batch_size=2 * config.batch_size,
-            processes=processes,
-        )
-    return Trained(reports, metrics, peak_memory(), time.perf_counter() - began)
-
-
-def _facts(report: StepReport) -> str:
-    held_out = "" if report.held_out is None else f", held out {report.held_out['loss']:.4f}"
-    return f"loss {report.loss:.4f}{held_out}, {report.tokens_per_second:,.0f} tokens/s"
-
-
-def peak_memory() -> int:
-    """Most memory the process held, in bytes: the GPU's where one was used, else resident."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
-        return int(torch.cuda.max_memory_allocated())
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _record(
-    command: str, run: TrainRun, config: TrainConfig, data: Data, done: Trained
-) -> dict[str, Any]:
-    audit = data.audit
-    return {
-        "task": data.task,
-        "data": {
-            "name": ", ".join(_short(part.name) for part in data.parts),
-            "rows": audit.rows,
-            "digest": data.digest,
-        },
-        "seed": config.seed,
-        "steps": done.reports[-1].number if done.reports else 0,
-        "loss": _losses(done),
-        "command": command,
-    }
-
-
-def _short(name: str) -> str:
-    """A file without its folder; the whole name of a data set on the hub."""
-    return name if name.startswith(PREFIX) else Path(name).name
-
-
-def _losses(done: Trained) -> dict[str, float | None]:
-    losses = [report.loss for report in done.reports]
-    return {"first": losses[0], "last": losses[-1]} if losses else {"first": None, "last": None}
-
-
-def _report(output: Path, data: Data, planned: Plan, done: Trained) -> Report:
+def _tried(adapter: Adapter, data: Data, config: TrainConfig, planned: Plan) -> Report:
+    """What a dry run finds: one step's gradients reach every side path; nothing is changed."""
+    step = probe(adapter.model, data, config, adapter=adapter.name)
     document = {
-        "adapter": str(output),
-        "steps": done.reports[-1].number if done.reports else 0,
-        "loss": _losses(done),
-        "metrics": done.metrics,
+        "dry_run": True,
         "audit": data.audit.as_dict(),
         "plan": planned.as_dict(),
-        "peak_memory_bytes": done.peak_memory_bytes,
-        "seconds": done.seconds,
+        "probe": {
+            "loss": step.loss,
+            "gradient_norm": step.gradient_norm,
+            "tokens": step.tokens,
+            "seconds": step.seconds,
+            "steps": step.total,
+        },
     }
     rows: list[list[object]] = [
-        ["steps", document["steps"]],
-        ["first loss", _losses(done)["first"]],
-        ["last loss", _losses(done)["last"]],
-        *[[f"held out: {name}", value] for name, value in done.metrics.items()],
-        ["peak memory, MiB", done.peak_memory_bytes // 2**20],
-        ["seconds", done.seconds],
+        ["steps there would be", step.total],
+        ["loss of the first one", step.loss],
+        ["its gradient norm", step.gradient_norm],
+        ["its seconds", step.seconds],
+        ["memory of a step, predicted", readable(planned.memory.total)],
+        ["adapter", readable(planned.adapter_bytes)],
     ]
-    return Report(document, [Table("", ["training", "value"], rows), f"adapter in {output}"])
+    last = "a dry run: every side path got a gradient, nothing was trained and nothing written"
+    return Report(document, [Table("", ["dry run", "value"], rows), last])
+
+
+def _measured(
+    model: nn.Module, held_out: Data | None, config: TrainConfig, processes: Processes
+) -> dict[str, float]:
+    if held_out is None:
+        return {}
+    names = [name for name in CAUSAL if name not in GENERATED]
+    return evaluate(
+        model,
+        held_out,
+        metrics=names if held_out.task == "causal" else None,
+        batch_size=2 * config.batch_size,
+        processes=processes,
+    )
+
+
+def _forgotten(adapter: Adapter, data: Data, run: TrainRun, text: Data | None) -> Forgetting | None:
+    """In every process: where weights are sharded, all of them run the model."""
+    if not run.forgetting:
+        return None
+    note("measuring what the base's own text has become to the adapted model")
+    try:
+        return forgetting(adapter.model, data.tokenizer, adapter=adapter.name, data=text)
+    except Exception as error:  # whatever it is, it must not cost the adapter that was trained
+        note(f"forgetting could not be measured: {error}")
+        return None

@@ -77,6 +77,21 @@ def train(
     return Training(run)
 
 
+def probe(
+    model: nn.Module, data: Data, config: TrainConfig | None = None, *, adapter: str | None = None
+) -> StepReport:
+    """The first step's loss and gradients, as `train` would find them; nothing is changed.
+
+    Errors: what the first step of `train` would raise: `NonFinite`, or a `TrainError` that names
+    every side path without a gradient.
+    """
+    config = config or TrainConfig()
+    data.audit.require_trainable(ends_expected=data.schema in ("completion", "messages"))
+    require_fit(model, data)
+    run = Run(trained_of(model, adapter), data, None, config, None, Processes.of_this_run())
+    return run.probe()
+
+
 class Training(Iterator[StepReport]):
     """A run under way: iterate over it for its steps."""
 
@@ -89,6 +104,11 @@ class Training(Iterator[StepReport]):
 
     def __next__(self) -> StepReport:
         return next(self._reports)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model in training."""
+        return self._run.trained.model
 
     @property
     def interrupted(self) -> bool:

@@ -160,29 +160,45 @@ class Run:
     def close_step(self, step: Step, losses: Sequence[Tensor]) -> StepReport:
         """Check the gradients and move the parameters; the weights stand until all is well."""
         parameters = list(self.trained.parameters.values())
-        self.processes.add_gradients(parameters)
-        norm = gradient_norm(parameters)
-        values = torch.stack(list(losses)).tolist()
-        loss = self.processes.total([math.fsum(values)])[0]
-        size = float(norm)
-        self._require_finite(step.batches, values, loss, size)
-        if not self.probed:
-            self.trained.require_gradients()
-            self.probed = True
+        loss, norm = self._checked(step, losses)
         clip_gradients(parameters, self.config.clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        return self._report(step, self.step, loss, float(norm))
+
+    def probe(self) -> StepReport:
+        """The report that the next step would give; nothing is moved."""
+        with self.prepared() as steps:
+            step = self.open_step(next(steps))
+            loss, norm = self._checked(step, self.backward(step))
+            self.optimizer.zero_grad(set_to_none=True)
+            return self._report(step, self.step + 1, loss, float(norm))
+
+    def _checked(self, step: Step, losses: Sequence[Tensor]) -> tuple[float, Tensor]:
+        """The step's loss and gradient norm over all processes, once both are known to be well."""
+        parameters = list(self.trained.parameters.values())
+        self.processes.add_gradients(parameters)
+        norm = gradient_norm(parameters)
+        values = torch.stack(list(losses)).tolist()
+        loss = self.processes.total([math.fsum(values)])[0]
+        self._require_finite(step.batches, values, loss, float(norm))
+        if not self.probed:
+            self.trained.require_gradients()
+            self.probed = True
+        return loss, norm
+
+    def _report(self, step: Step, number: int, loss: float, norm: float) -> StepReport:
         seconds = time.perf_counter() - step.started
         return StepReport(
-            number=self.step,
+            number=number,
             total=self.total,
-            epoch=self.order.passes(self.step),
+            epoch=self.order.passes(number),
             loss=loss,
             tokens=step.tokens,
             tokens_per_second=step.tokens / seconds,
             learning_rate=step.rate,
-            gradient_norm=size,
+            gradient_norm=norm,
             seconds=seconds,
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sidepath.errors import DataError, TrainError
 from sidepath.injection.registry import Installed, registry_of
+from sidepath.store.memory import switch_checkpointing
 from sidepath.training.data import Data
 
 
@@ -148,11 +149,11 @@ def opened(trained: Sequence[Trained], *, gradient_checkpointing: bool) -> Itera
             if registry is not None and trained[0].adapter is not None:
                 registry.routing.active = trained[0].adapter.name
             if checkpointed:
-                _switch_checkpointing(model, on=True)
+                switch_checkpointing(model, on=True)
             yield
         finally:
             if checkpointed:
-                _switch_checkpointing(model, on=False)
+                switch_checkpointing(model, on=False)
             if registry is not None:
                 registry.routing.active = active
             for parameter, required in kept:
@@ -163,16 +164,6 @@ def opened(trained: Sequence[Trained], *, gradient_checkpointing: bool) -> Itera
 
 def _is_checkpointing(model: nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
-def _switch_checkpointing(model: Any, *, on: bool) -> None:
-    """Recompute activations or stop doing so; transformers renamed the methods within 5.x."""
-    kind = "activation" if "activation_checkpointing_enable" in dir(type(model)) else "gradient"
-    if on:
-        # The re-entrant form needs an input that requires a gradient; a frozen base gives none.
-        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-    else:
-        getattr(model, f"{kind}_checkpointing_disable")()
 
 
 @contextlib.contextmanager

@@ -24,7 +24,8 @@ LORA = (
 TRAIN = (
     "--steps --epochs --batch-size --accumulate --packing --workers --optimizer --learning-rate"
     " --schedule --warmup --weight-decay --beta1 --beta2 --clip --seed --autocast"
-    " --gradient-checkpointing --eval-share --eval-every --patience --checkpoint-every --keep-checkpoints --label-smoothing"
+    " --gradient-checkpointing --eval-share --eval-every --patience"
+    " --checkpoint-every --keep-checkpoints --label-smoothing"
 )
 RUN = (
     f"{COMMON} --data --output --method --eval-data --weights --stream --columns --max-tokens"

@@ -133,7 +133,7 @@ class LowRank(WeightDelta):
         super().__init__()
         rows, columns = view.shape
         adapted = sum(stop - start for start, stop in parts) if parts else rows
-        like = torch.empty(0, dtype=dtype or view.weight.dtype, device=view.weight.device)
+        like = torch.empty(0, dtype=dtype or view.dtype, device=view.weight.device)
         self.A = nn.Parameter(like.new_zeros(r * max(1, len(parts)), columns))
         self.B = nn.Parameter(like.new_zeros(adapted, r))
         self.bias = trained_bias(view) if with_bias else None

@@ -76,12 +76,30 @@ def dequantise_(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> list
     _refuse_adapters(model)
     paths = [path for path, module in modules_of(model) if is_packed(module)]
     _exchange(model, paths, lambda module: plain_linear(module, dtype))
+    _forget_packing(model)
+    return paths
+
+
+def _forget_packing(model: nn.Module) -> None:
+    """Take off a transformers model what says that it is packed and how it was unpacked."""
+    own = vars(model)
     for name in ("is_loaded_in_4bit", "is_quantized", "hf_quantizer", "quantization_method"):
-        vars(model).pop(name, None)
-    settings = vars(model).get("config")
+        own.pop(name, None)
+    settings = own.get("config")
     if settings is not None:
         vars(settings).pop("quantization_config", None)
-    return paths
+        vars(settings).pop("_pre_quantization_dtype", None)
+    renamings = own.get("_weight_conversions")
+    if renamings is not None:  # how names change on the way to a file; unpacking has no way back
+        own["_weight_conversions"] = [
+            one
+            for one in renamings
+            if not any("bitsandbytes" in type(step).__module__ for step in _steps(one))
+        ] or None
+
+
+def _steps(renaming: object) -> list[object]:
+    return list(getattr(renaming, "operations", ()))
 
 
 def settle(model: nn.Module) -> nn.Module:

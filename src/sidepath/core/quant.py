@@ -7,14 +7,15 @@ the code of the level nearest to `w / c_k`; dequantised it is `level * c_k` (Det
 bitsandbytes is an optional dependency: it is imported when something has to be packed. Its
 layers change themselves in a forward pass (see `hold_still`, `base_product`); here they do not.
 
-Dimensions: `...` any leading, O out, I in, N sampled numbers.
+Dimensions: `...` any leading, O out, I in.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ LINEAR = "bitsandbytes.nn.modules.Linear4bit"
 TRANSPOSED = "transformers.pytorch_utils.Conv1D"
 BLOCK = 64
 """Numbers under one scale."""
+_HELD = "_sidepath_held"
 
 
 def require_bitsandbytes() -> Any:
@@ -98,10 +100,48 @@ def _dequantised(codes: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     if state.nested:
         scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
     shape = tuple(state.shape)
+    flat = math.prod(shape)
+    # The CPU kernel of bitsandbytes 0.50 gives a row that begins inside a block the scales of
+    # other blocks, so it is shown rows that begin where blocks do.
+    rows = flat // state.blocksize if flat % state.blocksize == 0 else 1
+    seen = shape if shape[-1] % state.blocksize == 0 else (rows, flat // rows)
     result: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
-        codes.reshape(-1, 1), scales.float(), state.blocksize, state.quant_type, shape, dtype
+        codes.reshape(-1, 1), scales.float(), state.blocksize, state.quant_type, seen, dtype
     )
-    return result
+    return result.reshape(shape)
+
+
+class _Product(torch.autograd.Function):
+    """`W x + b` of a packed layer; `W` is dequantised in each pass and never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, module: nn.Module) -> Tensor:
+        ctx.module = module
+        return F.linear(x, dequantised(module, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
+        (gradient_O,) = gradients
+        return gradient_O @ dequantised(ctx.module, gradient_O.dtype), None, None
+
+
+def product(module: Any, x: Tensor) -> Tensor:
+    """`W x + b` in the layer's compute dtype, in `x`'s dtype; gradients reach `x` alone.
+
+    What bitsandbytes' forward pass gives, without its kernel for the whole product.
+    """
+    dtype = compute_dtype(module)
+    bias = None if module.bias is None else module.bias.detach().to(dtype)
+    result: Tensor = _Product.apply(x.to(dtype), bias, module)  # type: ignore[no-untyped-call]
+    return result.to(x.dtype)
+
+
+def misread(module: Any) -> bool:
+    """Whether bitsandbytes' own forward pass would compute with wrong scales (see `hold_still`)."""
+    weight, state = module.weight, state_of(module.weight) or module.quant_state
+    if state is None or weight.device.type != "cpu":
+        return False
+    return bool(state.shape[-1] % state.blocksize)
 
 
 def round_trip(module: Any, W_OI: Tensor) -> Tensor:
@@ -197,25 +237,39 @@ def base_product(x: Tensor, module: Any, forward: Callable[[Tensor], Tensor]) ->
 
 
 def hold_still(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Keep packed layers from rewriting their weight in a forward pass; returns those changed.
+    """Let packed layers compute with the numbers they hold, and leave those alone; returns the
+    layers that were changed for that. Two ways of bitsandbytes 0.50 on CPUs are kept off:
 
-    On processors with AVX512-BF16, bitsandbytes repacks a layer on the first forward pass in
-    eval mode: its codes move, its scales are rounded to bfloat16, and from then on no gradient
-    passes through it and `dequantize_4bit` gives other numbers. The inverse is `let_go`.
+    - With AVX512-BF16 it repacks a layer on the first forward pass in eval mode: its codes move,
+      its scales are rounded to bfloat16, and from then on `dequantize_4bit`, and so the gradient,
+      reads other numbers.
+    - With AVX512 it takes wrong scales where a row does not begin a block (`in_features` is no
+      multiple of 64): outputs are off by more than half their size. Such layers get a forward
+      pass of their own, `product`.
+
+    In place; the inverse is `let_go`.
     """
     changed = []
     for module in modules:
-        if is_packed(module) and vars(module).get("support_avx512bf16_for_cpu"):
-            _unmingle(module)
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            changed.append(module)
+        if not is_packed(module) or vars(module).get(_HELD):
+            continue
+        _unmingle(module)
+        repacks = vars(module).get("support_avx512bf16_for_cpu", False)
+        module.__dict__[_HELD] = (repacks, shadowed := misread(module))
+        module.__dict__["support_avx512bf16_for_cpu"] = False
+        if shadowed:
+            module.__dict__["forward"] = partial(product, module)
+        changed.append(module)
     return changed
 
 
 def let_go(modules: Iterable[nn.Module]) -> None:
     """Give back what `hold_still` changed. In place."""
     for module in modules:
-        module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+        repacks, shadowed = module.__dict__.pop(_HELD)
+        module.__dict__["support_avx512bf16_for_cpu"] = repacks
+        if shadowed:
+            module.__dict__.pop("forward", None)
 
 
 def _unmingle(module: nn.Module) -> None:
@@ -223,65 +277,3 @@ def _unmingle(module: nn.Module) -> None:
     state = state_of(module.weight)  # type: ignore[arg-type]
     if getattr(state, "packing_format_for_cpu", False):
         module.state_dict()
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How one tensor is packed, wherever it lies: in memory or in a file."""
-
-    quant_type: str
-    dtype: torch.dtype
-    """The dtype it was quantised from."""
-    shape: tuple[int, ...]
-    blocksize: int
-    nested_blocksize: int
-    """Scales under one scale of their own; 0 without double quantisation."""
-    offset: float
-    """Mean of the scales, taken off before they are quantised."""
-
-
-Take = Callable[[str, Sequence[int]], Tensor]
-"""Some numbers of one of a packed tensor's parts, by position. Parts have bitsandbytes' names:
-`weight` (bytes of two codes), `absmax`, `quant_map`, `nested_absmax`, `nested_quant_map`."""
-
-
-def intervals(packing: Packing, take: Take, positions: Sequence[int]) -> Tensor:
-    """(N, 3) in float64: the dequantised number at each position of the flattened (O, I) matrix,
-    and the least and the greatest number that could have been quantised to it.
-
-    A number lies between the midpoints to the neighbouring levels (the outermost levels are its
-    bounds), times its block's scale; a quantised scale lies between such midpoints itself; and
-    the number was rounded to the dtype it was quantised from.
-    """
-    at = torch.tensor(list(positions), dtype=torch.long)
-    pairs = take("weight", (at // 2).tolist()).long()
-    codes = torch.where(at % 2 == 0, pairs >> 4, pairs & 15)
-    levels = take("quant_map", range(16)).double()
-    level, below, above = _neighbours(levels, codes)
-    scale, least, most = _scales(packing, take, (at // packing.blocksize).tolist())
-    bounds = torch.stack([below * least, below * most, above * least, above * most])
-    step = torch.finfo(packing.dtype).eps * bounds.abs().amax(0) / 2 + scale.abs() * 2.0**-20
-    return torch.stack([level * scale, bounds.amin(0) - step, bounds.amax(0) + step], dim=1)
-
-
-def _scales(packing: Packing, take: Take, blocks: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Each block's scale, and the least and greatest it could have been."""
-    found = take("absmax", blocks)
-    if not packing.nested_blocksize:
-        scale = found.double()
-        return scale, scale, scale
-    levels = take("nested_quant_map", range(256)).double()
-    own = take("nested_absmax", [block // packing.nested_blocksize for block in blocks]).double()
-    level, below, above = _neighbours(levels, found.long())
-    scale, least, most = (part * own + packing.offset for part in (level, below, above))
-    return scale, least.clamp(min=0), most
-
-
-def _neighbours(levels: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The level of each code, and the midpoints to the next lower and higher level."""
-    ordered = torch.unique(levels)
-    level = levels[codes]
-    place = torch.searchsorted(ordered, level)
-    below = (level + ordered[(place - 1).clamp(min=0)]) / 2
-    above = (level + ordered[(place + 1).clamp(max=len(ordered) - 1)]) / 2
-    return level, below, above

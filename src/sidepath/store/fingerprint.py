@@ -158,6 +158,11 @@ def fingerprint(
     return Fingerprint(dict(_of_parameters(base, kept)))
 
 
+def fingerprint_of(tensors: Mapping[str, torch.Tensor]) -> Fingerprint:
+    """The fingerprint of plain tensors by parameter name."""
+    return Fingerprint(dict(_of_parameters(nn.Module(), tensors.items())))
+
+
 def same_base(recorded: Fingerprint, found: Fingerprint) -> list[str]:
     """The reasons why `found` is not the recorded base: an empty list when it is.
 

@@ -16,7 +16,13 @@ from sidepath.errors import ConfigError, StoreError
 from sidepath.injection.registry import Installed
 from sidepath.methods.base import Method, Site
 from sidepath.methods.lora import LoRA, LowRank
-from sidepath.store.fingerprint import checkpoint_files, fingerprint, same_base
+from sidepath.store.fingerprint import (
+    Fingerprint,
+    checkpoint_files,
+    fingerprint,
+    fingerprint_of,
+    same_base,
+)
 from sidepath.store.tensors import FLOATING, TensorInfo, load_tensors, read_header
 
 Originals = str | os.PathLike[str] | Mapping[str, Tensor] | None
@@ -52,7 +58,7 @@ def residual_source(
     faults = [f"{path}.weight: missing" for path, name in names.items() if name is None]
     if faults:
         raise StoreError("the originals lack weights of the base", faults=faults)
-    return {path: _residual(view, readers[str(names[path])]) for path, view in packed.items()}
+    return {path: _residual(path, view, readers[str(names[path])]) for path, view in packed.items()}
 
 
 def start_at_residuals(installed: Installed, residuals: Residuals) -> None:
@@ -63,9 +69,11 @@ def start_at_residuals(installed: Installed, residuals: Residuals) -> None:
         delta.start_at_(residual())
 
 
-def _residual(view: PackedView, read: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def _residual(path: str, view: PackedView, read: Callable[[], Tensor]) -> Callable[[], Tensor]:
     def residual() -> Tensor:
         W = read().to(view.weight.device, torch.float32)
+        if not torch.isfinite(W).all():
+            raise StoreError("an original weight is not finite", where=f"{path}.weight")
         return (W.T if stored_transposed(view.module) else W) - view.matrix()
 
     return residual
@@ -74,6 +82,7 @@ def _residual(view: PackedView, read: Callable[[], Tensor]) -> Callable[[], Tens
 def _readers(model: nn.Module, originals: Originals) -> dict[str, Callable[[], Tensor]]:
     """By name, how to get each original tensor."""
     if isinstance(originals, Mapping):
+        _refuse_other(model, fingerprint_of(originals), None)
         return {name: tensor.detach for name, tensor in originals.items()}
     folder = originals
     if folder is None:
@@ -84,16 +93,20 @@ def _readers(model: nn.Module, originals: Originals) -> dict[str, Callable[[], T
             found=f"the model says it was loaded from {folder}" if folder else None,
             hint="inject(..., originals=FOLDER), a transformers folder of the unquantised base",
         )
-    faults = same_base(fingerprint(model), fingerprint(folder))
+    _refuse_other(model, fingerprint(folder), folder)
     readers: dict[str, Callable[[], Tensor]] = {}
     for path in checkpoint_files(Path(folder)):
         for name, info in read_header(path, floating_only=False).items():
             if info.dtype in FLOATING:
                 readers[name] = partial(_stored, path, name, info)
+    return readers
+
+
+def _refuse_other(model: nn.Module, found: Fingerprint, where: object) -> None:
+    faults = same_base(fingerprint(model), found)
     faults = [fault for fault in faults if not fault.endswith(": missing")]
     if faults:
-        raise StoreError("the originals are another base's", where=folder, faults=faults)
-    return readers
+        raise StoreError("the originals are another base's", where=where, faults=faults)
 
 
 def _stored(path: Path, name: str, info: TensorInfo) -> Tensor:

@@ -87,6 +87,17 @@ def test_stored_packed_folders_need_no_flag(tiny_base: Path, tmp_path: Path) -> 
         load_causal(tmp_path / "packed", "auto", "cpu", "nf4")
 
 
+def test_inspect_over_a_packed_folder(
+    run: Run, tiny_base: Path, packed_adapter: Path, tmp_path: Path
+) -> None:
+    model = load_causal(tiny_base, "auto", "cpu", "nf4")
+    model.save_pretrained(tmp_path / "packed")  # type: ignore[operator]
+    ran = run("inspect", packed_adapter, "--base", tmp_path / "packed", "--json")
+    assert ran.code == 0, ran.err
+    assert "14 weights of the base are stored quantised" in ran.err
+    assert {layer["relative_norm"] for layer in ran.document["layers"]} == {None}
+
+
 def test_a_new_head_is_not_packed(tiny_base: Path) -> None:
     model, fresh = load_classifier(tiny_base, ("a", "b"), 0, "auto", "cpu", "nf4")
     assert fresh == ("score",)

@@ -51,7 +51,7 @@ def residual_source(
         raise ConfigError(
             'start="loftq" needs a quantised base: there is no residual to start from',
             found="no target is a 4-bit layer",
-            hint="load the base with --quantise nf4 (sidepath.quantise_), or choose another start",
+            hint="load the base with --quantise nf4, or choose another start",
         )
     readers = _readers(model, originals)
     names = {path: _found(f"{path}.weight", readers) for path in packed}

@@ -19,6 +19,7 @@ from sidepath.injection.quantising import quantise_
 from sidepath.store import packed as module
 from sidepath.store.adapter import SidepathNotice, inject, load
 from sidepath.store.fingerprint import Fingerprint, fingerprint, same_base
+from sidepath.store.plan import plan
 from tests.conftest import outputs, randomise, tiny_bert, tiny_gpt2, tiny_llama
 from tests.store.quantised import packed, plain, stored
 
@@ -148,6 +149,20 @@ def test_a_malformed_packed_folder_is_refused(tmp_path: Path, fault: str) -> Non
     path.write_bytes(struct.pack("<Q", len(text)) + text + body)
     with pytest.raises(StoreError, match="malformed"):
         fingerprint(folder)
+
+
+def test_a_plan_over_it_changes_nothing() -> None:
+    """The plan's twin has no memory: the packed weights and their scales stay where they are."""
+    model = tiny_llama()
+    quantise_(model)
+    before, base = fingerprint(model), outputs(model, IDS)
+    found = plan(model, LoRA(r=2))
+    assert len(found.sites) == 14
+    assert found.trainable == sum(
+        p.numel() for p in inject(tiny_llama(), LoRA(r=2), "x").parameters()
+    )
+    assert fingerprint(model) == before
+    assert torch.equal(outputs(model, IDS), base)
 
 
 # -- adapters over it ---------------------------------------------------------------------------

@@ -65,6 +65,11 @@ def state_of(weight: Tensor) -> Any:
     return getattr(weight, "quant_state", None)
 
 
+def can_pack(module: nn.Module) -> bool:
+    """Whether `packed_linear` can stand in for a module: of exactly the classes it names."""
+    return type(module) is nn.Linear or qualified(type(module)) == TRANSPOSED
+
+
 def compute_dtype(module: Any) -> torch.dtype:
     """The dtype a packed layer multiplies in: the one it was given, else the one it was
     quantised from.
@@ -144,17 +149,6 @@ def misread(module: Any) -> bool:
     return bool(state.shape[-1] % state.blocksize)
 
 
-def round_trip(module: Any, W_OI: Tensor) -> Tensor:
-    """`W` quantised as this layer's own weight is, and back again; float32, nothing changes."""
-    weight = module.weight
-    return nearest_levels(
-        W_OI.to((state_of(weight) or module.quant_state).dtype),
-        quant_type=weight.quant_type,
-        blocksize=weight.blocksize,
-        double=weight.compress_statistics,
-    )
-
-
 def nearest_levels(
     W_OI: Tensor, *, quant_type: str = "nf4", blocksize: int = BLOCK, double: bool = True
 ) -> Tensor:
@@ -181,8 +175,8 @@ def packed_linear(
     bnb = require_bitsandbytes()
     weight = module.weight
     assert isinstance(weight, Tensor)
-    source = next(cls for cls in type(module).__mro__ if qualified(cls) != LINEAR)
-    W_OI = weight.detach().T if qualified(source) == TRANSPOSED else weight.detach()
+    turned = qualified(type(module)) == TRANSPOSED
+    W_OI = weight.detach().T if turned else weight.detach()
     rows, columns = W_OI.shape
     bias = module._parameters.get("bias")
     settings = {"compress_statistics": double, "quant_type": "nf4"}
@@ -194,7 +188,7 @@ def packed_linear(
     made._parameters["weight"] = codes.to(weight.device)
     if bias is not None:
         made._parameters["bias"] = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-    made.__dict__["source_cls"] = source
+    made.__dict__["source_cls"] = type(module)  # as transformers notes it
     hold_still([made])
     return made.train(module.training)
 

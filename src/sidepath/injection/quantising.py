@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sidepath.core.quant import (
+    can_pack,
     hold_still,
     is_packed,
     packed_linear,
@@ -48,7 +49,7 @@ def quantise_(
     paths = [
         path
         for path in preset_paths(model, "all-linear")
-        if not is_packed(modules[path]) and not any(name_matches(one, path) for one in exclude)
+        if can_pack(modules[path]) and not any(name_matches(one, path) for one in exclude)
     ]
     weights = {path: modules[path].weight for path in paths}
     faults = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sidepath.core.packing import Packing, intervals
@@ -14,7 +14,11 @@ from sidepath.core.quant import require_bitsandbytes
 bnb: Any = require_bitsandbytes()
 
 
-@settings(max_examples=40, deadline=None)
+@example(kind="fp4", double=True, dtype=torch.float32, scale=1.0, seed=15765)
+@example(kind="nf4", double=True, dtype=torch.float32, scale=1.0, seed=15717)
+@example(kind="nf4", double=True, dtype=torch.float32, scale=1.0, seed=15834)
+@example(kind="nf4", double=True, dtype=torch.float32, scale=1.0, seed=15287)
+@settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(["nf4", "fp4"]),
     double=st.booleans(),

@@ -16,7 +16,7 @@ from sidepath.cli.surface import VERBS, sections_of
 
 from .conftest import Run
 
-COMMON = "--base --dtype --device"
+COMMON = "--base --dtype --device --quantise"
 LORA = (
     "--r --alpha --dropout --targets --exclude --rank-pattern --alpha-pattern --layers --bias"
     " --train-whole --scaling --start"
@@ -44,7 +44,7 @@ SURFACE = {
         " --temperature --batch-size --limit --seed"
     ),
     "inspect": "--base",
-    "merge": "--skip-parity --dtype --allow-other-base --overwrite",
+    "merge": "--skip-parity --dtype --quantise --allow-other-base --overwrite",
     "config": f"{RUN} {LORA} --lora-dtype {TRAIN}",
 }
 PLACES = {

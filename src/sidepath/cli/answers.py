@@ -104,9 +104,9 @@ def _answering(
             hint="give the adapter that was trained on such data with --adapter",
         )
     if labels:
-        model, _ = load_classifier(folder, labels, pad_id, run.dtype, run.device)
+        model, _ = load_classifier(folder, labels, pad_id, run.dtype, run.device, run.quantise)
     else:
-        model = load_causal(folder, run.dtype, run.device)
+        model = load_causal(folder, run.dtype, run.device, run.quantise)
     if run.adapter is not None:
         load(model, run.adapter, NAME, allow_other_base=run.allow_other_base)
     return model.eval()

@@ -58,11 +58,16 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_causal(folder: Path, dtype: str, device: str) -> nn.Module:
-    """The base as a causal language model, every weight of it from the folder."""
+def load_causal(folder: Path, dtype: str, device: str, quantise: str = "none") -> nn.Module:
+    """The base as a causal language model, every weight of it from the folder.
+
+    With `quantise="nf4"` the linear layers of its body are packed as they are read; they compute
+    in `dtype`, bfloat16 when that is `auto`, and everything else is kept in it. A folder that is
+    stored packed is loaded as it is. Errors: `MissingExtra` without bitsandbytes.
+    """
     from transformers import AutoModelForCausalLM
 
-    model, fresh = _load(AutoModelForCausalLM, folder, dtype, device, {})
+    model, fresh = _load(AutoModelForCausalLM, folder, dtype, device, {}, quantise)
     if fresh:
         raise StoreError(
             "the base's checkpoint lacks weights of a causal language model",
@@ -74,7 +79,12 @@ def load_causal(folder: Path, dtype: str, device: str) -> nn.Module:
 
 
 def load_classifier(
-    folder: Path, labels: Sequence[str], pad_id: int, dtype: str, device: str
+    folder: Path,
+    labels: Sequence[str],
+    pad_id: int,
+    dtype: str,
+    device: str,
+    quantise: str = "none",
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The base with a classification head; also the modules that no checkpoint filled.
 
@@ -89,7 +99,9 @@ def load_classifier(
         "label2id": {label: number for number, label in names.items()},
     }
     model: Any
-    model, fresh = _load(AutoModelForSequenceClassification, folder, dtype, device, options)
+    model, fresh = _load(
+        AutoModelForSequenceClassification, folder, dtype, device, options, quantise
+    )
     text_config: Any = model.config.get_text_config()
     if text_config.pad_token_id is None:
         # A classifier reads the last token that is no padding, so it has to know which is.
@@ -152,25 +164,87 @@ def quiet() -> None:
 
 
 def _load(
-    kind: Any, folder: Path, dtype: str, device: str, options: Mapping[str, Any]
+    kind: Any,
+    folder: Path,
+    dtype: str,
+    device: str,
+    options: Mapping[str, Any],
+    quantise: str,
 ) -> tuple[nn.Module, list[str]]:
+    from sidepath.injection.quantising import settle
     from sidepath.store.fingerprint import checkpoint_files
 
     quiet()
     place = device_of(device)
     checkpoint_files(folder)
+    packing = _packing(kind, folder, dtype, place, quantise)
     with _understood(folder, "the base cannot be loaded"):
         model, notes = kind.from_pretrained(
             folder,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
-            **options,
+            **{"dtype": dtype if dtype == "auto" else getattr(torch, dtype), **packing, **options},
         )
-    model.to(place).eval()
-    return model, sorted(notes["missing_keys"])
+    if not packing:
+        model.to(place)
+    return settle(model.eval()), sorted(notes["missing_keys"])
+
+
+def _packing(
+    kind: Any, folder: Path, dtype: str, place: torch.device, quantise: str
+) -> dict[str, Any]:
+    """What transformers is asked for to load a packed base; empty for a plain one."""
+    from sidepath.core.quant import require_bitsandbytes
+
+    stored = vars(_config_of(folder)).get("quantization_config")
+    if stored is None and quantise == "none":
+        return {}
+    if stored is not None:
+        values = stored if isinstance(stored, dict) else stored.to_dict()
+        kind = values.get("bnb_4bit_quant_type") if values.get("load_in_4bit") else None
+        if quantise not in ("none", kind):
+            raise ConfigError(
+                f"--quantise {quantise}, but the base is stored quantised in another way",
+                where=folder,
+                found=values.get("quant_method"),
+                hint="leave --quantise out, or give the unquantised base",
+            )
+        if values.get("quant_method") == "bitsandbytes":
+            require_bitsandbytes()
+        return {"device_map": {"": place}}
+    require_bitsandbytes()
+    from transformers import BitsAndBytesConfig
+
+    compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantise,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=_heads(kind, folder),
+    )
+    return {"dtype": compute, "quantization_config": settings, "device_map": {"": place}}
+
+
+def _heads(kind: Any, folder: Path) -> list[str]:
+    """Modules that are not packed: the heads, the output embedding, and what may be drawn anew.
+
+    Left to itself, transformers makes a new classification head a 4-bit layer without numbers.
+    """
+    from sidepath.injection.architecture import head_paths, modules_of, output_embedding
+
+    settings = _config_of(folder)
+    with _understood(folder, "the base's config cannot be used"), torch.device("meta"):
+        skeleton: nn.Module = kind.from_config(settings, trust_remote_code=False)
+    last = output_embedding(skeleton)
+    inner = [
+        path
+        for path, module in modules_of(skeleton)
+        if module is last or path.rpartition(".")[2] in HEAD_PARTS
+    ]
+    return list(dict.fromkeys([*head_paths(skeleton), *inner]))
 
 
 @contextmanager

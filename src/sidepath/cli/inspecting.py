@@ -13,7 +13,7 @@ from sidepath.cli.surface import Call
 from sidepath.errors import ConfigError, StoreError, WrongBase
 from sidepath.store import manifest as manifests
 from sidepath.store.fingerprint import checkpoint_files, fingerprint, same_base
-from sidepath.store.tensors import load_tensors, read_header
+from sidepath.store.tensors import FLOATING, load_tensors, read_header
 
 LARGEST_SHOWN = 4
 """Singular values a row of the table shows; the document holds all."""
@@ -69,13 +69,20 @@ def _require_base(adapter: Path, base: Path) -> None:
 def _norms(folder: Path, found: dict[str, Factors]) -> dict[str, float]:
     """The Frobenius norm of each adapted weight that the base's checkpoint holds."""
     norms: dict[str, float] = {}
+    packed = 0
     for path in checkpoint_files(folder):
         for key, info in read_header(path, floating_only=False).items():
             owner = key.removesuffix(".weight")
             name = next((name for name in found if _same_module(name, owner)), None)
-            if name is not None and key.endswith(".weight"):
+            if name is None or not key.endswith(".weight"):
+                continue
+            if info.dtype not in FLOATING:
+                packed += 1
+            else:
                 (tensor,) = load_tensors(path, {key: info}).values()
                 norms[name] = float(tensor.double().norm())
+    if packed:
+        note(f"{packed} weights of the base are stored quantised: no norm relative to them")
     return norms
 
 

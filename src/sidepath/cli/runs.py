@@ -12,6 +12,7 @@ from sidepath.config import check, require
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+Quantise = Literal["none", "nf4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,9 @@ class BaseRun:
     """Data type of the base's weights in memory; `auto` keeps the one they are stored in."""
     device: Device = "auto"
     """Where to compute; `auto` takes the GPU when there is one."""
+    quantise: Quantise = "none"
+    """Pack the base's linear layers into 4 bits (`nf4`) while loading it; they compute in
+    `dtype`, bfloat16 when that is `auto`. A base that is stored packed needs no flag."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -181,6 +185,9 @@ class MergeRun:
     """Publish without running the merged model beside the un-merged one."""
     dtype: Dtype = "auto"
     """Data type of the merged weights; `auto` keeps the base's."""
+    quantise: Quantise = "none"
+    """Say what share of each update would survive packing the merged weights into 4 bits
+    (`nf4`); what is written is not packed."""
     overwrite: bool = False
     """Replace the merged model that the output folder holds."""
     allow_other_base: bool = False

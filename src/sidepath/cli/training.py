@@ -139,8 +139,10 @@ def _limit(run: TrainRun, folder: Path) -> int:
 def _base_for(run: TrainRun, method: Method, data: Data, folder: Path) -> tuple[nn.Module, Method]:
     """The base for these data; a head that no checkpoint filled is trained whole."""
     if data.task == "causal":
-        return load_causal(folder, run.dtype, run.device), method
-    model, fresh = load_classifier(folder, data.labels, data.pad_id, run.dtype, run.device)
+        return load_causal(folder, run.dtype, run.device, run.quantise), method
+    model, fresh = load_classifier(
+        folder, data.labels, data.pad_id, run.dtype, run.device, run.quantise
+    )
     if not isinstance(method, LoRA):
         raise ConfigError(f"method {method.method} cannot learn text with labels")
     whole = (*method.train_whole, *(head for head in fresh if head not in method.train_whole))

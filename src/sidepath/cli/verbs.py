@@ -43,11 +43,21 @@ def merge(call: Call) -> Report:
         skip_parity=run.skip_parity,
         dtype=None if run.dtype == "auto" else run.dtype,
         allow_other_base=run.allow_other_base,
+        requantise=None if run.quantise == "none" else run.quantise,
     )
     document = found.as_dict()
     rows = [[name, value] for name, value in (document["parity"] or {}).items()]
     table = Table("parity: merged against un-merged", ["measure", "value"], rows)
-    return Report(document, [f"merged model in {output}", *([table] if rows else [])])
+    told: list[str | Table] = [f"merged model in {output}", *([table] if rows else [])]
+    if found.dequantised:
+        told.append(f"{found.dequantised} weights of the 4-bit base were dequantised")
+    left = document.get("requantised")
+    if left is not None:
+        layers = [[one["name"], one["share"], one["relative_error"]] for one in left["layers"]]
+        title = f"packed into {run.quantise} again, this is left of the update"
+        total = ["all layers", left["share"], left["relative_error"]]
+        told.append(Table(title, ["layer", "share", "relative error"], [*layers, total]))
+    return Report(document, told)
 
 
 def config(call: Call) -> Report:

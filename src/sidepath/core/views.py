@@ -13,9 +13,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sidepath.core import quant
 from sidepath.kernels.lowrank import low_rank
 
 Kind = Literal["linear", "conv1d_transposed", "embedding", "conv"]
@@ -55,6 +57,11 @@ class DenseView(View, ABC):
         return bias if isinstance(bias, Tensor) else None
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the layer computes in."""
+        return self.weight.dtype
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(O, I) of the matrix."""
         rows, columns = self.matrix().shape
@@ -66,7 +73,11 @@ class DenseView(View, ABC):
 
     @abstractmethod
     def from_matrix(self, W_OI: Tensor) -> Tensor:
-        """An (O, I) matrix in the layout of the module's own parameter."""
+        """An (O, I) matrix in the layout of the module's own parameter.
+
+        It is an `nn.Parameter` where the module's own could not hold it: then it takes that one's
+        place while merged, and the own one comes back when unmerged.
+        """
 
     @abstractmethod
     def product(self, x: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
@@ -148,7 +159,31 @@ class ConvView(DenseView):
         return convolve(hidden, B_OR.reshape(*B_OR.shape, *point), groups=groups)
 
 
+class PackedView(LinearView):
+    """bitsandbytes' `Linear4bit`: codes of 4 bits, a matrix only when it is asked for."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return quant.base_product(args[0], self.module, super().__call__)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return quant.compute_dtype(self.module)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.module.out_features), int(self.module.in_features)  # type: ignore[arg-type]
+
+    def matrix(self) -> Tensor:
+        """`W0` dequantised, in float32; made anew at each call."""
+        return quant.dequantised(self.module)
+
+    def from_matrix(self, W_OI: Tensor) -> Tensor:
+        plain = W_OI.to(self.dtype).contiguous()
+        return nn.Parameter(plain, requires_grad=False)
+
+
 VIEWS: dict[str, type[DenseView]] = {
+    quant.LINEAR: PackedView,
     "torch.nn.modules.linear.Linear": LinearView,
     "transformers.pytorch_utils.Conv1D": TransposedView,
     "torch.nn.modules.sparse.Embedding": EmbeddingView,
@@ -165,11 +200,13 @@ NEVER_CALLED = "torch.nn.modules.linear.NonDynamicallyQuantizableLinear"
 def view_of(module: nn.Module) -> DenseView | None:
     """The dense view of a module, or None where no side path can stand beside it."""
     for cls in type(module).__mro__:
-        name = f"{cls.__module__}.{cls.__qualname__}"
+        name = quant.qualified(cls)
         if name == NEVER_CALLED:
             return None
         if name in VIEWS:
-            return VIEWS[name](module) if _plain_weight(module) else None
+            view = VIEWS[name]
+            usable = view is PackedView or _plain_weight(module)
+            return view(module) if usable else None
     return None
 
 

@@ -72,13 +72,21 @@ def unfolded(model: nn.Module, registry: Registry) -> Iterator[None]:
 
 @torch.no_grad()
 def _swap(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Put tensors in the place of the model's own; returns what was there."""
-    before = {}
+    """Put tensors in the place of the model's own; returns what was there.
+
+    A parameter takes the place of a whole parameter (a packed one holds more than its numbers);
+    a plain tensor that of the numbers in it, so that whoever holds the parameter sees them.
+    """
+    before: dict[str, Tensor] = {}
     for full, tensor in tensors.items():
         path, _, local = full.rpartition(".")
         module = model.get_submodule(path)
         held = module._parameters.get(local)
-        if held is not None:
+        if isinstance(tensor, nn.Parameter):
+            assert held is not None
+            before[full] = held
+            module._parameters[local] = tensor
+        elif held is not None:
             before[full] = held.data
             held.data = tensor
         else:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sidepath.core.adapted import CHILD, SidePaths
 from sidepath.core.delta import Delta
+from sidepath.core.quant import hold_still, let_go
 from sidepath.core.routing import Routing
 from sidepath.errors import BadName, NameTaken, UnknownAdapter, nearest
 from sidepath.methods.base import Method, Site
@@ -49,6 +50,8 @@ class Registry:
     """The base's fingerprint, kept where its weights are no longer whole (sharded)."""
     frozen: dict[str, bool] = field(default_factory=dict)
     """`requires_grad` of each base parameter before the first injection."""
+    held: list[nn.Module] = field(default_factory=list)
+    """Quantised layers that are kept from rewriting their own weight."""
 
     def adapter(self, name: str) -> Installed:
         """The adapter of that name, or `UnknownAdapter` with the nearest names."""
@@ -94,6 +97,7 @@ def open_registry(model: nn.Module) -> Registry:
         for name, parameter in model.named_parameters():
             registry.frozen[name] = parameter.requires_grad
             parameter.requires_grad_(False)
+        registry.held = hold_still(model.modules())
         model.__dict__[_ATTRIBUTE] = registry
     return registry
 
@@ -102,6 +106,7 @@ def close_registry(model: nn.Module, registry: Registry) -> None:
     """Take the registry off a model without adapters and thaw what was not frozen. In place."""
     for name, parameter in base_parameters(model):
         parameter.requires_grad_(registry.frozen.get(name, True))
+    let_go(registry.held)
     del model.__dict__[_ATTRIBUTE]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from sidepath.core.adapted import CHILD
 from sidepath.core.views import DenseView, view_of
 from sidepath.errors import TargetNotFound, UnsupportedModule, closest
 from sidepath.injection.architecture import (
@@ -107,7 +108,23 @@ def _whole_paths(modules: Mapping[str, nn.Module], patterns: tuple[str, ...]) ->
                 found[path] = pattern
     if faults:
         raise TargetNotFound(_headline(faults), faults=faults[1:])
+    _refuse_packed(modules, found)
     return found
+
+
+def _refuse_packed(modules: Mapping[str, nn.Module], whole: Mapping[str, str]) -> None:
+    faults = [
+        f"{path}.{name}: {parameter.dtype}"
+        for path in whole
+        for name, parameter in modules[path].named_parameters()
+        if CHILD not in name.split(".") and not parameter.is_floating_point()
+    ]
+    if faults:
+        raise UnsupportedModule(
+            "quantised modules cannot be trained whole",
+            faults=faults,
+            hint="adapt them with low-rank targets, or load the base without quantising them",
+        )
 
 
 def _bias_sites(
@@ -161,12 +178,18 @@ def _not_found(pattern: str, paths: Iterable[str]) -> str:
 def _refuse_unsupported(pattern: str, modules: Mapping[str, nn.Module]) -> None:
     name = pattern.partition(":")[0]
     found = [path for path in modules if name_matches(name, path)]
-    if found and pattern not in PRESETS:
+    if pattern in PRESETS:  # linear layers that no view is known for: quantised in another way
+        found = [
+            path
+            for path, module in modules.items()
+            if isinstance(module, nn.Linear) and view_of(module) is None
+        ]
+    if found:
         shown = [f"{path} ({type(modules[path]).__name__})" for path in found]
         raise UnsupportedModule(
             f'pattern "{pattern}" matches {len(found)} modules, none of which holds a matrix '
             "a side path can stand beside",
-            expected="Linear, Conv1D, Embedding, Conv1d/2d/3d",
+            expected="Linear, Conv1D, Embedding, Conv1d/2d/3d, and bitsandbytes' Linear4bit",
             faults=shown,
             hint="name the dense layers inside, or train the module whole",
         )

@@ -22,6 +22,7 @@ from sidepath.core.views import DenseView, View
 from sidepath.kernels.lowrank import Part, add_parts, parts_matrix, product_matrix
 from sidepath.methods.base import Method, Selection, Site
 from sidepath.methods.bias import trained_bias
+from sidepath.methods.starts import best_factors
 
 MAX_RANK = 65_536
 
@@ -55,8 +56,10 @@ class LoRA(Method):
     """Modules trained whole in a copy of the adapter's own, such as a classification head."""
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     """The update's factor: the paper's, or the rank-stabilised one (Kalajdzievski, 2023)."""
-    start: Literal["kaiming", "gaussian"] = "kaiming"
-    """How A starts: uniform as in the original code, or Gaussian as in the paper."""
+    start: Literal["kaiming", "gaussian", "loftq"] = "kaiming"
+    """How A starts: uniform as in the original code, or Gaussian as in the paper. `loftq`: over a
+    quantised base, A and B start at what quantising took away, so that the first outputs are
+    nearer to the unquantised base's (Li et al., 2023); its weights are read for that."""
     dtype: Literal["float32", "bfloat16", "float16", "base"] = "float32"
     """Data type of A and B; `base` takes that of the layer they stand beside."""
 
@@ -106,7 +109,8 @@ class LoRA(Method):
             with_bias=self.bias != "none" and view.bias is not None,
             dtype=None if self.dtype == "base" else getattr(torch, self.dtype),
         )
-        delta.start_(self.start)
+        # What quantising took away is known where the unquantised weights are (`start_at_`).
+        delta.start_("kaiming" if self.start == "loftq" else self.start)
         return delta
 
 
@@ -133,7 +137,7 @@ class LowRank(WeightDelta):
         super().__init__()
         rows, columns = view.shape
         adapted = sum(stop - start for start, stop in parts) if parts else rows
-        like = torch.empty(0, dtype=dtype or view.weight.dtype, device=view.weight.device)
+        like = torch.empty(0, dtype=dtype or view.dtype, device=view.weight.device)
         self.A = nn.Parameter(like.new_zeros(r * max(1, len(parts)), columns))
         self.B = nn.Parameter(like.new_zeros(adapted, r))
         self.bias = trained_bias(view) if with_bias else None
@@ -156,6 +160,18 @@ class LowRank(WeightDelta):
         else:
             bound = 1.0 / math.sqrt(self.A.shape[1])
             self.A.uniform_(-bound, bound)
+
+    @torch.no_grad()
+    def start_at_(self, M_OI: Tensor) -> None:
+        """Start at the `ΔW` nearest to a matrix: with parts, nearest in each part's rows. In place.
+
+        `s B A` is the best approximation of rank r in the Frobenius norm, but for its rounding to
+        the factors' dtype.
+        """
+        rows = self.parts or ((0, M_OI.shape[0]),)
+        factors = [best_factors(M_OI[start:stop] / self.scaling, self.r) for start, stop in rows]
+        self.A.copy_(torch.cat([A_RI for A_RI, _ in factors]))
+        self.B.copy_(torch.cat([B_OR for _, B_OR in factors]))
 
     def onto(self, y: Tensor, x: Tensor, base: View) -> Tensor:
         assert isinstance(base, DenseView)

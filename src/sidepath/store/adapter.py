@@ -22,6 +22,7 @@ from sidepath.store import manifest as manifests
 from sidepath.store.contents import Contents, read_folder
 from sidepath.store.fingerprint import fingerprint, same_base
 from sidepath.store.folder import publish, sha256_file
+from sidepath.store.originals import Originals, residual_source, start_at_residuals
 from sidepath.store.peft_format import unpack
 from sidepath.store.saving import base_name, merged_record, plain_peft, views_of, write_adapter
 from sidepath.store.tensors import strict_json
@@ -90,18 +91,31 @@ class Adapter:
         return Path(folder)
 
 
-def inject(model: nn.Module, config: Method, name: str = "default") -> Adapter:
+def inject(
+    model: nn.Module, config: Method, name: str = "default", *, originals: Originals = None
+) -> Adapter:
     """Stand a fresh adapter beside the modules `config` names. Changes `model` in place.
 
     The base is frozen, its outputs stay equal to the bit until the adapter is trained. It
     becomes the active one, so that what is trained next is what was injected last.
 
+    Only `LoRA(start="loftq")` moves the outputs: towards those of the unquantised base, whose
+    weights it reads from `originals`: a transformers folder (the one the model was loaded from
+    when not given) or the tensors by parameter name.
+
     Errors: `TargetNotFound`, `UnsupportedModule`, `NameTaken`, `BadName`; `MergeError` while an
-    adapter is merged in.
+    adapter is merged in; `ConfigError` and `StoreError` for a start from originals without any.
     """
     check_name(registry_of(model), name)
     refuse_merged(registry_of(model), f'"{name}" cannot be injected')
-    put_in(model, config, name, resolve(model, config))
+    sites = resolve(model, config)
+    residuals = residual_source(model, config, sites, originals)
+    installed = put_in(model, config, name, sites)
+    try:
+        start_at_residuals(installed, residuals)
+    except BaseException:
+        remove(model, name)
+        raise
     activate(model, name)
     return Adapter(name, model)
 

@@ -8,8 +8,11 @@ that round to it, v ± half a unit in the last place, and the two intervals must
     |a - b| <= ulp(a, dtype a) / 2 + ulp(b, dtype b) / 2        (equal dtypes: a == b)
 
 So one base read as float32, bfloat16 or float16 is one base, while a fine-tune of it, which
-moves nearly every value by more than that, is another. Reading takes 16 small reads a tensor,
-whatever its size. A change of a few rows only (say, new tokens) can slip between the samples.
+moves nearly every value by more than that, is another. A number packed into 4 bits stands for
+the interval of numbers that would be packed so (`core/quant.py`); two of one packing are the
+same when each lies within the other's interval, so that a neighbouring code is another number.
+Reading takes 16 small reads a tensor, whatever its size. A change of a few rows only (say, new
+tokens) can slip between the samples.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,36 +31,65 @@ from typing import Any
 import torch
 from torch import nn
 
+from sidepath.core.quant import state_of
 from sidepath.errors import DamagedAdapter, StoreError
 from sidepath.injection.registry import base_parameters, registry_of
+from sidepath.store.packed import (
+    BYTES,
+    NAMES,
+    Where,
+    packed_weights,
+    read_at,
+    sampled_file,
+    sampled_parameter,
+)
+from sidepath.store.rounding import meet, overlap, ulp, within
 from sidepath.store.tensors import (
     DTYPE_NAMES,
     FLOATING,
-    TensorInfo,
     file_inside,
     read_header,
     strict_json,
 )
 
 SAMPLES = 16
-_PRECISION = {"F64": (52, -1022), "F32": (23, -126), "F16": (10, -14), "BF16": (7, -126)}
-_LARGEST_F16 = 65504.0
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One tensor's dtype (safetensors' name), shape and sampled values (raw, little-endian)."""
+    """One tensor's dtype (safetensors' name), shape and sampled values (raw, little-endian).
+
+    A packed tensor's dtype is a name of `packed.NAMES`, its shape that of the matrix, and for
+    each sample it holds three numbers in float32: its value and the bounds of its interval.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     raw: bytes
 
+    @property
+    def packed(self) -> bool:
+        """Whether the tensor is quantised."""
+        return self.dtype not in FLOATING
+
     def values(self) -> list[float]:
         """The sampled values as Python floats (exact for every floating dtype)."""
+        return self._numbers()[::3] if self.packed else self._numbers()
+
+    def intervals(self) -> list[tuple[float, float, float]]:
+        """Each sampled value, and the least and the greatest number that it stands for."""
+        numbers = self._numbers()
+        if self.packed:
+            return list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
+        halves = [(value, ulp(value, self.dtype) / 2) for value in numbers]
+        return [(value, value - half, value + half) for value, half in halves]
+
+    def _numbers(self) -> list[float]:
         if not self.raw:
             return []
-        return torch.frombuffer(bytearray(self.raw), dtype=FLOATING[self.dtype]).double().tolist()
+        dtype = torch.float32 if self.packed else FLOATING[self.dtype]
+        return torch.frombuffer(bytearray(self.raw), dtype=dtype).double().tolist()
 
 
 @dataclass(frozen=True)
@@ -93,7 +126,8 @@ class Fingerprint:
             try:
                 dtype, shape, text = entry
                 raw = base64.b64decode(text, validate=True)
-                expected = min(SAMPLES, math.prod(shape)) * FLOATING[dtype].itemsize
+                size = BYTES if NAMES.fullmatch(dtype) else FLOATING[dtype].itemsize
+                expected = min(SAMPLES, math.prod(shape)) * size
                 samples[name] = Sample(dtype, tuple(shape), raw)
             except (KeyError, TypeError, ValueError):
                 faults.append(f"{name}: malformed")
@@ -124,7 +158,12 @@ def fingerprint(
         return Fingerprint({name: one for name, one in known if not name.startswith(outside)})
     named = base_parameters(base) if registry is None else registry.pristine_parameters(base)
     kept = ((name, tensor) for name, tensor in named if not name.startswith(outside))
-    return Fingerprint(dict(_of_parameters(kept)))
+    return Fingerprint(dict(_of_parameters(base, kept)))
+
+
+def fingerprint_of(tensors: Mapping[str, torch.Tensor]) -> Fingerprint:
+    """The fingerprint of plain tensors by parameter name."""
+    return Fingerprint(dict(_of_parameters(nn.Module(), tensors.items())))
 
 
 def same_base(recorded: Fingerprint, found: Fingerprint) -> list[str]:
@@ -152,6 +191,17 @@ def same_base(recorded: Fingerprint, found: Fingerprint) -> list[str]:
     return faults
 
 
+def _differing(one: Sample, other: Sample) -> int:
+    if one.dtype == other.dtype and one.raw == other.raw:
+        return 0
+    if one.packed or other.packed:
+        alike = within if one.dtype == other.dtype else meet
+        found = zip(one.intervals(), other.intervals(), strict=True)
+        return sum(not alike(a, b) for a, b in found)
+    pairs = zip(one.values(), other.values(), strict=True)
+    return sum(not overlap(a, one.dtype, b, other.dtype) for a, b in pairs)
+
+
 def positions(elements: int) -> list[int]:
     """Up to 16 positions spread over a flattened tensor: one in each 16th of it.
 
@@ -166,9 +216,15 @@ def positions(elements: int) -> list[int]:
     return found
 
 
-def _of_parameters(named: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, Sample]]:
+def _of_parameters(
+    model: nn.Module, named: Iterable[tuple[str, torch.Tensor]]
+) -> Iterable[tuple[str, Sample]]:
     seen: set[tuple[int, tuple[int, ...]]] = set()
     for name, tensor in named:
+        if state_of(tensor) is not None:
+            module = model.get_submodule(name.rpartition(".")[0])
+            yield name, Sample(*sampled_parameter(tensor, module, positions))
+            continue
         key = (tensor.data_ptr(), tuple(tensor.shape))
         if tensor.dtype not in DTYPE_NAMES or (tensor.numel() and key in seen):
             continue
@@ -183,16 +239,20 @@ def _of_parameters(named: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[
 
 def _of_folder(folder: Path) -> dict[str, Sample]:
     samples = {}
-    for path in checkpoint_files(folder):
-        header = read_header(path, floating_only=False)
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            for name, info in header.items():
-                if info.dtype in FLOATING:
-                    raw = _read_samples(handle, info)
-                    samples[_renamed(name)] = Sample(info.dtype, info.shape, raw)
-        finally:
-            os.close(handle)
+    with ExitStack() as stack:
+        where: Where = {}
+        for path in checkpoint_files(folder):
+            header = read_header(path, floating_only=False)
+            handle = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            where |= {name: (handle, info) for name, info in header.items()}
+        packed = packed_weights(where)
+        for name, (handle, info) in where.items():
+            if name in packed:
+                samples[_renamed(name)] = Sample(*sampled_file(where, name, positions))
+            elif info.dtype in FLOATING and not name.startswith(tuple(f"{one}." for one in packed)):
+                raw = read_at(handle, info, positions(math.prod(info.shape)))
+                samples[_renamed(name)] = Sample(info.dtype, info.shape, raw)
     return samples
 
 
@@ -229,42 +289,3 @@ def _renamed(name: str) -> str:
         if name.endswith(old):
             return name.removesuffix(old) + new
     return name
-
-
-def _read_samples(handle: int, info: TensorInfo) -> bytes:
-    size = FLOATING[info.dtype].itemsize
-    return b"".join(
-        os.pread(handle, size, info.start + size * at) for at in positions(math.prod(info.shape))
-    )
-
-
-def _differing(one: Sample, other: Sample) -> int:
-    if one.dtype == other.dtype and one.raw == other.raw:
-        return 0
-    pairs = zip(one.values(), other.values(), strict=True)
-    return sum(not _overlap(a, one.dtype, b, other.dtype) for a, b in pairs)
-
-
-def _overlap(a: float, dtype_a: str, b: float, dtype_b: str) -> bool:
-    if math.isnan(a) or math.isnan(b):
-        return math.isnan(a) and math.isnan(b)
-    if a == b:
-        return True
-    if dtype_a == dtype_b:
-        return False
-    if math.isinf(a) or math.isinf(b):
-        # float16 overflows where the other dtypes do not: its infinity stands for all beyond.
-        finite = b if math.isinf(a) else a
-        infinite, dtype = (a, dtype_a) if math.isinf(a) else (b, dtype_b)
-        return (
-            dtype == "F16"
-            and math.copysign(finite, infinite) == finite
-            and (abs(finite) > _LARGEST_F16)
-        )
-    return abs(a - b) <= (_ulp(a, dtype_a) + _ulp(b, dtype_b)) / 2
-
-
-def _ulp(value: float, dtype: str) -> float:
-    bits, smallest = _PRECISION[dtype]
-    exponent = math.frexp(value)[1] - 1 if value else smallest
-    return math.ldexp(1.0, max(exponent, smallest) - bits)

@@ -10,14 +10,12 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sidepath.errors import ConfigError, ParityError, StoreError
@@ -28,9 +26,10 @@ from sidepath.store import manifest as manifests
 from sidepath.store.adapter import PARITY, SidepathNotice, load
 from sidepath.store.fingerprint import checkpoint_files, fingerprint
 from sidepath.store.folder import publish, sha256_file
-from sidepath.store.manifest import Manifest, read_manifest
+from sidepath.store.merge_base import load_base, make_float, read_model, tensors_of, understood
 from sidepath.store.parity import Parity, calibration_rows, compare, disturbed, outputs_of
 from sidepath.store.peft_format import WEIGHTS
+from sidepath.store.precision import survivals, together
 from sidepath.store.sums import add_up
 
 _UNCHECKED = (
@@ -47,11 +46,18 @@ class Merged:
     output: Path
     parity: Parity | None
     """None when it was not measured."""
+    dequantised: int = 0
+    """Weights that are dequantised ones, since the adapter was trained over a 4-bit base."""
+    requantised: dict[str, Any] | None = None
+    """What would survive quantising the merged weights again (see `precision.Survival`)."""
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON document of `sidepath merge`."""
         parity = None if self.parity is None else self.parity.as_dict()
-        return {"output": str(self.output), "parity": parity}
+        document = {"output": str(self.output), "parity": parity, "dequantised": self.dequantised}
+        if self.requantised is not None:
+            document["requantised"] = self.requantised
+        return document
 
 
 def merge_folder(
@@ -63,6 +69,7 @@ def merge_folder(
     calibration: Sequence[str] | None = None,
     dtype: str | None = None,
     allow_other_base: bool = False,
+    requantise: str | None = None,
 ) -> Merged:
     """Write `output`: the transformers folder `base` with the adapters folded in.
 
@@ -70,6 +77,10 @@ def merge_folder(
     in another dtype than the base's. The folder is plain: names as the base's, its tokenizer,
     and `parity.json` with the measured difference on `calibration` texts (a built-in few when
     not given) and the adapters' digests. Neither the base's folder nor the adapters' change.
+
+    When the base is stored in 4 bits, or an adapter was trained over a base that was, the merged
+    model is plain all the same: the adapters are added to the dequantised weights. `requantise`
+    ("nf4") measures what packing the merged weights again would leave of the updates.
 
     Needs memory for the base in float32 and its changed weights once more.
 
@@ -81,14 +92,16 @@ def merge_folder(
     target = None if dtype is None else _dtype(dtype)
     _refuse_places(base, folders, output)
     checkpoint_files(base)
-    model, cls, options = _load_base(base, folders)
+    model, cls, options = load_base(base, folders)
     vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
     rows = calibration_rows(base, vocabulary, calibration)
-    dtypes = {name: tensor.dtype for name, tensor in _tensors(model).items()}
     identity = fingerprint(model).id
-    name = _load_adapters(model, folders, allow_other_base)
+    base_of = make_float(model, folders, allow_other_base)
+    stored = {full: target or dtype for full, dtype in base_of.stored.items()}
+    dtypes, quantised = base_of.exact, base_of.quantised
+    name = _load_adapters(model, folders, allow_other_base or bool(quantised))
     model.float()
-    stored = {full: target or dtype for full, dtype in dtypes.items()}
+    left = None if requantise is None else together(survivals(model, name, requantise, stored))
     runs = None if skip_parity else _run_unmerged(model, name, rows, dtypes, stored)
     merge(model, name)
     _make_plain(model, stored)
@@ -99,11 +112,13 @@ def merge_folder(
         if runs is None:
             warnings.warn(_UNCHECKED.format(output), SidepathNotice, stacklevel=2)
         else:
-            merged = outputs_of(_read(cls, temporary, {**options, "dtype": torch.float32}), rows)
+            merged = outputs_of(
+                read_model(cls, temporary, {**options, "dtype": torch.float32}), rows
+            )
             parity = compare(runs.unmerged, merged, runs.base, runs.noise)
             _refuse_different(parity, output)
         _write_record(temporary, parity, folders, {"name": base.name, "fingerprint": identity})
-    return Merged(output, parity)
+    return Merged(output, parity, len(quantised), left)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -120,51 +135,6 @@ def _refuse_places(base: Path, folders: Sequence[Path], output: Path) -> None:
         raise StoreError(
             "the output is one of the folders that are read", where=output, hint="choose another"
         )
-
-
-def _load_base(base: Path, folders: Sequence[Path]) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """The base in its stored dtype, as the class the first adapter was trained on."""
-    import transformers
-
-    manifest = _manifest_of(folders[0])
-    options: dict[str, Any] = {"dtype": "auto", "local_files_only": True, "use_safetensors": True}
-    with _understood(base):
-        settings = transformers.AutoConfig.from_pretrained(
-            base, local_files_only=True, trust_remote_code=False
-        )
-    names = [manifest.model_class] if manifest else list(settings.architectures or [])
-    cls = getattr(transformers, names[0], None) if names else None
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise StoreError("the base's class is not one of transformers'", where=base, found=names)
-    if manifest is not None and manifest.labels is not None:
-        labels = dict(enumerate(manifest.labels))
-        options |= {
-            "num_labels": len(labels),
-            "id2label": labels,
-            "label2id": {label: number for number, label in labels.items()},
-        }
-    return _read(cls, base, options), cls, options
-
-
-def _manifest_of(folder: Path) -> Manifest | None:
-    return read_manifest(folder)[0] if (folder / manifests.NAME).is_file() else None
-
-
-def _read(cls: Any, folder: Path, options: Mapping[str, Any]) -> nn.Module:
-    with _understood(folder):
-        model = cls.from_pretrained(folder, **options)
-    assert isinstance(model, nn.Module)
-    return model.eval()
-
-
-@contextmanager
-def _understood(folder: Path) -> Iterator[None]:
-    """Turn what transformers raises over a folder into one message of ours."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise StoreError("transformers cannot load the model", where=folder, found=text) from error
 
 
 def _load_adapters(model: nn.Module, folders: Sequence[Path], allow_other_base: bool) -> str:
@@ -224,7 +194,7 @@ def _make_plain(model: nn.Module, stored: Mapping[str, torch.dtype]) -> None:
         remove(model, name)
     for full, tensor in kept.items():
         _holder(model, full).data = tensor
-    for full, tensor in _tensors(model).items():
+    for full, tensor in tensors_of(model).items():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(stored[full])
 
@@ -235,12 +205,8 @@ def _holder(model: nn.Module, full: str) -> Tensor:
     return module.get_buffer(local) if local in module._buffers else module.get_parameter(local)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
 def _write(model: nn.Module, base: Path, folder: Path) -> None:
-    with _understood(base):
+    with understood(base):
         model.save_pretrained(folder)  # type: ignore[operator]
     for path in sorted(base.iterdir()):
         left_out = path.name in _NOT_COPIED or path.name.startswith("adapter_")

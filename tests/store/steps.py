@@ -28,7 +28,8 @@ def full_batch(
     classify = "Classification" in type(model).__name__
     labels_B = torch.zeros(batch_size, dtype=torch.long) if classify else None
     rows = tuple(range(batch_size))
-    return Batch(ids_BT, mask_BT, targets_BT, labels_B, rows, ids_BT.numel(), ids_BT.numel())
+    count = ids_BT.numel()
+    return Batch(ids_BT, mask_BT, None, targets_BT, labels_B, rows, count, count)
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def steps_of(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    with opened(trained, gradient_checkpointing=checkpointing):
+    with opened([trained], gradient_checkpointing=checkpointing):
         yield step
 
 

@@ -120,7 +120,14 @@ def adapt(view: View, routing: Routing, path: str) -> SidePaths:
 
 def pristine_copy(module: nn.Module) -> nn.Module:
     """A deep copy of a module, and of all below it, as it was before any side path came."""
-    twin = copy.deepcopy(module)
+    # Copied one by one, so that a twin of fake tensors (a plan) can be copied too.
+    memo: dict[int, object] = {
+        id(own): nn.Parameter(own.detach().clone(), own.requires_grad)
+        for own in module.parameters()
+        if own.is_floating_point()
+    }
+    memo |= {id(own): own.detach().clone() for own in module.buffers()}
+    twin = copy.deepcopy(module, memo)
     for inner in list(twin.modules()):
         side = inner._modules.get(CHILD)
         if isinstance(side, SidePaths):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,19 @@ def test_the_floors_test_can_fail(room: str, text: str) -> None:
     assert faults_of(room, text)
 
 
+def test_every_module_stands_in_the_plan() -> None:
+    """One line a module, under its room, and no line for a module that is not there."""
+    plan = (SOURCE.parents[1] / "docs" / "structure.md").read_text()
+    rooms = re.findall(r"\*\*(\w+)/\*\*\n\n((?:- .*\n)+)", plan)
+    named = {(room, name) for room, lines in rooms for name in re.findall(r"- `(\w+\.py)`", lines)}
+    found = {
+        (path.parent.name, path.name)
+        for path in SOURCE.glob("*/*.py")
+        if not path.name.startswith("__") and path.parent.name != "base"
+    }
+    assert named == found
+
+
 def run(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -127,6 +141,7 @@ def test_the_public_names() -> None:
         "embedded_base",
         "errors",
         "evaluate",
+        "forgetting",
         "generate",
         "inject",
         "load",
@@ -137,6 +152,7 @@ def test_the_public_names() -> None:
         "remove",
         "route",
         "train",
+        "train_together",
         "unmerge",
     ]
     assert callable(sidepath.inject)

@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from sidepath.training.data import load_data as load_data
     from sidepath.training.evaluate import evaluate as evaluate
     from sidepath.training.evaluate import generate as generate
+    from sidepath.training.forgetting import forgetting as forgetting
     from sidepath.training.loop import StepReport as StepReport
     from sidepath.training.loop import train as train
+    from sidepath.training.together import train_together as train_together
 
 _HOMES = {
     "Adapter": "sidepath.store.adapter",
@@ -48,6 +50,7 @@ _HOMES = {
     "embedded_base": "sidepath.base",
     "errors": "sidepath.errors",
     "evaluate": "sidepath.training.evaluate",
+    "forgetting": "sidepath.training.forgetting",
     "generate": "sidepath.training.evaluate",
     "inject": "sidepath.store.adapter",
     "load": "sidepath.store.adapter",
@@ -58,6 +61,7 @@ _HOMES = {
     "remove": "sidepath.injection.surgery",
     "route": "sidepath.injection.surgery",
     "train": "sidepath.training.loop",
+    "train_together": "sidepath.training.together",
     "unmerge": "sidepath.injection.merging",
 }
 
@@ -73,6 +77,7 @@ __all__ = [
     "embedded_base",
     "errors",
     "evaluate",
+    "forgetting",
     "generate",
     "inject",
     "load",
@@ -83,6 +88,7 @@ __all__ = [
     "remove",
     "route",
     "train",
+    "train_together",
     "unmerge",
 ]
 

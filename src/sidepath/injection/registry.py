@@ -18,6 +18,7 @@ from sidepath.methods.base import Method, Site
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ATTRIBUTE = "_sidepath_registry"
+_QUANTISED = "is_quantized"
 
 
 @dataclass
@@ -48,6 +49,9 @@ class Registry:
     """While merged: the base's own tensors, by full name, that the merge took out."""
     sampled: Mapping[str, Any] | None = None
     """The base's fingerprint, kept where its weights are no longer whole (sharded)."""
+    quantised: bool = False
+    """transformers' own word that the base alone cannot be trained; put down while adapters are
+    on it, since its Trainer knows no adapters but PEFT's."""
     frozen: dict[str, bool] = field(default_factory=dict)
     """`requires_grad` of each base parameter before the first injection."""
     held: list[nn.Module] = field(default_factory=list)
@@ -98,6 +102,9 @@ def open_registry(model: nn.Module) -> Registry:
             registry.frozen[name] = parameter.requires_grad
             parameter.requires_grad_(False)
         registry.held = hold_still(model.modules())
+        registry.quantised = bool(model.__dict__.get(_QUANTISED))
+        if registry.quantised:
+            model.__dict__[_QUANTISED] = False
         model.__dict__[_ATTRIBUTE] = registry
     return registry
 
@@ -107,6 +114,8 @@ def close_registry(model: nn.Module, registry: Registry) -> None:
     for name, parameter in base_parameters(model):
         parameter.requires_grad_(registry.frozen.get(name, True))
     let_go(registry.held)
+    if registry.quantised:
+        model.__dict__[_QUANTISED] = True
     del model.__dict__[_ATTRIBUTE]
 
 

@@ -18,6 +18,7 @@ from sidepath.injection.quantising import settle
 from sidepath.injection.surgery import remove
 from sidepath.store import manifest as manifests
 from sidepath.store.adapter import load
+from sidepath.store.fingerprint import checkpoint_files
 from sidepath.store.manifest import Manifest, read_manifest
 from sidepath.store.precision import make_plain, recorded_packing
 
@@ -26,6 +27,7 @@ def load_base(base: Path, folders: Sequence[Path]) -> tuple[nn.Module, Any, dict
     """The base in its stored dtype, as the class the first adapter was trained on."""
     import transformers
 
+    checkpoint_files(base)
     manifest = _manifest_of(folders[0])
     options: dict[str, Any] = {"dtype": "auto", "local_files_only": True, "use_safetensors": True}
     with understood(base):

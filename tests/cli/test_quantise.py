@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sidepath.cli.bases import load_causal, load_classifier
 from sidepath.core.quant import is_packed
@@ -98,11 +99,28 @@ def test_inspect_over_a_packed_folder(
     assert {layer["relative_norm"] for layer in ran.document["layers"]} == {None}
 
 
-def test_a_new_head_is_not_packed(tiny_base: Path) -> None:
-    model, fresh = load_classifier(tiny_base, ("a", "b"), 0, "auto", "cpu", "nf4")
-    assert fresh == ("score",)
-    assert not is_packed(model.get_submodule("score"))
-    assert sum(is_packed(module) for module in model.modules()) == 14
+def test_a_new_head_is_not_packed(tiny_base: Path, tmp_path: Path) -> None:
+    load_causal(tiny_base, "auto", "cpu", "nf4").save_pretrained(tmp_path)  # type: ignore[operator]
+    for folder, quantise in ((tiny_base, "nf4"), (tmp_path, "none")):
+        model, fresh = load_classifier(folder, ("a", "b"), 0, "auto", "cpu", quantise)
+        assert fresh == ("score",)
+        assert not is_packed(model.get_submodule("score"))
+        assert sum(is_packed(module) for module in model.modules()) == 14
+        assert torch.isfinite(model(torch.tensor([[5, 6]])).logits).all()
+
+
+def test_a_classifier_merges_into_a_packed_folder(
+    run: Run, tiny_base: Path, labelled: Path, tmp_path: Path
+) -> None:
+    load_causal(tiny_base, "auto", "cpu", "nf4").save_pretrained(tmp_path / "q")  # type: ignore[operator]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "q" / name).write_bytes((tiny_base / name).read_bytes())
+    words = ("--base", tmp_path / "q", "--data", labelled, "--output", tmp_path / "a")
+    ran = run("train", *words, "--steps", 2, "--r", 2)
+    assert ran.code == 0, ran.err
+    ran = run("merge", tmp_path / "q", tmp_path / "a", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.document["dequantised"] == 14
 
 
 def test_without_bitsandbytes(

@@ -13,9 +13,6 @@ from torch import nn
 
 from sidepath.errors import ConfigError, SidepathError, StoreError
 
-HEAD_PARTS = ("pooler",)
-"""Parts inside a transformers body that belong to the head: absent from many checkpoints."""
-
 
 def base_folder(given: str | None) -> Path:
     """The base's folder: the given one, or the embedded base.
@@ -92,6 +89,8 @@ def load_classifier(
     """
     from transformers import AutoModelForSequenceClassification
 
+    from sidepath.injection.quantising import HEAD_PARTS
+
     names = dict(enumerate(labels))
     options = {
         "num_labels": len(labels),
@@ -138,12 +137,14 @@ def context_tokens(folder: Path) -> int | None:
     return limit if isinstance(limit, int) else None
 
 
-def _config_of(folder: Path) -> Any:
+def _config_of(folder: Path, **options: Any) -> Any:
     from transformers import AutoConfig
 
     quiet()
     with _understood(folder, "the base's config cannot be used"):
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **options
+        )
 
 
 def device_of(name: str) -> torch.device:
@@ -177,7 +178,9 @@ def _load(
     quiet()
     place = device_of(device)
     checkpoint_files(folder)
-    packing = _packing(kind, folder, dtype, place, quantise)
+    packing = _packing(kind, folder, dtype, place, quantise, options)
+    if "config" in packing:
+        options = {}  # they are in it
     with _understood(folder, "the base cannot be loaded"):
         model, notes = kind.from_pretrained(
             folder,
@@ -193,7 +196,12 @@ def _load(
 
 
 def _packing(
-    kind: Any, folder: Path, dtype: str, place: torch.device, quantise: str
+    kind: Any,
+    folder: Path,
+    dtype: str,
+    place: torch.device,
+    quantise: str,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What transformers is asked for to load a packed base; empty for a plain one."""
     from sidepath.core.quant import require_bitsandbytes
@@ -203,48 +211,42 @@ def _packing(
         return {}
     if stored is not None:
         values = stored if isinstance(stored, dict) else stored.to_dict()
-        kind = values.get("bnb_4bit_quant_type") if values.get("load_in_4bit") else None
-        if quantise not in ("none", kind):
+        code = values.get("bnb_4bit_quant_type") if values.get("load_in_4bit") else None
+        if quantise not in ("none", code):
             raise ConfigError(
                 f"--quantise {quantise}, but the base is stored quantised in another way",
                 where=folder,
                 found=values.get("quant_method"),
                 hint="leave --quantise out, or give the unquantised base",
             )
-        if values.get("quant_method") == "bitsandbytes":
-            require_bitsandbytes()
-        return {"device_map": {"": place}}
+        if values.get("quant_method") != "bitsandbytes":
+            return {"device_map": {"": place}}
+        require_bitsandbytes()
+        settings = _config_of(folder, **options)
+        kept = {*(values.get("llm_int8_skip_modules") or ()), *_heads(kind, settings, folder)}
+        settings.quantization_config = {**values, "llm_int8_skip_modules": sorted(kept)}
+        return {"device_map": {"": place}, "config": settings}
     require_bitsandbytes()
     from transformers import BitsAndBytesConfig
 
     compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-    settings = BitsAndBytesConfig(
+    packed = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantise,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=_heads(kind, folder),
+        llm_int8_skip_modules=_heads(kind, _config_of(folder), folder),
     )
-    return {"dtype": compute, "quantization_config": settings, "device_map": {"": place}}
+    return {"dtype": compute, "quantization_config": packed, "device_map": {"": place}}
 
 
-def _heads(kind: Any, folder: Path) -> list[str]:
-    """Modules that are not packed: the heads, the output embedding, and what may be drawn anew.
+def _heads(kind: Any, settings: Any, folder: Path) -> list[str]:
+    """Modules that are not packed."""
+    from sidepath.injection.quantising import left_plain
 
-    Left to itself, transformers makes a new classification head a 4-bit layer without numbers.
-    """
-    from sidepath.injection.architecture import head_paths, modules_of, output_embedding
-
-    settings = _config_of(folder)
     with _understood(folder, "the base's config cannot be used"), torch.device("meta"):
         skeleton: nn.Module = kind.from_config(settings, trust_remote_code=False)
-    last = output_embedding(skeleton)
-    inner = [
-        path
-        for path, module in modules_of(skeleton)
-        if module is last or path.rpartition(".")[2] in HEAD_PARTS
-    ]
-    return list(dict.fromkeys([*head_paths(skeleton), *inner]))
+    return left_plain(skeleton)
 
 
 @contextmanager

@@ -16,10 +16,12 @@ from sidepath.core.quant import (
     require_bitsandbytes,
 )
 from sidepath.errors import MergeError, UnsupportedModule
-from sidepath.injection.architecture import modules_of, preset_paths
+from sidepath.injection.architecture import head_paths, modules_of, output_embedding, preset_paths
 from sidepath.injection.registry import registry_of
 from sidepath.methods.lora import name_matches
 
+HEAD_PARTS = ("pooler",)
+"""Parts inside a transformers body that belong to the head: absent from many checkpoints."""
 _PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -101,6 +103,21 @@ def _forget_packing(model: nn.Module) -> None:
 
 def _steps(renaming: object) -> list[object]:
     return list(getattr(renaming, "operations", ()))
+
+
+def left_plain(model: nn.Module) -> list[str]:
+    """Modules that a loader must not pack: heads, the output embedding, and what may be new.
+
+    Left to itself, transformers makes a head that no checkpoint holds a 4-bit layer without
+    numbers. `model` may be without weights.
+    """
+    last = output_embedding(model)
+    inner = [
+        path
+        for path, module in modules_of(model)
+        if module is last or path.rpartition(".")[2] in HEAD_PARTS
+    ]
+    return list(dict.fromkeys([*head_paths(model), *inner]))
 
 
 def settle(model: nn.Module) -> nn.Module:

@@ -24,7 +24,7 @@ from sidepath.injection.registry import base_parameters, require_registry
 from sidepath.injection.surgery import activate, remove
 from sidepath.store import manifest as manifests
 from sidepath.store.adapter import PARITY, SidepathNotice, load
-from sidepath.store.fingerprint import checkpoint_files, fingerprint
+from sidepath.store.fingerprint import fingerprint
 from sidepath.store.folder import publish, sha256_file
 from sidepath.store.merge_base import load_base, make_float, read_model, tensors_of, understood
 from sidepath.store.parity import Parity, calibration_rows, compare, disturbed, outputs_of
@@ -91,18 +91,16 @@ def merge_folder(
     folders = [Path(adapter) for adapter in adapters]
     target = None if dtype is None else _dtype(dtype)
     _refuse_places(base, folders, output)
-    checkpoint_files(base)
     model, cls, options = load_base(base, folders)
     vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
     rows = calibration_rows(base, vocabulary, calibration)
     identity = fingerprint(model).id
-    base_of = make_float(model, folders, allow_other_base)
-    stored = {full: target or dtype for full, dtype in base_of.stored.items()}
-    dtypes, quantised = base_of.exact, base_of.quantised
-    name = _load_adapters(model, folders, allow_other_base or bool(quantised))
+    held = make_float(model, folders, allow_other_base)
+    stored = {full: target or dtype for full, dtype in held.stored.items()}
+    name = _load_adapters(model, folders, allow_other_base or bool(held.quantised))
     model.float()
     left = None if requantise is None else together(survivals(model, name, requantise, stored))
-    runs = None if skip_parity else _run_unmerged(model, name, rows, dtypes, stored)
+    runs = None if skip_parity else _run_unmerged(model, name, rows, held.exact, stored)
     merge(model, name)
     _make_plain(model, stored)
     with publish(output, manifests=(PARITY,)) as temporary:
@@ -118,7 +116,7 @@ def merge_folder(
             parity = compare(runs.unmerged, merged, runs.base, runs.noise)
             _refuse_different(parity, output)
         _write_record(temporary, parity, folders, {"name": base.name, "fingerprint": identity})
-    return Merged(output, parity, len(quantised), left)
+    return Merged(output, parity, len(held.quantised), left)
 
 
 def _dtype(name: str) -> torch.dtype:

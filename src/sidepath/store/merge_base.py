@@ -14,27 +14,29 @@ from torch import Tensor, nn
 
 from sidepath.core.quant import is_packed, require_bitsandbytes
 from sidepath.errors import StoreError
-from sidepath.injection.quantising import settle
+from sidepath.injection.quantising import left_plain, settle
 from sidepath.injection.surgery import remove
 from sidepath.store import manifest as manifests
 from sidepath.store.adapter import load
+from sidepath.store.fingerprint import checkpoint_files
 from sidepath.store.manifest import Manifest, read_manifest
 from sidepath.store.precision import make_plain, recorded_packing
+
+_OF_CONFIG = ("labels", "id2label", "label2id")
+"""Options that belong to a model's config."""
 
 
 def load_base(base: Path, folders: Sequence[Path]) -> tuple[nn.Module, Any, dict[str, Any]]:
     """The base in its stored dtype, as the class the first adapter was trained on."""
     import transformers
 
+    checkpoint_files(base)
     manifest = _manifest_of(folders[0])
     options: dict[str, Any] = {"dtype": "auto", "local_files_only": True, "use_safetensors": True}
     with understood(base):
         settings = transformers.AutoConfig.from_pretrained(
             base, local_files_only=True, trust_remote_code=False
         )
-    if "quantization_config" in vars(settings):
-        require_bitsandbytes()
-        options["device_map"] = {"": "cpu"}
     names = [manifest.model_class] if manifest else list(settings.architectures or [])
     cls = getattr(transformers, names[0], None) if names else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
@@ -46,9 +48,28 @@ def load_base(base: Path, folders: Sequence[Path]) -> tuple[nn.Module, Any, dict
             "id2label": labels,
             "label2id": {label: number for number, label in labels.items()},
         }
-    model = settle(read_model(cls, base, options))
-    options.pop("device_map", None)
-    return model, cls, options
+    packed = _packed_options(cls, base, options) if _is_packed(settings) else options
+    return settle(read_model(cls, base, packed)), cls, options
+
+
+def _is_packed(settings: Any) -> bool:
+    return "quantization_config" in vars(settings)
+
+
+def _packed_options(cls: Any, base: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """How a folder that is stored packed is loaded, so that a head it lacks is a plain layer."""
+    require_bitsandbytes()
+    of_config = {name: value for name, value in options.items() if name.endswith(_OF_CONFIG)}
+    with understood(base):
+        settings = cls.config_class.from_pretrained(base, local_files_only=True, **of_config)
+        with torch.device("meta"):
+            kept = left_plain(cls(settings))
+    values: Any = settings.quantization_config
+    values = values if isinstance(values, dict) else values.to_dict()
+    kept += values.get("llm_int8_skip_modules") or ()
+    settings.quantization_config = {**values, "llm_int8_skip_modules": sorted(set(kept))}
+    others = {name: value for name, value in options.items() if name not in of_config}
+    return {**others, "config": settings, "device_map": {"": "cpu"}}
 
 
 def _manifest_of(folder: Path) -> Manifest | None:

@@ -11,6 +11,8 @@ import pytest
 
 from sidepath.base import embedded_base
 from sidepath.cli import main
+from sidepath.cli.runs import TrainRun
+from sidepath.cli.surface import parse
 from sidepath.demo.tasks import make_tasks
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -26,7 +28,7 @@ def blocks(language: str) -> list[str]:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder with the data files that the README names."""
     rows = make_tasks()[1].train[:16]
-    for name in ("sql.jsonl", "train.jsonl", "dev.jsonl"):
+    for name in ("sql.jsonl", "train.jsonl", "dev.jsonl", "a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "settings.toml").write_text("[lora]\nr = 4\n")
     monkeypatch.chdir(tmp_path)
@@ -34,10 +36,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_library_example_runs_as_printed(here: Path) -> None:
-    (code,) = blocks("python")
-    assert code.count("\n") <= 40
+    code = blocks("python")
+    assert all(block.count("\n") <= 40 for block in code)
     # `exec` reads our own README: the point of the test.
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile("".join(code), "README.md", "exec"), {})
     assert (here / "adapters" / "sql" / "adapter_model.safetensors").is_file()
 
 
@@ -57,6 +59,20 @@ def test_the_commands_run_as_printed(here: Path, capsys: pytest.CaptureFixture[s
         words = [word if word != "MODEL" else str(embedded_base()) for word in shlex.split(line)]
         assert main(words[1:]) == 0, capsys.readouterr().err
     assert (here / "merged" / "parity.json").is_file()
+
+
+def test_the_ways_to_train_run_as_printed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = [text for text in blocks("") if "--dry-run" in text]
+    *lines, launched = block.splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        if "--quantise" in line:
+            pytest.importorskip("bitsandbytes")
+        assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+    assert {path.name for path in (here / "adapters").iterdir()} == {"long", "mixed", "small"}
+    # What torchrun does with it: tests/cli/test_distributed.py.
+    call = parse("train", shlex.split(launched)[shlex.split(launched).index("train") + 1 :])
+    assert call.settings.build("run", TrainRun).distributed == "ddp"
 
 
 def test_make_targets_the_readme_names_exist() -> None:

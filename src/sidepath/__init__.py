@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from sidepath.config import TrainConfig as TrainConfig
     from sidepath.injection.merging import merge as merge
     from sidepath.injection.merging import unmerge as unmerge
+    from sidepath.injection.quantising import dequantise_ as dequantise_
+    from sidepath.injection.quantising import quantise_ as quantise_
     from sidepath.injection.surgery import activate as activate
     from sidepath.injection.surgery import disabled as disabled
     from sidepath.injection.surgery import remove as remove
@@ -46,6 +48,7 @@ _HOMES = {
     "StepReport": "sidepath.training.loop",
     "TrainConfig": "sidepath.config",
     "activate": "sidepath.injection.surgery",
+    "dequantise_": "sidepath.injection.quantising",
     "disabled": "sidepath.injection.surgery",
     "embedded_base": "sidepath.base",
     "errors": "sidepath.errors",
@@ -58,6 +61,7 @@ _HOMES = {
     "merge": "sidepath.injection.merging",
     "merge_folder": "sidepath.store.merge",
     "plan": "sidepath.store.plan",
+    "quantise_": "sidepath.injection.quantising",
     "remove": "sidepath.injection.surgery",
     "route": "sidepath.injection.surgery",
     "train": "sidepath.training.loop",
@@ -73,6 +77,7 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "activate",
+    "dequantise_",
     "disabled",
     "embedded_base",
     "errors",
@@ -85,6 +90,7 @@ __all__ = [
     "merge",
     "merge_folder",
     "plan",
+    "quantise_",
     "remove",
     "route",
     "train",

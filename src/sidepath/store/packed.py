@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sidepath.core.packing import Packing, intervals
+from sidepath.core.codes import Packing, intervals
 from sidepath.core.quant import state_of, stored_transposed
 from sidepath.errors import StoreError
 from sidepath.store.tensors import DTYPE_NAMES, FLOATING, TensorInfo

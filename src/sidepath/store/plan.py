@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sidepath.core.quant import state_of
 from sidepath.injection.architecture import modules_of
 from sidepath.injection.registry import Installed, base_parameters
 from sidepath.injection.targets import resolve
@@ -188,5 +189,11 @@ def _context(model: nn.Module) -> int | None:
 
 
 def _dtypes(parameters: Iterable[Tensor]) -> str:
-    names = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
-    return ", ".join(names) or "none"
+    names = {_dtype_name(parameter) for parameter in parameters}
+    return ", ".join(sorted(names)) or "none"
+
+
+def _dtype_name(parameter: Tensor) -> str:
+    """The dtype, or the kind of 4-bit codes that a packed parameter holds."""
+    packed = state_of(parameter)
+    return str(parameter.dtype).removeprefix("torch.") if packed is None else packed.quant_type

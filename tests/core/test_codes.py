@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sidepath.core.packing import Packing, intervals
+from sidepath.core.codes import Packing, intervals
 from sidepath.core.quant import require_bitsandbytes
 
 bnb: Any = require_bitsandbytes()

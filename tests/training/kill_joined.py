@@ -27,9 +27,9 @@ from sidepath.training.processes import Processes
 from sidepath.training.run import Run, Step
 from tests.faults import KILLED, started
 from tests.training.killing import (
+    PACKED,
     PLAIN,
     STEPS,
-    Log,
     Outcome,
     Row,
     count,
@@ -257,9 +257,9 @@ def quick() -> list[Row]:
     """Every kind, thinned out."""
     return [
         each_step(AFTER, steps=(20,)),
-        each_step(BACKWARD, steps=(1, 9)),
-        each_step(SAVED, steps=(4, 11)),
-        at_random(3),
+        each_step(BACKWARD, steps=(9, 1)),
+        each_step(SAVED, PACKED, steps=(4, 11, 15)),
+        at_random(2),
     ]
 
 

@@ -31,7 +31,6 @@ from tests.training.kill_kinds import seconds_of
 from tests.training.killing import (
     DRAWN,
     PLAIN,
-    STEPS,
     Log,
     Row,
     finish,
@@ -164,7 +163,7 @@ def _lives(process: int) -> bool:
 
 def quick() -> list[Row]:
     """Every kind, thinned out."""
-    return [at_random(3), at_random(3, DRAWN, group=True), pair_at_random(3)]
+    return [at_random(2), at_random(3, DRAWN, group=True), pair_at_random(2)]
 
 
 def whole(kills: int, kills_of_pair: int, setting: str) -> Iterator[Row]:

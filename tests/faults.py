@@ -46,6 +46,8 @@ OPERATIONS = (
 )
 KILLED = 9
 """Exit code of a process that `Faults(..., kill=True)` ended."""
+LIFE = 120
+"""Seconds after which the kernel ends a forked child (SIGALRM): a wait for one cannot hang."""
 _exit, _readlink = os._exit, os.readlink
 
 
@@ -243,6 +245,7 @@ def started(action: Callable[[], object], *, limit: int | None = None) -> int:
         return child
     code = 1
     try:
+        signal.alarm(LIFE)
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)

@@ -18,7 +18,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from sidepath.errors import WriteFailed
@@ -163,7 +163,7 @@ def at_random(kills: int, setting: str = PLAIN, *, seed: int = 0) -> Row:
     row = Row("SIGKILL at random moments", setting)
     generator = random.Random(seed)
     unbroken(setting)
-    seconds = _seconds(setting)
+    seconds = seconds_of(setting)
     with mmap.mmap(-1, 1) as phase:
         while row.kills < kills:
             with run_folder() as folder:
@@ -175,7 +175,8 @@ def at_random(kills: int, setting: str = PLAIN, *, seed: int = 0) -> Row:
     return row
 
 
-def _seconds(setting: str) -> float:
+def seconds_of(setting: str) -> float:
+    """Of an unbroken run."""
     with run_folder() as folder:
         began = time.perf_counter()
         forked(lambda: play(setting, folder))
@@ -209,7 +210,7 @@ def _marked(setting: str, folder: Path, phase: mmap.mmap) -> None:
             phase[0] = 1
 
     checkpoints.save = marked  # type: ignore[assignment]
-    play(setting, folder, mark=lambda number: phase.__setitem__(0, number))
+    play(setting, folder, begun=lambda _: phase.__setitem__(0, 1))
 
 
 def quick() -> list[Row]:
@@ -225,16 +226,15 @@ def quick() -> list[Row]:
     ]
 
 
-def whole(kills: int, setting: str) -> list[Row]:
+def whole(kills: int, setting: str) -> Iterator[Row]:
     """Every kind, at every place."""
-    return [
-        each_step(setting),
-        in_a_row(setting),
-        *[each_operation(mode, setting) for mode in ("kill", "ENOSPC", "EIO")],
-        in_rust("error", setting),
-        in_rust("kill", setting),
-        at_random(kills, setting),
-    ]
+    yield each_step(setting)
+    yield in_a_row(setting)
+    for mode in ("kill", "ENOSPC", "EIO"):
+        yield each_operation(mode, setting)
+    yield in_rust("error", setting)
+    yield in_rust("kill", setting)
+    yield at_random(kills, setting)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ A tiny Llama, LoRA with dropout, three forward passes a step, a checkpoint after
 Each piece of a run is a forked child: nothing but the checkpoints outlives a kill, and torch is
 imported once. Children write the loss of each step (`float.hex`) and at the end the SHA-256 of
 the final weights to a log; `finish` holds all of it against the unbroken run's.
+
+`SETTINGS` also packs rows, and has data that draw random numbers in a DataLoader worker process.
 """
 
 from __future__ import annotations
@@ -14,18 +16,20 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sidepath.config import TrainConfig
+from sidepath.training.checkpoint import path_of
 from sidepath.training.data import Data, load_data
-from sidepath.training.loop import train
+from sidepath.training.loop import Training, train
 from tests.faults import forked
 from tests.training.kit import llama, with_lora
 from tests.training.tokens import byte_tokenizer, pairs_of_many_lengths
@@ -55,9 +59,24 @@ class Setting:
     lora: dict[str, Any] = field(default_factory=dict)
 
 
-SETTINGS = {"dropout 0.2, accumulation 3": Setting(lora={"dropout": 0.2, "r": 3})}
+def drawn(fields: dict[str, Any]) -> dict[str, Any]:
+    """A row whose completion is drawn from all three global generators, anew each time."""
+    letters = (random.choice("xyz"), "xyz"[np.random.randint(3)], "xyz"[int(torch.randint(3, ()))])
+    return {**fields, "completion": "".join(letters) * (1 + int(torch.randint(4, ())))}
+
+
+_LORA = {"dropout": 0.2, "r": 3}
+SETTINGS = {
+    "dropout 0.2, accumulation 3": Setting(lora=_LORA),
+    "packing, dropout 0.2, accumulation 3": Setting(
+        train={"packing": True}, data={"max_tokens": 48}, lora=_LORA
+    ),
+    "data that draw, 1 worker, dropout 0.2, accumulation 3": Setting(
+        train={"workers": 1}, data={"transform": drawn}, lora=_LORA
+    ),
+}
 """The rows of the kill table; a new way to run is one entry here."""
-PLAIN = next(iter(SETTINGS))
+PLAIN, PACKED, DRAWN = SETTINGS
 
 
 @dataclass
@@ -111,24 +130,33 @@ def play(
     folder: Path,
     *,
     at_step: Callable[[int], None] = lambda number: None,
-    mark: Callable[[int], None] = lambda phase: None,
+    begun: Callable[[Training], None] = lambda reports: None,
+    log: str = "log",
+    every: int = 1,
 ) -> None:
-    """One start of a run, with `resume`, up to its end; `at_step` is called after each step."""
+    """One start of a run, with `resume`, up to its end, or until it was asked to stop.
+
+    `begun` is called before the first step, `at_step` after each one. `every`: steps from one
+    checkpoint to the next.
+    """
     torch.set_num_threads(1)  # a child is too short-lived for a pool of threads
-    log, chosen = Log(folder / "log"), SETTINGS[setting]
+    says, chosen = Log(folder / log), SETTINGS[setting]
     model = with_lora(llama(seed=0), **chosen.lora)
-    config = TrainConfig(**{**TRAIN, **chosen.train})
+    config = TrainConfig(**{**TRAIN, **chosen.train, "checkpoint_every": every})
     torch.manual_seed(random.SystemRandom().randrange(2**32))  # must not matter
-    reports = train(
-        model, data_of(setting), config, checkpoints=folder / "checkpoints", resume=True
-    )
-    mark(1)
+    checkpoints = folder / "checkpoints"
+    reports = train(model, data_of(setting), config, checkpoints=checkpoints, resume=True)
+    begun(reports)
     for report in reports:
         for notice in report.notices:
-            log.say(notice=notice)
-        log.say(loss=[report.number, report.loss.hex(), report.gradient_norm.hex()])
+            says.say(notice=notice)
+        says.say(loss=[report.number, report.loss.hex(), report.gradient_norm.hex()])
+        if reports.interrupted:
+            assert report.checkpoint is not None
+            says.say(stopped=report.checkpoint.name)
         at_step(report.number)
-    log.say(weights=weights_of(model))
+    if not reports.interrupted:
+        says.say(weights=weights_of(model))
 
 
 def weights_of(model: torch.nn.Module) -> str:
@@ -167,38 +195,49 @@ def unbroken(setting: str) -> Outcome:
     return outcome
 
 
-def read(folder: Path) -> Outcome:
+def read(folder: Path, log: str = "log") -> Outcome:
     """A finished run's log. A step logged twice has to agree with itself."""
-    log = Log(folder / "log")
+    said = Log(folder / log)
     losses: dict[int, tuple[str, str]] = {}
-    for number, *values in log.facts("loss"):
+    for number, *values in said.facts("loss"):
         assert losses.setdefault(number, tuple(values)) == tuple(values), f"step {number} differs"
-    (weights,) = set(log.facts("weights"))
+    (weights,) = set(said.facts("weights"))
     return Outcome(losses, weights)
 
 
-def finish(row: Row, folder: Path) -> None:
-    """Let a run come to its end and compare it with the unbroken one.
+def finish(row: Row, folder: Path, *, every: int = 1) -> None:
+    """Let a run come to its end and compare it with the unbroken one."""
+    code = forked(lambda: play(row.setting, folder, every=every))
+    if code != 0:
+        row.exceptions.append(f"a resumed run ended with code {code}")
+        return
+    count(row, folder, [read(folder)], unbroken(row.setting), every=every)
+
+
+def count(
+    row: Row, folder: Path, outcomes: Sequence[Outcome], expected: Outcome, *, every: int = 1
+) -> None:
+    """Count a run that came to its end, in each of its processes, and whether it is equal.
 
     A kill between a step's checkpoint and its log line loses the line, not the step: the losses
     that were logged have to agree, and the weights after all of them.
     """
-    code = forked(lambda: play(row.setting, folder))
-    if code != 0:
-        row.exceptions.append(f"a resumed run ended with code {code}")
-        return
     count_notices(row, folder)
-    outcome, expected = read(folder), unbroken(row.setting)
-    agree = all(expected.losses[number] == value for number, value in outcome.losses.items())
     left = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    if left != [f"step-{number:08d}" for number in (STEPS - 1, STEPS)]:
+    names = [path_of(folder, number).name for number in range(1, STEPS + 1)]
+    # The one before the last is where the run was stopped, when not every step is saved.
+    others = names[-2:-1] if every == 1 else names[:-1]
+    if left not in [[other, names[-1]] for other in others]:
         row.exceptions.append(f"left in the folder: {left}")
     row.runs += 1
-    row.equal += agree and outcome.weights == expected.weights
+    row.equal += all(
+        outcome.weights == expected.weights and outcome.losses.items() <= expected.losses.items()
+        for outcome in outcomes
+    )
 
 
 def count_notices(row: Row, folder: Path) -> None:
-    """Resumes and fallbacks as the runs themselves said them."""
+    """Resumes and fallbacks as the runs themselves said them (the first process's word)."""
     notices = Log(folder / "log").facts("notice")
     row.resumes += sum(notice.startswith("resumed after step") for notice in notices)
     row.fallbacks += sum("an older one is used" in notice for notice in notices)

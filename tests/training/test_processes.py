@@ -215,3 +215,19 @@ def test_a_request_to_stop_reaches_every_process(data: Data, tmp_path: Path) -> 
 
     found = in_processes(2, tmp_path / "meet", work)
     assert found == [[4, True, str(tmp_path / "run" / "step-00000004")]] * 2
+
+
+def test_a_request_during_a_step_reaches_every_process(data: Data, tmp_path: Path) -> None:
+    """A signal comes at any moment: here in the forward pass of one process."""
+
+    def work(processes: Processes) -> Any:
+        model = with_lora(llama(), dropout=0.2, r=3)
+        steps = train(model, data, TrainConfig(**CONFIG), checkpoints=tmp_path / "run")
+        report = next(steps)
+        if processes.rank == 1:
+            model.register_forward_hook(lambda *_: steps.stop())
+        for later in steps:
+            report = later
+        return [report.number, steps.interrupted]
+
+    assert in_processes(2, tmp_path / "meet", work) == [[2, True]] * 2

@@ -6,8 +6,13 @@ own place (see `rng`). So the number of workers changes nothing but the time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Generator
+import os
+import signal
+import sys
+import threading
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -69,9 +74,12 @@ class Feed(Dataset[list[Batch]]):
             sampler=range(first, last),
             num_workers=workers,
             prefetch_factor=AHEAD,
+            worker_init_fn=_heed_the_run,
             generator=torch.Generator(),  # else the loader draws from the caller's
         )
-        for found in loader:
+        with _sigterm_held():
+            ahead = iter(loader)
+        for found in ahead:
             if isinstance(found, DataError):
                 raise found
             yield found
@@ -88,3 +96,32 @@ class _Guarded(Dataset[list[Batch] | DataError]):
             return self.feed[step]
         except DataError as error:
             return error
+
+
+@contextlib.contextmanager
+def _sigterm_held() -> Iterator[None]:
+    """Within the block SIGTERM waits, and processes that are forked begin with it held."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _heed_the_run(_: int) -> None:
+    """In a worker: be ended by the run's SIGTERM only.
+
+    torchrun, Slurm and others send SIGTERM to every process there is. A run that was asked to
+    stop still needs its workers for the step under way, and ends them itself.
+    """
+    if sys.platform == "linux":
+        threading.Thread(target=_wait_for_sigterm_of, args=(os.getppid(),), daemon=True).start()
+    else:  # who sent it cannot be told
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _wait_for_sigterm_of(run: int) -> None:
+    if sys.platform == "linux":
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
+            pass
+        os._exit(0)

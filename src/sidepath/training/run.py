@@ -86,6 +86,7 @@ class Run:
         self.stopped = False
         """Early, for want of improvement."""
         self.asked_to_stop = False
+        """This process was, perhaps by a signal in the middle of a step."""
         self.interrupted = False
         """Stopped by request, to be resumed."""
         self.probed = False
@@ -129,14 +130,9 @@ class Run:
     def open_step(self, batches: list[Batch]) -> Step:
         """Begin a step: its weight over all processes, and the learning rate it uses."""
         started = time.perf_counter()
-        weight, tokens, asked = self.processes.total(
-            [
-                sum(batch.weight for batch in batches),
-                sum(batch.tokens for batch in batches),
-                float(self.asked_to_stop),
-            ]
+        weight, tokens = self.processes.total(
+            [sum(batch.weight for batch in batches), sum(batch.tokens for batch in batches)]
         )
-        self.asked_to_stop = asked > 0
         rate = learning_rate(self.config, self.step + 1, self.total)
         set_learning_rate(self.optimizer, rate)
         self.trained.model.train()
@@ -245,7 +241,7 @@ class Run:
             )
             improved = self.best.offer(measured["loss"], self.step, self.trained)
             self._stop_if_stale()
-        if self.asked_to_stop and not self.over():
+        if self._agreed_to_stop() and not self.over():
             self.interrupted = True
             self.notices.append(f"stopped on request after step {self.step}")
         path = state.save(self) if self._checkpoint_due() else None
@@ -255,6 +251,12 @@ class Run:
         return dataclasses.replace(
             report, held_out=measured, best=improved, checkpoint=path, notices=notices
         )
+
+    def _agreed_to_stop(self) -> bool:
+        """Whether any process was asked to. A signal comes at any moment and to any of them, so
+        only what they tell one another here counts: all stop after the same step.
+        """
+        return self.processes.total([float(self.asked_to_stop)])[0] > 0
 
     def _evaluation_due(self) -> bool:
         every = self.config.eval_every

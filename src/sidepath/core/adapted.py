@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sidepath.core.delta import Delta
-from sidepath.core.routing import Routing, Rows
+from sidepath.core.routing import Routing, RowIndex, Rows
 from sidepath.core.views import View
 from sidepath.errors import RoutingError
 
@@ -56,27 +56,24 @@ class SidePaths(nn.Module):
                 hint="give route() one name (or None) for each row of the batch",
             )
         y = self.view(x, *args, **kwargs)
-        if torch.is_grad_enabled() and rows.in_order:
-            return self._joined(rows, y, x)
+        if torch.is_grad_enabled():
+            return self._trained(rows, y, x)
         for name, index in rows.groups:
             delta = self.get(name)
             if delta is not None:
                 y[index] = delta.onto(y[index], x[index], self.view)
         return y
 
-    def _joined(self, rows: Rows, y: Tensor, x: Tensor) -> Tensor:
-        """The same for groups that follow one another, put together once: autograd would keep
-        and copy the whole output for each group written into it.
-        """
-        pieces, done = [], 0
+    def _trained(self, rows: Rows, y: Tensor, x: Tensor) -> Tensor:
+        """The same with gradients: the deltas of one class at once, nothing written into `y`."""
+        placed: dict[type[Delta], list[tuple[Delta, RowIndex]]] = {}
         for name, index in rows.groups:
-            assert isinstance(index, slice)
-            pieces.append(y[done : index.start])
-            delta, done = self.get(name), index.stop
-            piece = y[index]
-            pieces.append(piece if delta is None else delta.onto(piece, x[index], self.view))
-        pieces.append(y[done:])
-        return torch.cat([piece for piece in pieces if len(piece)])
+            delta = self.get(name)
+            if delta is not None:
+                placed.setdefault(type(delta), []).append((delta, index))
+        for cls, pairs in placed.items():
+            y = cls.onto_rows(y, x, self.view, pairs)
+        return y
 
 
 class Adapted(nn.Module):

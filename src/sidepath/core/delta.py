@@ -6,11 +6,13 @@ Dimensions: `...` any leading, O out, I in.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sidepath.core.routing import RowIndex, first_row
 from sidepath.core.views import DenseView, View
 
 
@@ -29,6 +31,23 @@ class Delta(nn.Module, ABC):
     def onto(self, y: Tensor, x: Tensor, base: View) -> Tensor:
         """The adapted output, given the base's output `y` for `x`. `y` is not changed."""
 
+    @classmethod
+    def onto_rows(
+        cls, y: Tensor, x: Tensor, base: View, placed: Sequence[tuple[Delta, RowIndex]]
+    ) -> Tensor:
+        """The output with each delta (of this class) put onto its own rows of the batch.
+
+        For training: `y` is not changed, and what autograd keeps is one piece a delta.
+        """
+        order = sorted(placed, key=lambda pair: first_row(pair[1]))
+        pieces, done = [], 0
+        for delta, index in order:
+            if not isinstance(index, slice) or index.start < done:
+                return _one_by_one(y, x, base, placed)
+            pieces += [y[done : index.start], delta.onto(y[index], x[index], base)]
+            done = index.stop
+        return torch.cat([piece for piece in (*pieces, y[done:]) if len(piece)])
+
     @abstractmethod
     def folded(self, base: View) -> dict[str, Tensor]:
         """The module's tensors with this delta folded in, by their name within the module."""
@@ -36,6 +55,15 @@ class Delta(nn.Module, ABC):
     def tensors(self) -> dict[str, Tensor]:
         """The trained tensors, by their name within the delta."""
         return dict(self.named_parameters())
+
+
+def _one_by_one(
+    y: Tensor, x: Tensor, base: View, placed: Sequence[tuple[Delta, RowIndex]]
+) -> Tensor:
+    y = y.clone()
+    for delta, index in placed:
+        y[index] = delta.onto(y[index], x[index], base)
+    return y
 
 
 class WeightDelta(Delta):

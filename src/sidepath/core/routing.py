@@ -6,7 +6,6 @@ number of layers and of adapters. There is one per model, handed to its layers a
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -24,13 +23,6 @@ class Rows:
     count: int
     groups: tuple[tuple[str, RowIndex], ...]
 
-    @property
-    def in_order(self) -> bool:
-        """Whether each group's rows lie together, one group after the other."""
-        slices = [index for _, index in self.groups if isinstance(index, slice)]
-        ends = itertools.pairwise(slices)
-        return len(slices) == len(self.groups) and all(a.stop <= b.start for a, b in ends)
-
 
 @dataclass
 class Routing:
@@ -40,6 +32,11 @@ class Routing:
     rows: Rows | None = None
     silent: bool = field(default=False)
     """True while the side paths must not act: disabled, or folded into the weights."""
+
+
+def first_row(index: RowIndex) -> int:
+    """The first of some rows of a batch."""
+    return int(index.start) if isinstance(index, slice) else int(index[0])
 
 
 def group_rows(names: Sequence[str | None]) -> Rows:

@@ -24,6 +24,21 @@ def low_rank(x_I: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
     return F.linear(F.linear(x_I.to(A_RI.dtype), A_RI), B_OR)
 
 
+def low_rank_of_rows(
+    x_I: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], factors_BR: Tensor
+) -> Tensor:
+    """Each row's own `s B (A x)`: one product over all stacked factors, most of it masked.
+
+    `x_I` is (B, ..., I); `As` are (r_i, I), `Bs` (O, r_i); `factors_BR` (B, sum r_i) holds the
+    scaling where a row's own columns are and zero elsewhere. Two products of rank sum r_i take
+    the place of two a delta: for few deltas of small rank that is fewer, larger operations.
+    """
+    A_RI, B_OR = torch.cat(list(As)), torch.cat(list(Bs), dim=1)
+    hidden_R = F.linear(x_I.to(A_RI.dtype), A_RI)
+    shape = (factors_BR.shape[0], *(1,) * (x_I.dim() - 2), factors_BR.shape[1])
+    return F.linear(hidden_R * factors_BR.view(shape), B_OR)
+
+
 def add_parts(
     y_O: Tensor, x_I: Tensor, A_NRI: Tensor, B_PR: Tensor, scaling: float, parts: Sequence[Part]
 ) -> Tensor:

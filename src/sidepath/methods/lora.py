@@ -7,7 +7,7 @@ P adapted rows in all (O when the whole matrix is adapted).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -17,9 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sidepath.config import check, require
-from sidepath.core.delta import WeightDelta, accumulation_dtype, add_bias
+from sidepath.core.delta import Delta, WeightDelta, accumulation_dtype, add_bias
+from sidepath.core.routing import RowIndex
 from sidepath.core.views import DenseView, View
-from sidepath.kernels.lowrank import Part, add_parts, parts_matrix, product_matrix
+from sidepath.kernels.lowrank import (
+    Part,
+    add_parts,
+    low_rank_of_rows,
+    parts_matrix,
+    product_matrix,
+)
 from sidepath.methods.base import Method, Selection, Site
 from sidepath.methods.bias import trained_bias
 from sidepath.methods.starts import best_factors
@@ -182,6 +189,32 @@ class LowRank(WeightDelta):
         else:
             y = y + (base.product(x, self.A, self.B) * self.scaling).to(y.dtype)
         return y if self.bias is None else add_bias(y, self.bias, base)
+
+    @classmethod
+    def onto_rows(
+        cls, y: Tensor, x: Tensor, base: View, placed: Sequence[tuple[Delta, RowIndex]]
+    ) -> Tensor:
+        deltas = [delta for delta, _ in placed if isinstance(delta, LowRank)]
+        if len(deltas) < 2 or not all(delta.stacks_with(deltas[0]) for delta in deltas):
+            return super().onto_rows(y, x, base, placed)
+        sizes = [delta.A.shape[0] for delta in deltas]
+        factors_BR = deltas[0].A.new_zeros(len(x), sum(sizes))
+        column = 0
+        for size, delta, (_, index) in zip(sizes, deltas, placed, strict=True):
+            factors_BR[index, column : column + size] = delta.scaling
+            column += size
+        As, Bs = [delta.A for delta in deltas], [delta.B for delta in deltas]
+        return y + low_rank_of_rows(x, As, Bs, factors_BR).to(y.dtype)
+
+    def stacks_with(self, other: LowRank) -> bool:
+        """Whether the two can share one product: plain factors of a linear layer, of one dtype."""
+        linear = self.kind in ("linear", "conv1d_transposed") and not self.parts
+        return (
+            linear
+            and self.bias is None
+            and not (self.dropout and self.training)
+            and self.A.dtype == other.A.dtype
+        )
 
     def matrix(self, rows: int, dtype: torch.dtype) -> Tensor:
         """`ΔW` as a (rows, I) matrix; `rows` is the module's O."""

@@ -86,6 +86,25 @@ def test_gradients_are_those_of_each_alone(tokenizer: Any, pairs: Any) -> None:
         assert reports[name].loss == pytest.approx(alone.loss, rel=1e-7)
 
 
+def test_adapters_of_one_rank_on_other_layers_keep_their_rows(tokenizer: Any, pairs: Any) -> None:
+    """Two adapters in each layer, never the same two: no layer takes another's mask."""
+
+    def made() -> Any:
+        model = with_lora(llama(), "a", targets=("q_proj", "k_proj"))
+        with_lora(model, "b", targets=("k_proj", "v_proj"))
+        return with_lora(model, "c", targets=("v_proj", "q_proj")).double()
+
+    runs = {
+        name: (data, TrainConfig(steps=2, batch_size=4, learning_rate=1e-2))
+        for name, (data, _) in loaded(tokenizer, pairs).items()
+    }
+    together = list(train_together(made(), runs))
+    for name, (data, config) in runs.items():
+        alone = list(train(made(), data, config, adapter=name))
+        for one, other in zip(together, alone, strict=True):
+            assert one[name].gradient_norm == pytest.approx(other.gradient_norm, rel=1e-6)
+
+
 def test_classifiers(tokenizer: Any) -> None:
     rows = [{"text": "ab" * (at % 7) + str(at), "label": at % 2} for at in range(20)]
     data = load_data(rows, tokenizer)

@@ -72,7 +72,7 @@ class SidePaths(nn.Module):
             if delta is not None:
                 placed.setdefault(type(delta), []).append((delta, index))
         for cls, pairs in placed.items():
-            y = cls.onto_rows(y, x, self.view, pairs)
+            y = cls.onto_rows(y, x, self.view, pairs, rows)
         return y
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sidepath.core.routing import RowIndex, first_row
+from sidepath.core.routing import RowIndex, Rows, first_row
 from sidepath.core.views import DenseView, View
 
 
@@ -33,7 +33,12 @@ class Delta(nn.Module, ABC):
 
     @classmethod
     def onto_rows(
-        cls, y: Tensor, x: Tensor, base: View, placed: Sequence[tuple[Delta, RowIndex]]
+        cls,
+        y: Tensor,
+        x: Tensor,
+        base: View,
+        placed: Sequence[tuple[Delta, RowIndex]],
+        rows: Rows,
     ) -> Tensor:
         """The output with each delta (of this class) put onto its own rows of the batch.
 

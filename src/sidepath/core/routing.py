@@ -22,6 +22,8 @@ class Rows:
 
     count: int
     groups: tuple[tuple[str, RowIndex], ...]
+    kept: dict[object, Tensor] = field(default_factory=dict, compare=False)
+    """What layers work out of the groups alone, for the layers after them."""
 
 
 @dataclass

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from sidepath.config import check, require
 from sidepath.core.delta import Delta, WeightDelta, accumulation_dtype, add_bias
-from sidepath.core.routing import RowIndex
+from sidepath.core.routing import RowIndex, Rows
 from sidepath.core.views import DenseView, View
 from sidepath.kernels.lowrank import (
     Part,
+    add_of_rows,
     add_parts,
-    low_rank_of_rows,
     parts_matrix,
     product_matrix,
 )
@@ -192,19 +192,19 @@ class LowRank(WeightDelta):
 
     @classmethod
     def onto_rows(
-        cls, y: Tensor, x: Tensor, base: View, placed: Sequence[tuple[Delta, RowIndex]]
+        cls,
+        y: Tensor,
+        x: Tensor,
+        base: View,
+        placed: Sequence[tuple[Delta, RowIndex]],
+        rows: Rows,
     ) -> Tensor:
         deltas = [delta for delta, _ in placed if isinstance(delta, LowRank)]
         if len(deltas) < 2 or not all(delta.stacks_with(deltas[0]) for delta in deltas):
-            return super().onto_rows(y, x, base, placed)
-        sizes = [delta.A.shape[0] for delta in deltas]
-        factors_BR = deltas[0].A.new_zeros(len(x), sum(sizes))
-        column = 0
-        for size, delta, (_, index) in zip(sizes, deltas, placed, strict=True):
-            factors_BR[index, column : column + size] = delta.scaling
-            column += size
+            return super().onto_rows(y, x, base, placed, rows)
+        factors_BR = _row_factors(deltas, [index for _, index in placed], rows)
         As, Bs = [delta.A for delta in deltas], [delta.B for delta in deltas]
-        return y + low_rank_of_rows(x, As, Bs, factors_BR).to(y.dtype)
+        return add_of_rows(y, x, factors_BR, As, Bs)
 
     def stacks_with(self, other: LowRank) -> bool:
         """Whether the two can share one product: plain factors of a linear layer, of one dtype."""
@@ -241,3 +241,24 @@ def name_matches(pattern: str, path: str) -> bool:
     if "." not in pattern:
         return fnmatchcase(path.rpartition(".")[2], pattern)
     return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
+
+
+def _row_factors(deltas: Sequence[LowRank], indices: Sequence[RowIndex], rows: Rows) -> Tensor:
+    """(B, sum r): each row's scaling in the columns of its own delta, zero elsewhere.
+
+    The same for most layers of a forward pass, so it is kept with the rows.
+    """
+    like = deltas[0].A
+    placed = [
+        (id(index), len(delta.A), delta.scaling)
+        for delta, index in zip(deltas, indices, strict=True)
+    ]
+    key = (like.dtype, like.device, *placed)
+    if key not in rows.kept:
+        factors_BR = like.new_zeros(rows.count, sum(len(delta.A) for delta in deltas))
+        column = 0
+        for delta, index in zip(deltas, indices, strict=True):
+            factors_BR[index, column : column + len(delta.A)] = delta.scaling
+            column += len(delta.A)
+        rows.kept[key] = factors_BR
+    return rows.kept[key]

@@ -135,7 +135,8 @@ class Run:
         )
         rate = learning_rate(self.config, self.step + 1, self.total)
         set_learning_rate(self.optimizer, rate)
-        self.trained.model.train()
+        if not self.trained.model.training:  # the caller may have measured something in between
+            self.trained.model.train()
         return Step(batches, weight, int(tokens), rate, started)
 
     def backward(self, step: Step) -> list[Tensor]:

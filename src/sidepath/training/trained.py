@@ -150,6 +150,7 @@ def opened(trained: Sequence[Trained], *, gradient_checkpointing: bool) -> Itera
                 registry.routing.active = trained[0].adapter.name
             if checkpointed:
                 switch_checkpointing(model, on=True)
+            model.train()
             yield
         finally:
             if checkpointed:

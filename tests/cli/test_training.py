@@ -79,10 +79,11 @@ def test_trackers_get_every_step(run: Run, tiny_base: Path, pairs: Path, tmp_pat
 def test_memory_is_what_was_predicted(
     run: Run, tiny_base: Path, tmp_path: Path, more: list[str]
 ) -> None:
-    """Rows of one length, so that the first steps are the longest ones that the plan is for."""
-    rows = [{"prompt": f"count {at:02}:", "completion": " abcdefghijklmnop"} for at in range(32)]
+    """Rows of many lengths: what was predicted for the longest is measured where it comes by."""
+    rows = [{"prompt": "a" * (at % 7 * 4) + f"{at}:", "completion": " bcdefgh"} for at in range(96)]
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    ran = run(*flags_of(tiny_base, data, tmp_path / "out", "--batch-size", "8", *more))
+    flags = flags_of(tiny_base, data, tmp_path / "out", "--batch-size", "8", *more)
+    ran = run(*flags, "--steps", "12")
     memory = ran.document["memory"]
     assert memory["measured"] == pytest.approx(memory["predicted"], rel=0.15)
 

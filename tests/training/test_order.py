@@ -65,6 +65,15 @@ def test_a_step_is_found_by_its_number_alone(
     assert order.steps_of(0.5) == -(-first // 2)
 
 
+@pytest.mark.parametrize("capacity", [None, 30])
+def test_the_longest_bin_of_a_step(capacity: int | None) -> None:
+    lengths = [(7 * row) % 23 + 1 for row in range(50)]
+    order = order_of(lengths, 4, capacity=capacity)
+    for step in range(order.start_of(1)):
+        totals = [sum(lengths[row] for row in bin_) for bin_ in order.at(step)[1]]
+        assert order.longest(step) == max(totals)
+
+
 def test_epochs_and_seeds_differ() -> None:
     lengths = list(range(1, 65))
     orders = [order_of(lengths, 4, seed).epoch(epoch) for seed in (0, 1) for epoch in (0, 1)]

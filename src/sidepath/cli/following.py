@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,9 @@ def follow(
     reports: list[StepReport] = []
     peak = Peak()
     # Counting tensors on a CPU costs time, and has not been tried on sharded ones.
-    steps = training if processes.count > 1 else watched(training, training.model, peak)
+    steps: Iterable[StepReport] = training
+    if processes.count == 1:
+        steps = watched(training, training.model, peak, also=training.largest_step)
     folder = output.with_name(output.name + TRACKED)
     with (
         trackers(tracked_by, folder, output.name, settings) as tracking,

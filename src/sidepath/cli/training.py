@@ -33,6 +33,7 @@ from sidepath.store.adapter import Adapter, inject
 from sidepath.store.plan import Plan, plan, readable
 from sidepath.training.data import Data, load_data
 from sidepath.training.evaluate import CAUSAL, GENERATED, evaluate
+from sidepath.training.feed import largest_batch
 from sidepath.training.forgetting import Forgetting, forgetting
 from sidepath.training.loop import probe
 from sidepath.training.loop import train as train_steps
@@ -150,16 +151,21 @@ def _base_for(run: TrainRun, method: Method, data: Data, folder: Path) -> tuple[
 
 
 def _planned(model: nn.Module, method: Method, data: Data, config: TrainConfig) -> Plan:
-    """The plan for the longest batch: packed rows are as long as a row may be."""
-    tokens = data.max_tokens if config.packing else data.audit.longest
+    """The plan, with the memory of the run's largest batch."""
+    batch = largest_batch(data, config)
+    rows, tokens = batch.ids_BT.shape
+    mask = batch.attention_mask_BT
     return plan(
         model,
         method,
-        batch_size=config.batch_size,
+        batch_size=rows,
         tokens=tokens,
         checkpointing=config.gradient_checkpointing,
-        supervised=data.audit.supervised_share if data.task == "causal" else 1.0,
+        supervised=batch.weight / (rows * tokens) if data.task == "causal" else 1.0,
+        padded=mask is not None and not bool(mask.all()),
         autocast=config.autocast == "bfloat16",
+        logits=tokens - 1 - batch.first_target if data.task == "causal" else None,
+        packed=config.packing,
     )
 
 

@@ -91,6 +91,10 @@ class Shape:
     """Rows of several lengths: attention then needs a mask. Full rows hold a little less."""
     autocast: bool = False
     """The forward pass runs under autocast to bfloat16."""
+    logits: int | None = None
+    """Positions of each row, at its end, that get logits; those of the targets when not given."""
+    packed: bool = False
+    """Several examples in a row, told apart by their positions."""
 
 
 class Twin:
@@ -158,16 +162,19 @@ def _loss(model: nn.Module, shape: Shape) -> Tensor:
     mask_BT = torch.ones_like(ids_BT) if shape.padded else None
     known = inspect.signature(type(model).forward).parameters
     targets = min(max(1, math.ceil(shape.supervised * shape.tokens)), shape.tokens - 1)
+    kept = min(max(targets, shape.logits or 0), shape.tokens - 1)
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
     if "logits_to_keep" in known:
-        options["logits_to_keep"] = targets + 1
+        options["logits_to_keep"] = kept + 1
+    if shape.packed:
+        options["position_ids"], mask_BT = torch.zeros_like(ids_BT), None
     logits = model(input_ids=ids_BT, attention_mask=mask_BT, **options).logits
     count = shape.batch_size
     if logits.dim() == 3:
         count *= targets
         rows_N = torch.zeros(count, dtype=torch.long)
         # Any index of N places does: a mask's size would have to be read from its values.
-        logits = logits[:, -targets - 1 : -1][rows_N, rows_N]
+        logits = logits[:, -kept - 1 : -1][rows_N, rows_N]
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     labels_N = torch.zeros(count, dtype=torch.long)

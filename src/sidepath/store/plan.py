@@ -103,12 +103,15 @@ def plan(
     supervised: float = 1.0,
     padded: bool = True,
     autocast: bool = False,
+    logits: int | None = None,
+    packed: bool = False,
 ) -> Plan:
     """What `inject(model, config)` would adapt, and what training it would hold. Changes nothing.
 
     Works on a model without weights (meta device) too. `memory` is the peak of a training step
     on one batch of `batch_size` x `tokens` (at most the model's context), its last share
-    `supervised` targets, `padded` (rows of several lengths) or full, with AdamW, whose two
+    `supervised` targets, `padded` (rows of several lengths) or full, or `packed`, with `logits` of
+    the last so many positions of each row (those of the targets by default), with AdamW, whose two
     moments have the trained parameters' dtype; with gradient `checkpointing` or without, with
     `autocast` to bfloat16 or without. Over several forward passes a step (accumulation) it is
     higher by at most the gradients.
@@ -120,7 +123,7 @@ def plan(
     twin = Twin(model, config, sites)
     installed = twin.installed
     base = [parameter for _, parameter in base_parameters(model)]
-    shape = Shape(batch_size, tokens, supervised, padded, autocast)
+    shape = Shape(batch_size, tokens, supervised, padded, autocast, logits, packed)
     return Plan(
         method=config.method,
         trainable=sum(parameter.numel() for parameter in installed.parameters()),

@@ -70,6 +70,12 @@ class Batch:
     weight: int
     """What the loss is divided by: targets that can be predicted, or rows for classification."""
 
+    @property
+    def first_target(self) -> int:
+        """The first column, of all but the first, that holds a target; T - 1 when none does."""
+        columns_T = (self.targets_BT[:, 1:] != IGNORED).any(dim=0).nonzero()
+        return int(columns_T[0]) if len(columns_T) else self.targets_BT.shape[1] - 1
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
         if device.type == "cpu":

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from sidepath.config import TrainConfig
 from sidepath.errors import DataError
 from sidepath.training.batching import Batch, Bin, collate, collate_packed, in_passes
 from sidepath.training.data import Data
@@ -25,6 +26,27 @@ from sidepath.training.order import Order
 
 AHEAD = 2
 """Steps that each worker process makes ahead."""
+
+
+def order_of(data: Data, config: TrainConfig) -> Order:
+    """The order in which a run with these settings sees these data."""
+    return Order(
+        data.lengths,
+        [(part.start, part.stop, part.weight) for part in data.parts],
+        size=config.batch_size * config.accumulate,
+        seed=config.seed,
+        capacity=data.max_tokens if config.packing else None,
+    )
+
+
+def largest_batch(data: Data, config: TrainConfig) -> Batch:
+    """The forward pass of the first epoch that memory is for: of its step with the longest row,
+    the one with the most tokens, padding counted.
+    """
+    order = order_of(data, config)
+    step = max(range(order.start_of(1)), key=order.longest)
+    batches = Feed(data, order, config.batch_size, config.seed)[step]
+    return max(batches, key=lambda batch: batch.ids_BT.numel())
 
 
 @dataclass(frozen=True, eq=False)

@@ -111,6 +111,11 @@ class Training(Iterator[StepReport]):
         return self._run.trained.model
 
     @property
+    def largest_step(self) -> int:
+        """Which of the steps to come (from 0) has the longest row: the one that memory is for."""
+        return self._run.largest_step()
+
+    @property
     def interrupted(self) -> bool:
         """Whether the run ended by `stop` before its last step."""
         return self._run.interrupted

@@ -51,8 +51,7 @@ def logits_and_targets(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         _require_dimensions(logits_BC, 2, "labelled rows need a sequence classification model")
         return logits_BC, batch.labels_B
     targets_BT = batch.targets_BT[:, 1:]
-    columns_T = (targets_BT != IGNORED).any(dim=0).nonzero()
-    first = int(columns_T[0]) if len(columns_T) else targets_BT.shape[1]
+    first = batch.first_target
     kept = targets_BT.shape[1] + 1 - first
     logits = logits_of(model, batch, kept)
     _require_dimensions(logits, 3, "rows without labels need a causal language model")

@@ -45,16 +45,22 @@ def peak_bytes(model: nn.Module) -> Iterator[Peak]:
 
 
 def watched(
-    steps: Iterable[T], model: nn.Module, peak: Peak, *, first: int = COUNTED_STEPS
+    steps: Iterable[T],
+    model: nn.Module,
+    peak: Peak,
+    *,
+    first: int = COUNTED_STEPS,
+    also: int | None = None,
 ) -> Iterator[T]:
-    """The same steps one by one, measured into `peak`: all on CUDA, the `first` few on a CPU.
+    """The same steps one by one, measured into `peak`: all on CUDA; on a CPU the `first` few and
+    number `also` (from 0), the one with the longest rows.
 
     Only the steps themselves are measured, not what the caller does between them.
     """
     gauge, iterator, number = _gauge(model), iter(steps), 0
     try:
         while True:
-            if number < first or gauge.free:
+            if number < first or number == also or gauge.free:
                 with gauge.running():
                     item = next(iterator, _END)
                 peak.bytes, peak.how = gauge.read()

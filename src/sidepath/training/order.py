@@ -82,6 +82,10 @@ class Order:
         epoch, position = self.place(step)
         return epoch, self.epoch(epoch)[position]
 
+    def longest(self, step: int) -> int:
+        """Tokens of the longest bin of a step (from 0)."""
+        return max(int(self.lengths[list(bin_)].sum()) for bin_ in self.at(step)[1])
+
     def passes(self, steps: int) -> float:
         """Epochs that this many steps are."""
         epoch, position = self.place(steps)

@@ -20,7 +20,7 @@ from sidepath.training.batching import Batch
 from sidepath.training.best import Best
 from sidepath.training.data import Data
 from sidepath.training.evaluate import measure
-from sidepath.training.feed import Feed
+from sidepath.training.feed import Feed, order_of
 from sidepath.training.loss import batch_loss
 from sidepath.training.optim import (
     clip_gradients,
@@ -29,7 +29,6 @@ from sidepath.training.optim import (
     make_optimizer,
     set_learning_rate,
 )
-from sidepath.training.order import Order
 from sidepath.training.packing import require_packable
 from sidepath.training.processes import Processes
 from sidepath.training.report import StepReport
@@ -71,13 +70,7 @@ class Run:
         self.config, self.folder, self.processes = config, folder, processes
         self.device = device_of(trained.model)
         self.optimizer = make_optimizer(trained.parameters, config)
-        self.order = Order(
-            data.lengths,
-            [(part.start, part.stop, part.weight) for part in data.parts],
-            size=config.batch_size * config.accumulate,
-            seed=config.seed,
-            capacity=data.max_tokens if config.packing else None,
-        )
+        self.order = order_of(data, config)
         rank, count = processes.rank, processes.count
         self.feed = Feed(data, self.order, config.batch_size, config.seed, rank, count)
         self.total = self._total()
@@ -107,6 +100,13 @@ class Run:
             while not self.over():
                 step = self.open_step(next(steps))
                 yield self.finished(self.close_step(step, self.backward(step)))
+
+    def largest_step(self) -> int:
+        """Which of the steps to come (from 0), within an epoch, has the longest row."""
+        last = min(self.total, self.step + self.order.start_of(1))
+        coming = range(self.step, last)
+        longest = max(coming, key=lambda step: self.order.longest(step), default=self.step)
+        return longest - self.step
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[Iterator[list[Batch]]]:

@@ -17,7 +17,6 @@ from sidepath.config import TrainConfig
 from sidepath.errors import NonFinite
 from sidepath.training import state
 from sidepath.training.batching import Batch
-from sidepath.training.best import Best
 from sidepath.training.data import Data
 from sidepath.training.evaluate import measure
 from sidepath.training.feed import Feed, order_of
@@ -54,7 +53,7 @@ class Step:
     started: float
 
 
-class Run:
+class Run(state.Standing):
     """The state of one run; `reports` moves it on."""
 
     def __init__(
@@ -66,24 +65,18 @@ class Run:
         folder: Path | None,
         processes: Processes,
     ) -> None:
-        self.trained, self.data, self.held_out = trained, data, held_out
-        self.config, self.folder, self.processes = config, folder, processes
+        order = order_of(data, config)
+        optimizer = make_optimizer(trained.parameters, config)
+        super().__init__(trained, data, held_out, config, folder, processes, order, optimizer)
         self.device = device_of(trained.model)
-        self.optimizer = make_optimizer(trained.parameters, config)
-        self.order = order_of(data, config)
         rank, count = processes.rank, processes.count
-        self.feed = Feed(data, self.order, config.batch_size, config.seed, rank, count)
+        self.feed = Feed(data, order, config.batch_size, config.seed, rank, count)
         self.total = self._total()
-        self.step = 0
-        self.best = Best()
-        self.stopped = False
-        """Early, for want of improvement."""
         self.asked_to_stop = False
         """This process was, perhaps by a signal in the middle of a step."""
         self.interrupted = False
         """Stopped by request, to be resumed."""
         self.probed = False
-        self.notices: list[str] = []
 
     def _total(self) -> int:
         steps, epochs = self.config.steps, self.config.epochs

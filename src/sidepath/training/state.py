@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, and how a run takes it up again.
+"""Where a run stands: what a checkpoint holds of it, and how it is taken up again.
 
 There is no random state: see `rng`. With several processes the first one writes, since all of
 them hold the same tensors, and every one reads.
@@ -6,22 +6,49 @@ them hold the same tensors, and every one reads.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from sidepath import config as settings
+from sidepath.config import TrainConfig
 from sidepath.errors import ResumeError
 from sidepath.store.fingerprint import fingerprint
 from sidepath.training import checkpoint as checkpoints
 from sidepath.training.best import Best
 from sidepath.training.checkpoint import Checkpoint
+from sidepath.training.data import Data
 from sidepath.training.optim import restore_state, state_tensors
+from sidepath.training.order import Order
+from sidepath.training.processes import Processes
+from sidepath.training.trained import Trained, device_of
 
-if TYPE_CHECKING:
-    from sidepath.training.run import Run
+
+@dataclass
+class Standing:
+    """Where a run stands, and what it is a run of."""
+
+    trained: Trained
+    data: Data
+    held_out: Data | None
+    config: TrainConfig
+    folder: Path | None
+    """Where checkpoints lie."""
+    processes: Processes
+    order: Order
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    """Steps done."""
+    best: Best = field(default_factory=Best)
+    stopped: bool = False
+    """Early, for want of improvement."""
+    notices: list[str] = field(default_factory=list)
+    """What the next report tells the user."""
 
 
-def save(run: Run) -> Path:
+def save(run: Standing) -> Path:
     """Write a checkpoint of the run as it stands; its path. In every process or in none.
 
     Errors: `WriteFailed`; `TrainError` when the processes do not hold the same tensors.
@@ -36,13 +63,13 @@ def save(run: Run) -> Path:
     return checkpoints.path_of(run.folder, run.step)
 
 
-def _tensors(run: Run) -> dict[str, Any]:
+def _tensors(run: Standing) -> dict[str, Any]:
     tensors = {f"model/{name}": tensor for name, tensor in run.trained.tensors.items()}
     tensors |= state_tensors(run.optimizer, run.trained.parameters)
     return tensors | {f"best/{name}": tensor for name, tensor in run.best.state.items()}
 
 
-def _progress(run: Run) -> dict[str, Any]:
+def _progress(run: Standing) -> dict[str, Any]:
     epoch, position = run.order.place(run.step)
     return {
         "best": run.best.as_dict(),
@@ -53,7 +80,7 @@ def _progress(run: Run) -> dict[str, Any]:
     }
 
 
-def resume(run: Run) -> None:
+def resume(run: Standing) -> None:
     """Take up the newest whole checkpoint of the folder; without any, start at step 1. In place.
 
     Errors: `ResumeError` when none can be trusted, or it belongs to a run with other settings,
@@ -88,16 +115,17 @@ def resume(run: Run) -> None:
         )
 
 
-def _take_up(run: Run, found: Checkpoint) -> None:
+def _take_up(run: Standing, found: Checkpoint) -> None:
     run.stopped, run.step = bool(found.progress["stopped"]), found.step
     kept = checkpoints.under(found.tensors, "best/")
-    on_device = {name: tensor.to(run.device) for name, tensor in kept.items()}
+    device = device_of(run.trained.model)
+    on_device = {name: tensor.to(device) for name, tensor in kept.items()}
     run.best = Best.from_dict(found.progress["best"], on_device)
     restore_state(run.optimizer, run.trained.parameters, found.tensors)
     run.trained.put(checkpoints.under(found.tensors, "model/"))
 
 
-def identity_of(run: Run) -> dict[str, Any]:
+def identity_of(run: Standing) -> dict[str, Any]:
     """What a run that resumes this one must have in common with it."""
     installed = run.trained.adapter
     return {

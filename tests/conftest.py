@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported: two test processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from torch import Tensor, nn
+
+from tests.tokens import byte_tokenizer, pairs_of_many_lengths
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -35,6 +38,26 @@ def shared() -> Path:
 def stories(shared: Path) -> Path:
     """The folder of a real pre-trained Llama of 260,032 parameters."""
     return shared / "models" / "stories260K"
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    """One token a byte, a begin token before every text, and no padding token."""
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def pairs() -> list[dict[str, str]]:
+    """Prompts and completions of many lengths."""
+    return pairs_of_many_lengths()
+
+
+@pytest.fixture(scope="session")
+def real(stories: Path) -> tuple[Any, Any]:
+    """The pre-trained 260K-parameter Llama (do not train it: copy it) and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
 
 
 def tiny_llama(vocab: int = 64, layers: int = 2, tied: bool = False) -> nn.Module:

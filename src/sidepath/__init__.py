@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sidepath import errors as errors
     from sidepath.base import embedded_base as embedded_base
     from sidepath.config import TrainConfig as TrainConfig
+    from sidepath.data.dataset import load_data as load_data
     from sidepath.injection.merging import merge as merge
     from sidepath.injection.merging import unmerge as unmerge
     from sidepath.injection.quantising import dequantise_ as dequantise_
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from sidepath.store.merge import merge_folder as merge_folder
     from sidepath.store.plan import Plan as Plan
     from sidepath.store.plan import plan as plan
-    from sidepath.training.data import load_data as load_data
     from sidepath.training.evaluate import evaluate as evaluate
     from sidepath.training.evaluate import generate as generate
     from sidepath.training.forgetting import forgetting as forgetting
@@ -57,7 +57,7 @@ _HOMES = {
     "generate": "sidepath.training.evaluate",
     "inject": "sidepath.store.adapter",
     "load": "sidepath.store.adapter",
-    "load_data": "sidepath.training.data",
+    "load_data": "sidepath.data.dataset",
     "merge": "sidepath.injection.merging",
     "merge_folder": "sidepath.store.merge",
     "plan": "sidepath.store.plan",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.hub_stand_in import Hub, serving
+from tests.data.hub_stand_in import Hub, serving
 
 from .bad_cases import CASES, Place, merge_command, million_rows_with_a_broken_one
 from .conftest import Ran, Run

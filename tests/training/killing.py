@@ -27,12 +27,12 @@ import numpy as np
 import torch
 
 from sidepath.config import TrainConfig
+from sidepath.data.dataset import Data, load_data
 from sidepath.training.checkpoint import path_of
-from sidepath.training.data import Data, load_data
 from sidepath.training.loop import Training, train
 from tests.faults import forked
+from tests.tokens import byte_tokenizer, pairs_of_many_lengths
 from tests.training.kit import llama, with_lora
-from tests.training.tokens import byte_tokenizer, pairs_of_many_lengths
 
 STEPS = 20
 _open, _write, _close = os.open, os.write, os.close

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from sidepath.data.dataset import Data
 from sidepath.injection.surgery import activate, put_in
 from sidepath.injection.targets import resolve
 from sidepath.methods.lora import LoRA
 from sidepath.training.batching import Batch, collate
-from sidepath.training.data import Data
 
 
 def supervised_text(data: Data, row: int = 0) -> str:

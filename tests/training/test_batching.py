@@ -5,8 +5,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sidepath.data.dataset import load_data
 from sidepath.training.batching import IGNORED, by_length, collate_packed, in_passes
-from sidepath.training.data import load_data
 from tests.training.kit import batch_of
 
 

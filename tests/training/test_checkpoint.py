@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from sidepath.config import TrainConfig
+from sidepath.data.dataset import Data, load_data
 from sidepath.errors import ResumeError, StoreError, WriteFailed
 from sidepath.training.checkpoint import Checkpoint, latest, save
-from sidepath.training.data import Data, load_data
 from sidepath.training.loop import train
 from sidepath.training.report import StepReport
 from tests.faults import started

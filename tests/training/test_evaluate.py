@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from sidepath.data.dataset import load_data
 from sidepath.errors import DataError
-from sidepath.training.data import load_data
 from sidepath.training.evaluate import evaluate, generate, generated
 from sidepath.training.loss import batch_loss
 from tests.training.kit import batch_of, bert, llama, with_lora

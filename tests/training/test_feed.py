@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sidepath.config import TrainConfig
+from sidepath.data.dataset import Data, load_data
 from sidepath.errors import DataError
 from sidepath.training.batching import Batch
-from sidepath.training.data import Data, load_data
 from sidepath.training.feed import Feed
 from sidepath.training.loop import train
 from sidepath.training.order import Order

@@ -14,8 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import sidepath
 from sidepath import LoRA
+from sidepath.data.dataset import load_data
 from sidepath.errors import DataError, MergeError, UnknownAdapter
-from sidepath.training.data import load_data
 from sidepath.training.evaluate import evaluate
 from sidepath.training.forgetting import SAMPLED, begin_token, forgetting
 from tests.conftest import randomise, tiny_gpt2

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sidepath.config import TrainConfig
-from sidepath.training.data import load_data
+from sidepath.data.dataset import load_data
 from sidepath.training.feed import Feed
 from sidepath.training.loop import train
 from sidepath.training.order import Order

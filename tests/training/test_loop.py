@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from sidepath.config import TrainConfig
+from sidepath.data.dataset import Data, load_data
 from sidepath.errors import DataError, NonFinite, TrainError
 from sidepath.injection.merging import merge
 from sidepath.injection.registry import registry_of
 from sidepath.injection.surgery import activate, put_in
 from sidepath.injection.targets import resolve
 from sidepath.methods.lora import LoRA
-from sidepath.training.data import Data, load_data
 from sidepath.training.loop import train
 from sidepath.training.loss import batch_loss
 from tests.training.kit import batch_of, bert, llama, with_lora

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sidepath.data.dataset import Data, load_data
 from sidepath.errors import TrainError
-from sidepath.training.data import Data, load_data
 from sidepath.training.loss import batch_loss
 from tests.training.kit import batch_of, bert, llama
 

@@ -10,8 +10,8 @@ import torch
 
 import sidepath
 from sidepath import LoRA, TrainConfig
+from sidepath.data.dataset import load_data
 from sidepath.store.live import LiveBytes, held_tensors, storage_bytes
-from sidepath.training.data import load_data
 from sidepath.training.loop import train
 from sidepath.training.measured import Peak, peak_bytes, watched
 from tests.training.kit import llama, with_lora

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sidepath.config import TrainConfig
+from sidepath.data.dataset import Data, load_data
 from sidepath.errors import NonFinite, ResumeError
 from sidepath.training.checkpoint import latest
-from sidepath.training.data import Data, load_data
 from sidepath.training.loop import train
 from sidepath.training.report import StepReport
 from tests.training.kit import llama, with_lora

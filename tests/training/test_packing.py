@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from sidepath.config import TrainConfig
+from sidepath.data.dataset import Data, load_data
 from sidepath.errors import TrainError
 from sidepath.training.batching import collate_packed
-from sidepath.training.data import Data, load_data
 from sidepath.training.loop import train
 from sidepath.training.loss import batch_loss
 from sidepath.training.packing import require_packable

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from sidepath.config import TrainConfig
+from sidepath.data.dataset import Data, load_data
 from sidepath.errors import NonFinite, TrainError
-from sidepath.training.data import Data, load_data
 from sidepath.training.evaluate import evaluate
 from sidepath.training.loop import train
 from sidepath.training.processes import ALONE, Processes

@@ -8,11 +8,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from sidepath.config import TrainConfig
+from sidepath.data.dataset import Data, load_data
 from sidepath.errors import TrainError
 from sidepath.injection.registry import base_parameters
 from sidepath.store.adapter import Adapter, load
 from sidepath.store.fingerprint import fingerprint
-from sidepath.training.data import Data, load_data
 from sidepath.training.evaluate import evaluate
 from sidepath.training.loop import train
 from sidepath.training.processes import ALONE, Processes

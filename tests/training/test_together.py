@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from sidepath.config import TrainConfig
+from sidepath.data.dataset import Data, load_data
 from sidepath.errors import TrainError, UnknownAdapter
 from sidepath.injection.registry import registry_of
 from sidepath.store.adapter import Adapter
-from sidepath.training.data import Data, load_data
 from sidepath.training.loop import train
 from sidepath.training.together import join, train_together
 from tests.training.kit import batch_of, bert, llama, with_lora

@@ -25,7 +25,7 @@ NAME = "adapter"
 
 def evaluate(call: Call) -> Report:
     """Metrics of a base, or of an adapter on it, on held-out data."""
-    from sidepath.training.data import load_data
+    from sidepath.data.dataset import load_data
     from sidepath.training.evaluate import evaluate as measure
 
     run = call.settings.build("eval", EvalRun)
@@ -128,9 +128,9 @@ def _labels_of(adapter: str | None) -> tuple[str, ...] | None:
 
 
 def _prompts_of(run: GenerateRun) -> list[str]:
-    from sidepath.training.faults import lines_of
-    from sidepath.training.rows import renamed, require_columns
-    from sidepath.training.sources import open_source
+    from sidepath.data.faults import lines_of
+    from sidepath.data.rows import renamed, require_columns
+    from sidepath.data.sources import open_source
 
     source = open_source(str(run.data), run.limit)
     prompts: list[str] = []

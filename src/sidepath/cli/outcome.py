@@ -13,10 +13,10 @@ import torch
 from sidepath.cli.following import Followed
 from sidepath.cli.output import Report, Table
 from sidepath.config import TrainConfig
+from sidepath.data.dataset import Data
+from sidepath.data.hub import PREFIX
 from sidepath.store.plan import Plan, readable
-from sidepath.training.data import Data
 from sidepath.training.forgetting import Forgetting
-from sidepath.training.hub import PREFIX
 
 
 @dataclass(frozen=True)

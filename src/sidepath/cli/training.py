@@ -24,6 +24,7 @@ from sidepath.cli.runs import TrainRun
 from sidepath.cli.settings import toml
 from sidepath.cli.surface import Call
 from sidepath.config import TrainConfig
+from sidepath.data.dataset import Data, load_data
 from sidepath.errors import ConfigError
 from sidepath.injection.registry import check_name
 from sidepath.methods import METHODS
@@ -31,7 +32,6 @@ from sidepath.methods.base import Method
 from sidepath.methods.lora import LoRA
 from sidepath.store.adapter import Adapter, inject
 from sidepath.store.plan import Plan, plan, readable
-from sidepath.training.data import Data, load_data
 from sidepath.training.evaluate import CAUSAL, GENERATED, evaluate
 from sidepath.training.feed import largest_batch
 from sidepath.training.forgetting import Forgetting, forgetting

@@ -18,6 +18,7 @@ from torch import nn
 
 from sidepath.base import embedded_base
 from sidepath.config import TrainConfig
+from sidepath.data.dataset import Data, load_data
 from sidepath.demo.mixed import MixedBatch, mixed_batch
 from sidepath.demo.report import write_report
 from sidepath.demo.tasks import Task, make_tasks
@@ -27,7 +28,6 @@ from sidepath.methods.lora import LoRA
 from sidepath.store.adapter import Adapter, inject
 from sidepath.store.merge import merge_folder
 from sidepath.store.plan import Plan, plan
-from sidepath.training.data import Data, load_data
 from sidepath.training.evaluate import evaluate, generate
 from sidepath.training.loop import train
 

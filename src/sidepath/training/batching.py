@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from sidepath.data.example import Example
 
 T = TypeVar("T")
 
@@ -21,28 +22,6 @@ IGNORED = -100
 """The target of a token that is not supervised."""
 Bin = tuple[int, ...]
 """Rows of the data that stand behind one another in one row of a batch; one row unless packed."""
-
-
-@dataclass(frozen=True, eq=False)
-class Example:
-    """One row as tokens."""
-
-    ids_T: NDArray[np.int64]
-    """Token ids."""
-    supervised_T: NDArray[np.bool_]
-    """Which tokens are targets; all False for classification."""
-    line: int
-    """Where the row stands in its source."""
-    prompt_length: int = 0
-    """Tokens before the last completion: what generation starts from."""
-    reference: str | None = None
-    """The last completion as text; None where there is nothing to compare with."""
-    label: int | None = None
-    """Class id, for classification."""
-    truncated: bool = False
-    """The row was cut to `max_tokens`."""
-    ends: bool = False
-    """The row's last target is an end token."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sidepath.data.dataset import Data
+from sidepath.data.encode import Encoder
 from sidepath.errors import DataError, nearest
 from sidepath.training import metrics as scores
 from sidepath.training.batching import Batch, by_length, collate
-from sidepath.training.data import Data
-from sidepath.training.encode import Encoder
 from sidepath.training.loss import loss_and_logits
 from sidepath.training.processes import ALONE, Processes
 from sidepath.training.trained import context_of, device_of, modes_kept, require_fit

@@ -19,9 +19,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from sidepath.config import TrainConfig
+from sidepath.data.dataset import Data
 from sidepath.errors import DataError
 from sidepath.training.batching import Batch, Bin, collate, collate_packed, in_passes
-from sidepath.training.data import Data
 from sidepath.training.order import Order
 
 AHEAD = 2

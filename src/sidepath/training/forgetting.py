@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sidepath.data.dataset import Data
 from sidepath.errors import DataError
 from sidepath.injection.registry import require_registry
 from sidepath.injection.surgery import disabled, refuse_merged
-from sidepath.training.data import Data
 from sidepath.training.trained import context_of, device_of, modes_kept
 
 SAMPLED = "sampled from the base"

@@ -13,10 +13,10 @@ from pathlib import Path
 from torch import nn
 
 from sidepath.config import TrainConfig
+from sidepath.data.dataset import Data
 from sidepath.errors import TrainError
 from sidepath.training import state
 from sidepath.training.checkpoint import require_none
-from sidepath.training.data import Data
 from sidepath.training.processes import Processes
 from sidepath.training.report import StepReport
 from sidepath.training.run import Run

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sidepath.data.dataset import Data
+from sidepath.data.example import Example
 from sidepath.errors import TrainError
-from sidepath.training.batching import Example, collate_packed
-from sidepath.training.data import Data
+from sidepath.training.batching import collate_packed
 from sidepath.training.loss import accepted, logits_of
 from sidepath.training.trained import modes_kept
 

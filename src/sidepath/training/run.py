@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from sidepath.config import TrainConfig
+from sidepath.data.dataset import Data
+from sidepath.data.rng import derived
 from sidepath.errors import NonFinite
 from sidepath.training import state
 from sidepath.training.batching import Batch
-from sidepath.training.data import Data
 from sidepath.training.evaluate import measure
 from sidepath.training.feed import Feed, order_of
 from sidepath.training.loss import batch_loss
@@ -31,7 +32,6 @@ from sidepath.training.optim import (
 from sidepath.training.packing import require_packable
 from sidepath.training.processes import Processes
 from sidepath.training.report import StepReport
-from sidepath.training.rng import derived
 from sidepath.training.trained import Trained, device_of, opened
 
 DEFAULT_EPOCHS = 3.0

@@ -14,12 +14,12 @@ import torch
 
 from sidepath import config as settings
 from sidepath.config import TrainConfig
+from sidepath.data.dataset import Data
 from sidepath.errors import ResumeError
 from sidepath.store.fingerprint import fingerprint
 from sidepath.training import checkpoint as checkpoints
 from sidepath.training.best import Best
 from sidepath.training.checkpoint import Checkpoint
-from sidepath.training.data import Data
 from sidepath.training.optim import restore_state, state_tensors
 from sidepath.training.order import Order
 from sidepath.training.processes import Processes

@@ -20,16 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sidepath.config import TrainConfig
+from sidepath.data.dataset import Data
+from sidepath.data.rng import derived
 from sidepath.errors import TrainError
 from sidepath.injection.surgery import route
 from sidepath.training import state
 from sidepath.training.batching import IGNORED, Batch
 from sidepath.training.checkpoint import require_none
-from sidepath.training.data import Data
 from sidepath.training.loss import cross_entropy, logits_and_targets
 from sidepath.training.processes import Processes
 from sidepath.training.report import StepReport
-from sidepath.training.rng import derived
 from sidepath.training.run import Run, Step
 from sidepath.training.trained import opened, require_fit, trained_of
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sidepath.data.dataset import Data
 from sidepath.errors import DataError, TrainError
 from sidepath.injection.registry import Installed, registry_of
 from sidepath.store.memory import switch_checkpointing
-from sidepath.training.data import Data
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,10 +27,14 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/side_path.py
+	$(BIN)/python benchmarks/qlora.py
+	$(BIN)/python benchmarks/together.py
 
 results: $(INSTALLED)
 	$(BIN)/python benchmarks/stories_e2e.py
 	$(BIN)/python benchmarks/minilm_sst2.py
+	$(BIN)/python benchmarks/qlora_metric.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kill_table.py
 
 $(INSTALLED): pyproject.toml constraints.txt scripts/make_venv.sh
 	PYTHON="$(PYTHON)" sh scripts/make_venv.sh

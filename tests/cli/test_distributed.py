@@ -169,3 +169,37 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     assert done.code == 0, done.err
     one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("whole", "out"))
     assert one.read_bytes() == other.read_bytes()
+
+
+RESTARTED = """
+import os, signal
+import torch.distributed as dist
+from sidepath.cli.launch import _meet
+_meet("gloo")
+dist.barrier()
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+if attempt < 4 and dist.get_rank() == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+dist.barrier()
+if attempt < 4:
+    raise SystemExit(1)
+if dist.get_rank() == 0:
+    print("met after", attempt, flush=True)
+"""
+
+
+def test_processes_meet_again_after_every_restart(tmp_path: Path) -> None:
+    """Torchrun keeps one store over its restarts; what the dead left there must not be read."""
+    script = tmp_path / "restarted.py"
+    script.write_text(RESTARTED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", "--max-restarts", "4", str(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "met after 4"

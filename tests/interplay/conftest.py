@@ -13,10 +13,7 @@ from torch import Tensor
 import sidepath
 from sidepath import LoRA
 from sidepath.store.adapter import Adapter
-from tests.training.conftest import tokenizer
 from tests.training.kit import llama
-
-__all__ = ["tokenizer"]
 
 IDS = torch.tensor([[0, 9, 8, 7, 12, 13]])
 

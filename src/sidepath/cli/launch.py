@@ -33,22 +33,32 @@ def joined(distributed: str, device: str) -> Iterator[Processes]:
             f"--distributed {distributed} needs a launcher",
             hint="torchrun --nproc-per-node 2 -m sidepath -- train ...",
         )
+    import torch
     import torch.distributed as dist
     from accelerate import PartialState
 
-    PartialState(cpu=device == "cpu" or not _gpu())
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    _meet("nccl" if on_gpu else "gloo")
+    PartialState(cpu=not on_gpu)
     try:
         yield Processes.of_this_run()
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
         PartialState._reset_state()
 
 
-def _gpu() -> bool:
-    import torch
+def _meet(backend: str) -> None:
+    """Start torch.distributed as `env://` would, in a part of the launcher's store that belongs to
+    this attempt: torchrun keeps one store over its restarts (torch 2.13), and the addresses that
+    killed processes left there make the next ones wait for them.
+    """
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
-    return torch.cuda.is_available()
+    store, rank, count = next(rendezvous("env://"))
+    prefix = "sidepath-" + os.environ.get(_RESTARTS, "0")
+    own = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=own, rank=rank, world_size=count)
 
 
 @contextmanager

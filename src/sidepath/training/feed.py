@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import signal
 import sys
@@ -26,6 +27,8 @@ from sidepath.training.order import Order
 
 AHEAD = 2
 """Steps that each worker process makes ahead."""
+SECONDS_BETWEEN_LOOKS = 1.0
+"""How soon a worker notices that its run was killed."""
 
 
 def order_of(data: Data, config: TrainConfig) -> Order:
@@ -96,7 +99,7 @@ class Feed(Dataset[list[Batch]]):
             sampler=range(first, last),
             num_workers=workers,
             prefetch_factor=AHEAD,
-            worker_init_fn=_heed_the_run,
+            worker_init_fn=functools.partial(_heed_the_run, run=os.getpid()),
             generator=torch.Generator(),  # else the loader draws from the caller's
         )
         with _sigterm_held():
@@ -130,20 +133,23 @@ def _sigterm_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _heed_the_run(_: int) -> None:
-    """In a worker: be ended by the run's SIGTERM only.
+def _heed_the_run(_: int, *, run: int) -> None:
+    """In a worker: be ended by the run's SIGTERM only, and by the run's own end.
 
     torchrun, Slurm and others send SIGTERM to every process there is. A run that was asked to
-    stop still needs its workers for the step under way, and ends them itself.
+    stop still needs its workers for the step under way, and ends them itself. (torch's own
+    watchdog misses a run that was killed before the worker first looked for it.)
     """
     if sys.platform == "linux":
-        threading.Thread(target=_wait_for_sigterm_of, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_until_the_end_of, args=(run,), daemon=True).start()
     else:  # who sent it cannot be told
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
-def _wait_for_sigterm_of(run: int) -> None:
+def _until_the_end_of(run: int) -> None:
     if sys.platform == "linux":
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
-            pass
+        while os.getppid() == run:
+            got = signal.sigtimedwait({signal.SIGTERM}, SECONDS_BETWEEN_LOOKS)
+            if got is not None and got.si_pid == run:
+                break
         os._exit(0)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import random
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,10 @@ from sidepath.config import TrainConfig
 from sidepath.data.dataset import Data, load_data
 from sidepath.errors import DataError
 from sidepath.training.batching import Batch
-from sidepath.training.feed import Feed
+from sidepath.training.feed import Feed, _until_the_end_of
 from sidepath.training.loop import train
 from sidepath.training.order import Order
+from tests.faults import forked
 from tests.training.kit import llama, with_lora
 
 
@@ -112,3 +115,15 @@ def test_a_run_over_drawing_data_resumes_to_the_bit(
     assert first + rest == whole
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who sent a signal is told on Linux only")
+def test_a_worker_whose_run_is_gone_before_it_looks_ends() -> None:
+    """Torch's watchdog takes whoever is the parent then for the run, and waits for ever."""
+    killed_before = 2**22 + 1  # above the largest process number
+
+    def worker() -> None:
+        _until_the_end_of(killed_before)
+        os._exit(7)
+
+    assert forked(worker) == 0

@@ -227,8 +227,7 @@ def count(
     names = [path_of(folder, number).name for number in range(1, STEPS + 1)]
     # The one before the last is where the run was stopped, when not every step is saved.
     others = names[-2:-1] if every == 1 else names[:-1]
-    # A kill between the last save and its pruning leaves one more: no later save comes by.
-    if left != names[-3:] and left not in [[other, names[-1]] for other in others]:
+    if left not in [[other, names[-1]] for other in others]:
         row.exceptions.append(f"left in the folder: {left}")
     row.runs += 1
     row.equal += all(

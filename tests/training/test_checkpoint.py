@@ -353,3 +353,16 @@ def test_the_newest_is_read_while_another_process_saves(tmp_path: Path) -> None:
     assert latest(tmp_path)[0] is not None
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000149"]
     assert len(set(seen)) > 3, "the two did not overlap"
+
+
+def test_resuming_prunes_what_a_kill_kept_from_being_pruned(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the last save and before its pruning: no later save comes by."""
+    with monkeypatch.context() as patch:
+        patch.setattr("sidepath.training.checkpoint.prune", lambda *_, **__: None)
+        run(fresh(), data, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 12
+    assert run(fresh(), data, tmp_path, resume=True) == []
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step-00000010", "step-00000011", "step-00000012"]

@@ -81,12 +81,20 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         }
         text = json.dumps({**body, "digest": _digest(body)}, indent=1)
         (temporary / _STATE).write_text(text, encoding="utf-8")
+    prune(folder, checkpoint.step, keep=keep)
+    return target
+
+
+def prune(folder: Path, step: int, *, keep: int) -> None:
+    """Drop all but the newest `keep` of the checkpoints up to `step`, and what killed saves left.
+
+    What cannot be dropped stays until the next time.
+    """
     with suppress(OSError):
-        older = [path for path in _numbered(folder) if _number(path) < checkpoint.step]
+        older = [path for path in _numbered(folder) if _number(path) < step]
         for path in older[: max(0, len(older) + 1 - keep)]:
             discard(path)
         clear_leftovers(folder, _NAME)
-    return target
 
 
 def _only_ours(folder: Path) -> bool:

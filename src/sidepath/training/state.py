@@ -107,6 +107,9 @@ def resume(run: Standing) -> None:
         raise ResumeError(
             "the checkpoint is malformed", where=run.folder, found=repr(error)
         ) from error
+    if run.processes.first:
+        # The kill may have come between a save and its pruning, and no later save may follow.
+        checkpoints.prune(run.folder, run.step, keep=run.config.keep_checkpoints)
     run.notices.append(f"resumed after step {run.step}")
     if before != run.processes.count:
         run.notices.append(

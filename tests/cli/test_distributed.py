@@ -174,8 +174,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(
 RESTARTED = """
 import os, signal
 import torch.distributed as dist
-from sidepath.cli.launch import _meet
-_meet("gloo")
+from sidepath.cli.launch import meet
+meet("gloo")
 dist.barrier()
 attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 if attempt < 4 and dist.get_rank() == 1:

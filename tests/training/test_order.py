@@ -66,12 +66,18 @@ def test_a_step_is_found_by_its_number_alone(
 
 
 @pytest.mark.parametrize("capacity", [None, 30])
-def test_the_longest_bin_of_a_step(capacity: int | None) -> None:
+def test_the_step_with_the_longest_bin(capacity: int | None) -> None:
     lengths = [(7 * row) % 23 + 1 for row in range(50)]
     order = order_of(lengths, 4, capacity=capacity)
-    for step in range(order.start_of(1)):
-        totals = [sum(lengths[row] for row in bin_) for bin_ in order.at(step)[1]]
-        assert order.longest(step) == max(totals)
+    last = order.start_of(1)
+    longest = [
+        max(sum(lengths[row] for row in bin_) for bin_ in order.at(step)[1]) for step in range(last)
+    ]
+    for first in range(last):
+        found = order.largest(first, last)
+        assert first <= found < last
+        assert longest[found] == max(longest[first:])
+    assert order.largest(last, last) == last, "no step to come"
 
 
 def test_epochs_and_seeds_differ() -> None:

@@ -132,6 +132,13 @@ def test_labelled_rows_are_refused(tokenizer: Any) -> None:
         next(train(bert(), load_data(rows, tokenizer), TrainConfig(steps=1, packing=True)))
 
 
+def test_rows_of_unknown_length_are_refused(tokenizer: Any, pairs: Any) -> None:
+    data = load_data(pairs, tokenizer, transform=lambda fields: fields)
+    with pytest.raises(TrainError) as caught:
+        train(with_lora(llama()), data, TrainConfig(steps=1, packing=True))
+    assert "a transform may change them" in caught.value.faults[0]
+
+
 def test_a_packed_run_sees_every_row_and_learns(data: Data) -> None:
     model = llama()
     config = TrainConfig(epochs=6, batch_size=2, packing=True, learning_rate=1e-2)

@@ -14,6 +14,7 @@ from sidepath.errors import NonFinite, TrainError
 from sidepath.training.evaluate import evaluate
 from sidepath.training.loop import train
 from sidepath.training.processes import ALONE, Processes
+from sidepath.training.together import train_together
 from tests.training.joined import in_processes
 from tests.training.kit import bert, llama, with_lora
 
@@ -231,3 +232,24 @@ def test_a_request_during_a_step_reaches_every_process(data: Data, tmp_path: Pat
         return [report.number, steps.interrupted]
 
     assert in_processes(2, tmp_path / "meet", work) == [[2, True]] * 2
+
+
+def test_adapters_trained_together_in_two_processes(data: Data, tmp_path: Path) -> None:
+    runs = {
+        "a": (data, TrainConfig(steps=4, batch_size=4, learning_rate=1e-2)),
+        "b": (data, TrainConfig(steps=3, batch_size=1, learning_rate=1e-2, seed=1)),
+    }
+
+    def losses(_: object = None) -> list[dict[str, float]]:
+        model = with_lora(with_lora(llama(), "a"), "b", r=3)
+        return [
+            {name: report.loss for name, report in reports.items()}
+            for reports in train_together(model, runs)
+        ]
+
+    alone = losses()
+    one, other = in_processes(2, tmp_path, losses)
+    assert one == other
+    assert len(one) == 4
+    for found, expected in zip(one, alone, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)

@@ -38,7 +38,7 @@ def joined(distributed: str, device: str) -> Iterator[Processes]:
     from accelerate import PartialState
 
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    _meet("nccl" if on_gpu else "gloo")
+    meet("nccl" if on_gpu else "gloo")
     PartialState(cpu=not on_gpu)
     try:
         yield Processes.of_this_run()
@@ -47,7 +47,7 @@ def joined(distributed: str, device: str) -> Iterator[Processes]:
         PartialState._reset_state()
 
 
-def _meet(backend: str) -> None:
+def meet(backend: str) -> None:
     """Start torch.distributed as `env://` would, in a part of the launcher's store that belongs to
     this attempt: torchrun keeps one store over its restarts (torch 2.13), and the addresses that
     killed processes left there make the next ones wait for them.

@@ -47,7 +47,7 @@ def largest_batch(data: Data, config: TrainConfig) -> Batch:
     the one with the most tokens, padding counted.
     """
     order = order_of(data, config)
-    step = max(range(order.start_of(1)), key=order.longest)
+    step = order.largest(0, order.start_of(1))
     batches = Feed(data, order, config.batch_size, config.seed)[step]
     return max(batches, key=lambda batch: batch.ids_BT.numel())
 

@@ -65,14 +65,13 @@ def train(
     if held_out is None and config.eval_share > 0:
         data, held_out = data.split(config.eval_share, seed=config.seed)
     folder = None if checkpoints is None else Path(checkpoints)
-    _require_consistent(config, held_out, folder, resume)
+    _require_consistent(config, data, held_out, folder, resume)
     _require_fit(model, data, held_out)
     run = Run(trained, data, held_out, config, folder, Processes.of_this_run())
     if folder is not None:
         if resume:
             state.resume(run)
         else:
-            run.processes.wait()
             require_none(folder)
     return Training(run)
 
@@ -98,9 +97,6 @@ class Training(Iterator[StepReport]):
     def __init__(self, run: Run) -> None:
         self._run = run
         self._reports = run.reports()
-
-    def __iter__(self) -> Training:
-        return self
 
     def __next__(self) -> StepReport:
         return next(self._reports)
@@ -147,9 +143,12 @@ def _require_fit(model: nn.Module, data: Data, held_out: Data | None) -> None:
 
 
 def _require_consistent(
-    config: TrainConfig, held_out: Data | None, folder: Path | None, resume: bool
+    config: TrainConfig, data: Data, held_out: Data | None, folder: Path | None, resume: bool
 ) -> None:
     rules = {
+        "packing needs rows of known length, and a transform may change them": (
+            data.transform is None or not config.packing
+        ),
         "patience needs eval_every": config.patience == 0 or config.eval_every > 0,
         "eval_every and patience need held-out rows (held_out, or eval_share)": (
             held_out is not None or config.eval_every == config.patience == 0

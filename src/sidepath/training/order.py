@@ -47,6 +47,7 @@ class Order:
         capacity: int | None = None,
     ) -> None:
         self.lengths = np.asarray(lengths)
+        self._tokens: list[int] = self.lengths.tolist()  # plain integers add up ten times as fast
         self.parts = tuple(parts)
         self.shares = _shares(self.parts, len(self.lengths))
         self.size, self.seed, self.capacity = size, seed, capacity
@@ -82,9 +83,15 @@ class Order:
         epoch, position = self.place(step)
         return epoch, self.epoch(epoch)[position]
 
-    def longest(self, step: int) -> int:
-        """Tokens of the longest bin of a step (from 0)."""
-        return max(int(self.lengths[list(bin_)].sum()) for bin_ in self.at(step)[1])
+    def largest(self, first: int, last: int) -> int:
+        """Which of the steps [first, last) has the longest bin: the one that memory is for."""
+        return max(range(first, last), key=self._longest, default=first)
+
+    def _longest(self, step: int) -> int:
+        return max(map(self._total, self.at(step)[1]))
+
+    def _total(self, bin_: Bin) -> int:
+        return sum(self._tokens[row] for row in bin_)
 
     def passes(self, steps: int) -> float:
         """Epochs that this many steps are."""
@@ -107,7 +114,7 @@ class Order:
         else:
             rows = generator.permutation(self._rows_of(epoch))
         if self.capacity is None:
-            bins: list[Bin] = [(int(row),) for row in rows]
+            bins: list[Bin] = [(row,) for row in rows.tolist()]
         else:
             bins = pack(rows, self.lengths, self.capacity)
             bins = [bins[at] for at in generator.permutation(len(bins))]
@@ -135,7 +142,7 @@ class Order:
         groups = []
         for start in range(0, len(bins), span):
             window = bins[start : start + span]
-            totals = [int(self.lengths[list(bin_)].sum()) for bin_ in window]
+            totals = [self._total(bin_) for bin_ in window]
             ranked = [window[at] for at in np.argsort(totals, kind="stable")]
             groups += [ranked[at : at + self.size] for at in range(0, len(ranked), self.size)]
         return groups

@@ -63,14 +63,14 @@ class Processes:
         """
         if self.count == 1:
             return
-        shape = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        wide = any(gradient.dtype == torch.float64 for gradient in shape)
+        own = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        wide = any(gradient.dtype == torch.float64 for gradient in own)
         dtype = torch.float64 if wide else torch.float32
         got = torch.tensor([p.grad is not None for p in parameters], dtype=dtype)
-        flat = torch.cat([g.detach().to(self.device, dtype).reshape(-1) for g in shape])
+        flat = torch.cat([g.detach().to(self.device, dtype).reshape(-1) for g in own])
         flat = torch.cat([flat, got.to(self.device)])
         dist.all_reduce(flat)
-        sizes = [*(gradient.numel() for gradient in shape), len(parameters)]
+        sizes = [*(gradient.numel() for gradient in own), len(parameters)]
         *sums, given = torch.split(flat, sizes)
         for parameter, summed, count in zip(parameters, sums, given.tolist(), strict=True):
             if count:

@@ -97,9 +97,7 @@ class Run(state.Standing):
     def largest_step(self) -> int:
         """Which of the steps to come (from 0), within an epoch, has the longest row."""
         last = min(self.total, self.step + self.order.start_of(1))
-        coming = range(self.step, last)
-        longest = max(coming, key=lambda step: self.order.longest(step), default=self.step)
-        return longest - self.step
+        return self.order.largest(self.step, last) - self.step
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[Iterator[list[Batch]]]:

@@ -97,6 +97,8 @@ def _reports(model: nn.Module, runs: Mapping[str, Run]) -> Generator[dict[str, S
     trained = [run.trained for run in runs.values()]
     with contextlib.ExitStack() as stack:
         stack.enter_context(opened(trained, gradient_checkpointing=shared.gradient_checkpointing))
+        for run in runs.values():
+            run.processes.require_equal("the trained tensors", run.trained.tensors)
         feeds = {
             name: stack.enter_context(contextlib.closing(run.batches()))
             for name, run in runs.items()

@@ -128,3 +128,21 @@ def test_text_for_forgetting_is_read_before_training(
     ran = run(*flags_of(tiny_base, pairs, tmp_path / "out", "--forgetting-data", missing))
     assert ran.code == 2
     assert "step 1/" not in ran.err
+
+
+def test_a_run_killed_before_its_adapter_was_saved_is_recorded_whole(
+    run: Run, tiny_base: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All steps were done, none is left for the resumed command: they are counted all the same."""
+    flags = flags_of(tiny_base, pairs, tmp_path / "out", "--checkpoint-every", "2")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sidepath.cli.training._measured", killed)
+        assert run(*flags).code == 130
+    done = run(*flags, "--resume")
+    assert done.document["steps"] == 4
+    saved = json.loads((tmp_path / "out" / "sidepath.json").read_text())
+    assert saved["record"]["steps"] == 4

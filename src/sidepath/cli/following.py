@@ -29,6 +29,8 @@ class Followed:
     """What passed by."""
 
     reports: list[StepReport]
+    steps: int
+    """Steps of the whole run; more than there are reports where it was resumed."""
     peak: Peak
     seconds: float
 
@@ -72,11 +74,11 @@ def follow(
             advance(report.number, report.total, _facts(report))
     if training.interrupted:
         raise Interrupted(
-            f"stopped after step {reports[-1].number} of {reports[-1].total}",
+            f"stopped after step {training.steps} of {reports[-1].total}",
             where=checkpoints_of(output),
             hint="the same command with --resume goes on from there, to the same bits",
         )
-    return Followed(reports, peak, time.perf_counter() - began)
+    return Followed(reports, training.steps, peak, time.perf_counter() - began)
 
 
 def _figures(report: StepReport) -> dict[str, float | None]:

@@ -29,12 +29,6 @@ class Outcome:
     planned: Plan
     data: Data
 
-    @property
-    def steps(self) -> int:
-        """The last step's number; 0 when none was taken."""
-        reports = self.followed.reports
-        return reports[-1].number if reports else 0
-
 
 def record(outcome: Outcome, config: TrainConfig, command: str) -> dict[str, Any]:
     """What `sidepath.json` keeps of how the adapter came to be."""
@@ -47,7 +41,7 @@ def record(outcome: Outcome, config: TrainConfig, command: str) -> dict[str, Any
             "digest": data.digest,
         },
         "seed": config.seed,
-        "steps": outcome.steps,
+        "steps": outcome.followed.steps,
         "loss": outcome.followed.losses,
         "forgetting": None if lost is None else lost.as_dict(),
         "command": command,
@@ -66,7 +60,7 @@ def report(outcome: Outcome, output: Path) -> Report:
     predicted = outcome.planned.memory.total
     document = {
         "adapter": str(output),
-        "steps": outcome.steps,
+        "steps": outcome.followed.steps,
         "loss": losses,
         "metrics": outcome.metrics,
         "forgetting": None if lost is None else lost.as_dict(),
@@ -77,7 +71,7 @@ def report(outcome: Outcome, output: Path) -> Report:
         "seconds": followed.seconds,
     }
     rows: list[list[object]] = [
-        ["steps", outcome.steps],
+        ["steps", outcome.followed.steps],
         ["first loss", losses["first"]],
         ["last loss", losses["last"]],
         *[[f"held out: {name}", value] for name, value in outcome.metrics.items()],

@@ -112,6 +112,11 @@ class Training(Iterator[StepReport]):
         return self._run.largest_step()
 
     @property
+    def steps(self) -> int:
+        """Steps the run has behind it, those before it was resumed included."""
+        return self._run.step
+
+    @property
     def interrupted(self) -> bool:
         """Whether the run ended by `stop` before its last step."""
         return self._run.interrupted

@@ -338,8 +338,10 @@ def test_all_changed_files_are_named(folder: Path) -> None:
 
 
 def test_patterns_of_the_file_are_never_run(plain: Path) -> None:
+    expected = load_quietly(tiny_llama(), plain)
     change_config(plain, target_modules="(a+)+$", exclude_modules="(", layers_pattern="(")
-    load_quietly(tiny_llama(), plain)
+    found = load_quietly(tiny_llama(), plain)
+    assert list(found.deltas) == list(expected.deltas), "the keys say where, not the patterns"
 
 
 def test_too_long_a_header(plain: Path) -> None:
@@ -392,7 +394,10 @@ def test_a_folder_that_is_no_adapter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_same_base_in_another_dtype_is_accepted(folder: Path, dtype: torch.dtype) -> None:
-    load(tiny_llama().to(dtype), folder)
+    model = tiny_llama().to(dtype)
+    adapter = load(model, folder)
+    assert adapter.deltas
+    assert registry_of(model) is not None
 
 
 def test_another_base_of_the_same_shapes_is_refused(folder: Path) -> None:

@@ -205,6 +205,7 @@ def _packing(
 ) -> dict[str, Any]:
     """What transformers is asked for to load a packed base; empty for a plain one."""
     from sidepath.core.quant import require_bitsandbytes
+    from sidepath.injection.quantising import keep_heads_plain, left_plain
 
     stored = vars(_config_of(folder)).get("quantization_config")
     if stored is None and quantise == "none":
@@ -223,8 +224,7 @@ def _packing(
             return {"device_map": {"": place}}
         require_bitsandbytes()
         settings = _config_of(folder, **options)
-        kept = {*(values.get("llm_int8_skip_modules") or ()), *_heads(kind, settings, folder)}
-        settings.quantization_config = {**values, "llm_int8_skip_modules": sorted(kept)}
+        keep_heads_plain(settings, _skeleton(kind, settings, folder))
         return {"device_map": {"": place}, "config": settings}
     require_bitsandbytes()
     from transformers import BitsAndBytesConfig
@@ -235,18 +235,16 @@ def _packing(
         bnb_4bit_quant_type=quantise,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=_heads(kind, _config_of(folder), folder),
+        llm_int8_skip_modules=left_plain(_skeleton(kind, _config_of(folder), folder)),
     )
     return {"dtype": compute, "quantization_config": packed, "device_map": {"": place}}
 
 
-def _heads(kind: Any, settings: Any, folder: Path) -> list[str]:
-    """Modules that are not packed."""
-    from sidepath.injection.quantising import left_plain
-
+def _skeleton(kind: Any, settings: Any, folder: Path) -> nn.Module:
+    """The model without weights."""
     with _understood(folder, "the base's config cannot be used"), torch.device("meta"):
-        skeleton: nn.Module = kind.from_config(settings, trust_remote_code=False)
-    return left_plain(skeleton)
+        model: nn.Module = kind.from_config(settings, trust_remote_code=False)
+    return model
 
 
 @contextmanager

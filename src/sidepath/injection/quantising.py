@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +119,16 @@ def left_plain(model: nn.Module) -> list[str]:
         if module is last or path.rpartition(".")[2] in HEAD_PARTS
     ]
     return list(dict.fromkeys([*head_paths(model), *inner]))
+
+
+def keep_heads_plain(settings: Any, skeleton: nn.Module) -> None:
+    """Tell the config of a folder that is stored packed which modules a loader must not pack:
+    those it names itself, and `left_plain` of the model without weights. In place.
+    """
+    stored = settings.quantization_config
+    values = stored if isinstance(stored, dict) else stored.to_dict()
+    kept = {*(values.get("llm_int8_skip_modules") or ()), *left_plain(skeleton)}
+    settings.quantization_config = {**values, "llm_int8_skip_modules": sorted(kept)}
 
 
 def settle(model: nn.Module) -> nn.Module:

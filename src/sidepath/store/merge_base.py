@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sidepath.core.quant import is_packed, require_bitsandbytes
 from sidepath.errors import StoreError
-from sidepath.injection.quantising import left_plain, settle
+from sidepath.injection.quantising import keep_heads_plain, settle
 from sidepath.injection.surgery import remove
 from sidepath.store import manifest as manifests
 from sidepath.store.adapter import load
@@ -63,11 +63,8 @@ def _packed_options(cls: Any, base: Path, options: Mapping[str, Any]) -> dict[st
     with understood(base):
         settings = cls.config_class.from_pretrained(base, local_files_only=True, **of_config)
         with torch.device("meta"):
-            kept = left_plain(cls(settings))
-    values: Any = settings.quantization_config
-    values = values if isinstance(values, dict) else values.to_dict()
-    kept += values.get("llm_int8_skip_modules") or ()
-    settings.quantization_config = {**values, "llm_int8_skip_modules": sorted(set(kept))}
+            skeleton = cls(settings)
+    keep_heads_plain(settings, skeleton)
     others = {name: value for name, value in options.items() if name not in of_config}
     return {**others, "config": settings, "device_map": {"": "cpu"}}
 

@@ -6,7 +6,6 @@ live in one child module called `sidepath`. `restore` is the exact inverse.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -90,8 +89,8 @@ class Adapted(nn.Module):
             if routing.active is not None:
                 delta = side.get(routing.active)
                 if delta is not None:
-                    result: Tensor = delta(x, side.view, *args, **kwargs)
-                    return result
+                    answer = delta.fused if routing.fused else delta.forward
+                    return answer(x, side.view, *args, **kwargs)
         return side.view(x, *args, **kwargs)
 
 
@@ -113,23 +112,6 @@ def adapt(view: View, routing: Routing, path: str) -> SidePaths:
     module.__class__ = _adapted_class(view.base_class)
     module.add_module(CHILD, side)
     return side
-
-
-def pristine_copy(module: nn.Module) -> nn.Module:
-    """A deep copy of a module, and of all below it, as it was before any side path came."""
-    # Copied one by one, so that a twin of fake tensors (a plan) can be copied too.
-    memo: dict[int, object] = {
-        id(own): nn.Parameter(own.detach().clone(), own.requires_grad)
-        for own in module.parameters()
-        if own.is_floating_point()
-    }
-    memo |= {id(own): own.detach().clone() for own in module.buffers()}
-    twin = copy.deepcopy(module, memo)
-    for inner in list(twin.modules()):
-        side = inner._modules.get(CHILD)
-        if isinstance(side, SidePaths):
-            restore(side)
-    return twin
 
 
 def restore(side: SidePaths) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sidepath.core.routing import RowIndex, Rows, first_row
 from sidepath.core.views import DenseView, View
+from sidepath.kernels.linear import Layer
 
 
 class Delta(nn.Module, ABC):
@@ -26,6 +27,19 @@ class Delta(nn.Module, ABC):
     def forward(self, x: Tensor, base: View, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted output for the module's input `x`."""
         return self.onto(base(x, *args, **kwargs), x, base)
+
+    def fused(self, x: Tensor, base: View, *args: Any, **kwargs: Any) -> Tensor:
+        """The adapted output by the fastest way there is; equal to `forward` up to rounding."""
+        return self.forward(x, base, *args, **kwargs)
+
+    def layer(self, base: View) -> Layer | None:
+        """The module and this delta as one low-rank layer, where that is all that happens here."""
+        return None
+
+    @property
+    def drops(self) -> bool:
+        """Whether something random happens here, now."""
+        return False
 
     @abstractmethod
     def onto(self, y: Tensor, x: Tensor, base: View) -> Tensor:

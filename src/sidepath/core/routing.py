@@ -34,6 +34,8 @@ class Routing:
     rows: Rows | None = None
     silent: bool = field(default=False)
     """True while the side paths must not act: disabled, or folded into the weights."""
+    fused: bool = True
+    """Whether fused kernels take the place of the plain ones where they can."""
 
 
 def first_row(index: RowIndex) -> int:

@@ -89,6 +89,24 @@ class LinearView(DenseView):
 
     kind: ClassVar[Kind] = "linear"
 
+    def back(self, dy_NO: Tensor, into_NI: Tensor | None = None) -> Tensor:
+        """`dy W0`, the gradient of the layer's input; where `into` is given, that plus it, in
+        place.
+        """
+        W_OI = self.matrix_as(dy_NO.dtype)
+        return dy_NO @ W_OI if into_NI is None else into_NI.addmm_(dy_NO, W_OI)
+
+    def matrix_as(self, dtype: torch.dtype) -> Tensor:
+        """`W0` in another dtype; itself where it has that one."""
+        return self.matrix().to(dtype)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the layer is called as its class says, and none of it gets a gradient."""
+        parameters = self.module._parameters.values()
+        trained = any(p is not None and p.requires_grad for p in parameters)
+        return self.own_forward is None and not trained
+
     def matrix(self) -> Tensor:
         return self.weight
 
@@ -176,6 +194,10 @@ class PackedView(LinearView):
     def matrix(self) -> Tensor:
         """`W0` dequantised, in float32; made anew at each call."""
         return quant.dequantised(self.module)
+
+    def matrix_as(self, dtype: torch.dtype) -> Tensor:
+        W = self.weight
+        return W.to(dtype) if W.is_floating_point() else quant.dequantised(self.module, dtype)
 
     def from_matrix(self, W_OI: Tensor) -> Tensor:
         plain = W_OI.to(self.dtype).contiguous()

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sidepath.core.adapted import CHILD, SidePaths
+from sidepath.core.blocks import fuse, unfuse
 from sidepath.core.delta import Delta
 from sidepath.core.quant import hold_still, let_go
 from sidepath.core.routing import Routing
@@ -56,6 +57,8 @@ class Registry:
     """`requires_grad` of each base parameter before the first injection."""
     held: list[nn.Module] = field(default_factory=list)
     """Quantised layers that are kept from rewriting their own weight."""
+    fused: list[nn.Module] = field(default_factory=list)
+    """Blocks that may be computed in one piece."""
 
     def adapter(self, name: str) -> Installed:
         """The adapter of that name, or `UnknownAdapter` with the nearest names."""
@@ -102,6 +105,7 @@ def open_registry(model: nn.Module) -> Registry:
             registry.frozen[name] = parameter.requires_grad
             parameter.requires_grad_(False)
         registry.held = hold_still(model.modules())
+        registry.fused = [m for m in model.modules() if fuse(m, registry.routing)]
         registry.quantised = bool(model.__dict__.get(_QUANTISED))
         if registry.quantised:
             model.__dict__[_QUANTISED] = False
@@ -114,6 +118,8 @@ def close_registry(model: nn.Module, registry: Registry) -> None:
     for name, parameter in base_parameters(model):
         parameter.requires_grad_(registry.frozen.get(name, True))
     let_go(registry.held)
+    for module in registry.fused:
+        unfuse(module)
     if registry.quantised:
         model.__dict__[_QUANTISED] = True
     del model.__dict__[_ATTRIBUTE]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from sidepath.config import check, require
 from sidepath.core.delta import Delta, WeightDelta, accumulation_dtype, add_bias
 from sidepath.core.routing import RowIndex, Rows
-from sidepath.core.views import DenseView, View
+from sidepath.core.views import DenseView, LinearView, View
+from sidepath.kernels.dropout import Mask
+from sidepath.kernels.linear import Layer, SidePathLinear, forth
 from sidepath.kernels.lowrank import (
     Part,
     add_of_rows,
@@ -152,6 +154,8 @@ class LowRank(WeightDelta):
         self.dropout = dropout
         self.parts = parts
         self.kind = view.kind
+        self.whole_linear = isinstance(view, LinearView) and not parts and not with_bias
+        """Whether this is a low-rank layer beside a linear one and nothing else."""
 
     @torch.no_grad()
     def start_(self, start: Literal["kaiming", "gaussian"]) -> None:
@@ -179,6 +183,29 @@ class LowRank(WeightDelta):
         factors = [best_factors(M_OI[start:stop] / self.scaling, self.r) for start, stop in rows]
         self.A.copy_(torch.cat([A_RI for A_RI, _ in factors]))
         self.B.copy_(torch.cat([B_OR for _, B_OR in factors]))
+
+    def fused(self, x: Tensor, base: View, *args: Any, **kwargs: Any) -> Tensor:
+        layer = self.layer(base)
+        if layer is None or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            return self.forward(x, base, *args, **kwargs)
+        dropout = self.dropout if self.training else 0.0
+        if not (dropout or torch.is_grad_enabled()):
+            return forth(x, layer)[0]
+        mask = Mask.drawn(dropout) if dropout else None
+        result: Tensor = SidePathLinear.apply(x, self.A, self.B, layer, mask)  # type: ignore[no-untyped-call]
+        return result
+
+    @property
+    def drops(self) -> bool:
+        return self.dropout > 0 and self.training
+
+    def layer(self, base: View) -> Layer | None:
+        if not (isinstance(base, LinearView) and self.whole_linear and base.own_forward is None):
+            return None
+        for parameter in base.module._parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                return None  # a gradient of the base is wanted, and a fused layer has none
+        return Layer(base, self.A, self.B, self.scaling)
 
     def onto(self, y: Tensor, x: Tensor, base: View) -> Tensor:
         assert isinstance(base, DenseView)

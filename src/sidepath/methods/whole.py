@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sidepath.core.adapted import pristine_copy
 from sidepath.core.delta import Delta
+from sidepath.core.pristine import pristine_copy
 from sidepath.core.views import View
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sidepath.errors import TrainError
+from sidepath.injection.head import fused_head
 from sidepath.training.batching import IGNORED, Batch
 
 
@@ -26,7 +27,13 @@ def batch_loss(model: nn.Module, batch: Batch, *, smoothing: float = 0.0) -> Ten
     with e = `smoothing`. Only positions whose next token is a target reach the softmax, which
     runs in float32 (float64 for a float64 model). Changes nothing.
     """
-    return loss_and_logits(model, batch, smoothing=smoothing)[0]
+    head = fused_head(model) if batch.labels_B is None else None
+    if head is None:
+        return loss_and_logits(model, batch, smoothing=smoothing)[0]
+    hidden_BTD = head.hidden(**inputs_of(head.body, batch))
+    rows_BK, targets_N = _targets(batch)
+    kept = rows_BK.shape[1] + 1
+    return head.loss(hidden_BTD[:, -kept:-1][rows_BK], targets_N, smoothing)
 
 
 def loss_and_logits(
@@ -50,15 +57,18 @@ def logits_and_targets(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits_BC = logits_of(model, batch)
         _require_dimensions(logits_BC, 2, "labelled rows need a sequence classification model")
         return logits_BC, batch.labels_B
-    targets_BT = batch.targets_BT[:, 1:]
-    first = batch.first_target
-    kept = targets_BT.shape[1] + 1 - first
+    rows_BK, targets_N = _targets(batch)
+    kept = rows_BK.shape[1] + 1
     logits = logits_of(model, batch, kept)
     _require_dimensions(logits, 3, "rows without labels need a causal language model")
-    logits_BKV = logits[:, -kept:-1]
-    targets_BK = targets_BT[:, first:]
+    return logits[:, -kept:-1][rows_BK], targets_N
+
+
+def _targets(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of the last positions but one, K of them: which see a target next, and the targets."""
+    targets_BK = batch.targets_BT[:, 1 + batch.first_target :]
     wanted_BK = targets_BK != IGNORED
-    return logits_BKV[wanted_BK], targets_BK[wanted_BK]
+    return wanted_BK, targets_BK[wanted_BK]
 
 
 def _require_dimensions(logits: Tensor, wanted: int, what: str) -> None:
@@ -72,18 +82,24 @@ def logits_of(model: nn.Module, batch: Batch, kept: int | None = None) -> Tensor
     """What the model says of a batch: (B, T, V), or of the last `kept` positions only where it
     can leave the others out; (B, C) for classification.
     """
-    known = accepted(type(model).forward)
-    options: dict[str, Any] = {}
-    if "use_cache" in known:
-        options["use_cache"] = False
-    if kept is not None and "logits_to_keep" in known:
+    options = inputs_of(model, batch)
+    if kept is not None and "logits_to_keep" in accepted(type(model).forward):
         options["logits_to_keep"] = kept
-    if batch.positions_BT is not None:
-        options["position_ids"] = batch.positions_BT
-    logits: Tensor = model(
-        input_ids=batch.ids_BT, attention_mask=batch.attention_mask_BT, **options
-    ).logits
+    logits: Tensor = model(**options).logits
     return logits
+
+
+def inputs_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """What a model is called with for a batch."""
+    inputs: dict[str, Any] = {
+        "input_ids": batch.ids_BT,
+        "attention_mask": batch.attention_mask_BT,
+    }
+    if "use_cache" in accepted(type(model).forward):
+        inputs["use_cache"] = False
+    if batch.positions_BT is not None:
+        inputs["position_ids"] = batch.positions_BT
+    return inputs
 
 
 @functools.cache

@@ -89,12 +89,13 @@ class LinearView(DenseView):
 
     kind: ClassVar[Kind] = "linear"
 
-    def back(self, dy_NO: Tensor, into_NI: Tensor | None = None) -> Tensor:
-        """`dy W0`, the gradient of the layer's input; where `into` is given, that plus it, in
-        place.
-        """
-        W_OI = self.matrix_as(dy_NO.dtype)
-        return dy_NO @ W_OI if into_NI is None else into_NI.addmm_(dy_NO, W_OI)
+    def forth_(self, y_NO: Tensor, x_NI: Tensor) -> Tensor:
+        """`y + W0 x`, in the place of `y`; for `y = b` the very numbers that a call gives."""
+        return y_NO.addmm_(x_NI, self.matrix_as(x_NI.dtype).T)
+
+    def back_(self, dx_NI: Tensor, dy_NO: Tensor) -> Tensor:
+        """`dx + dy W0`, in the place of `dx`."""
+        return dx_NI.addmm_(dy_NO, self.matrix_as(dy_NO.dtype))
 
     def matrix_as(self, dtype: torch.dtype) -> Tensor:
         """`W0` in another dtype; itself where it has that one."""

@@ -21,7 +21,7 @@ from sidepath.core.delta import Delta, WeightDelta, accumulation_dtype, add_bias
 from sidepath.core.routing import RowIndex, Rows
 from sidepath.core.views import DenseView, LinearView, View
 from sidepath.kernels.dropout import Mask
-from sidepath.kernels.linear import Layer, SidePathLinear, forth
+from sidepath.kernels.linear import Layer, SidePathLinears, beside
 from sidepath.kernels.lowrank import (
     Part,
     add_of_rows,
@@ -190,10 +190,10 @@ class LowRank(WeightDelta):
             return self.forward(x, base, *args, **kwargs)
         dropout = self.dropout if self.training else 0.0
         if not (dropout or torch.is_grad_enabled()):
-            return forth(x, layer)[0]
+            return beside(x, layer)
         mask = Mask.drawn(dropout) if dropout else None
-        result: Tensor = SidePathLinear.apply(x, self.A, self.B, layer, mask)  # type: ignore[no-untyped-call]
-        return result
+        (y,) = SidePathLinears.apply(x, [layer], mask, self.A, self.B)  # type: ignore[no-untyped-call]
+        return y  # type: ignore[no-any-return]
 
     @property
     def drops(self) -> bool:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sidepath.core.delta import Delta
-from sidepath.core.routing import Routing, RowIndex, Rows
+from sidepath.core.routed import routed
+from sidepath.core.routing import Routing
 from sidepath.core.views import View
-from sidepath.errors import RoutingError
 
 CHILD = "sidepath"
 
@@ -45,36 +44,6 @@ class SidePaths(nn.Module):
         assert delta is None or isinstance(delta, Delta)
         return delta
 
-    def routed(self, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """One base product for all rows, then each group's delta onto its rows."""
-        if x.shape[0] != rows.count:
-            raise RoutingError(
-                "the batch has another number of rows than the routing",
-                where=self.path,
-                found=f"input of shape {tuple(x.shape)}",
-                expected=f"{rows.count} rows, one adapter each",
-                hint="give route() one name (or None) for each row of the batch",
-            )
-        y = self.view(x, *args, **kwargs)
-        if torch.is_grad_enabled():
-            return self._trained(rows, y, x)
-        for name, index in rows.groups:
-            delta = self.get(name)
-            if delta is not None:
-                y[index] = delta.onto(y[index], x[index], self.view)
-        return y
-
-    def _trained(self, rows: Rows, y: Tensor, x: Tensor) -> Tensor:
-        """The same with gradients: the deltas of one class at once, nothing written into `y`."""
-        placed: dict[type[Delta], list[tuple[Delta, RowIndex]]] = {}
-        for name, index in rows.groups:
-            delta = self.get(name)
-            if delta is not None:
-                placed.setdefault(type(delta), []).append((delta, index))
-        for cls, pairs in placed.items():
-            y = cls.onto_rows(y, x, self.view, pairs, rows)
-        return y
-
 
 class Adapted(nn.Module):
     """Mixed in before a module's own class: base output plus what the routing asks for."""
@@ -86,7 +55,7 @@ class Adapted(nn.Module):
         routing = side.routing
         if not routing.silent:
             if routing.rows is not None:
-                return side.routed(routing.rows, x, *args, **kwargs)
+                return routed(side, routing.rows, x, *args, **kwargs)
             if routing.active is not None:
                 delta = side.get(routing.active)
                 if delta is not None:

@@ -6,14 +6,13 @@ Dimensions: `...` any leading, O out, I in.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sidepath.core.routing import RowIndex, Rows, first_row
 from sidepath.core.views import DenseView, View
+from sidepath.kernels.routed import Factors
 
 
 class Delta(nn.Module, ABC):
@@ -31,27 +30,12 @@ class Delta(nn.Module, ABC):
     def onto(self, y: Tensor, x: Tensor, base: View) -> Tensor:
         """The adapted output, given the base's output `y` for `x`. `y` is not changed."""
 
-    @classmethod
-    def onto_rows(
-        cls,
-        y: Tensor,
-        x: Tensor,
-        base: View,
-        placed: Sequence[tuple[Delta, RowIndex]],
-        rows: Rows,
-    ) -> Tensor:
-        """The output with each delta (of this class) put onto its own rows of the batch.
+    def factors(self) -> Factors | None:
+        """`A (r, I)`, `B (O, r)` and `s`, if the output is just now `y + s B (A x)` and no more.
 
-        For training: `y` is not changed, and what autograd keeps is one piece a delta.
+        Then the rows of several adapters share their products. None: `onto` is asked instead.
         """
-        order = sorted(placed, key=lambda pair: first_row(pair[1]))
-        pieces, done = [], 0
-        for delta, index in order:
-            if not isinstance(index, slice) or index.start < done:
-                return _one_by_one(y, x, base, placed)
-            pieces += [y[done : index.start], delta.onto(y[index], x[index], base)]
-            done = index.stop
-        return torch.cat([piece for piece in (*pieces, y[done:]) if len(piece)])
+        return None
 
     @abstractmethod
     def folded(self, base: View) -> dict[str, Tensor]:
@@ -60,15 +44,6 @@ class Delta(nn.Module, ABC):
     def tensors(self) -> dict[str, Tensor]:
         """The trained tensors, by their name within the delta."""
         return dict(self.named_parameters())
-
-
-def _one_by_one(
-    y: Tensor, x: Tensor, base: View, placed: Sequence[tuple[Delta, RowIndex]]
-) -> Tensor:
-    y = y.clone()
-    for delta, index in placed:
-        y[index] = delta.onto(y[index], x[index], base)
-    return y
 
 
 class WeightDelta(Delta):

@@ -8,22 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from sidepath.kernels.routed import RowPlan, Stack
+
+if TYPE_CHECKING:
+    from sidepath.core.delta import Delta
+
 RowIndex = slice | Tensor
 """Rows of a batch: a slice where they lie together (no copy), else their positions."""
+
+Placed = Sequence[tuple["Delta", RowIndex]]
+"""Some deltas of one layer, each with the rows it answers."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch's rows by the adapter that answers them; rows of the base are in no group."""
+    """A batch's rows by the adapter that answers them; rows of the base are in no group.
+
+    A slot is an adapter's place in `groups`: the order of first appearance.
+    """
 
     count: int
     groups: tuple[tuple[str, RowIndex], ...]
-    kept: dict[object, Tensor] = field(default_factory=dict, compare=False)
-    """What layers work out of the groups alone, for the layers after them."""
+    slots: tuple[int, ...]
+    """The slot of each row; -1: the base's."""
+    layers: dict[object, tuple[Stack | None, Placed]] = field(default_factory=dict, compare=False)
+    """By layer and dtype: its adapters' factors, as they were when it first answered without
+    gradients, and the deltas that are no factors. With gradients a layer stacks anew each time."""
+    plans: dict[object, RowPlan | None] = field(default_factory=dict, compare=False)
+    """By the stack's ranks and the input's size: how its rows are multiplied."""
 
 
 @dataclass
@@ -47,7 +64,12 @@ def group_rows(names: Sequence[str | None]) -> Rows:
     for row, name in enumerate(names):
         if name is not None:
             positions.setdefault(name, []).append(row)
-    return Rows(len(names), tuple((name, _index(rows)) for name, rows in positions.items()))
+    slot_of = {name: slot for slot, name in enumerate(positions)}
+    return Rows(
+        len(names),
+        tuple((name, _index(rows)) for name, rows in positions.items()),
+        tuple(-1 if name is None else slot_of[name] for name in names),
+    )
 
 
 def _index(rows: list[int]) -> RowIndex:

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sidepath.kernels.rowplan import RowPlan, plan_rows
+from sidepath.kernels.rowplan import RowPlan as RowPlan
+from sidepath.kernels.rowplan import plan_rows as plan_rows
 
 Factors = tuple[Tensor, Tensor, float]
 """One adapter's `A (r, I)`, `B (O, r)` and scaling."""
@@ -53,7 +55,9 @@ def stacked(factors: Sequence[Factors | None], dtype: torch.dtype) -> Stack | No
         return None
     A_SI = torch.cat([A_RI for A_RI, _, _ in there])
     # Widened before it is scaled, so that it is rounded once whatever it is kept in.
-    B_SO = torch.cat([(B_OR.to(torch.promote_types(B_OR.dtype, dtype)) * s).T for _, B_OR, s in there])
+    B_SO = torch.cat(
+        [(B_OR.to(torch.promote_types(B_OR.dtype, dtype)) * s).T for _, B_OR, s in there]
+    )
     return Stack(A_SI.to(dtype), B_SO.to(dtype), tuple(starts))
 
 
@@ -85,7 +89,7 @@ def add_routed_(
     are brought to `y`'s dtype, as is `x`. Reads `slot_N` on the host: where the same slots come
     more than once, keep their plan (`plan_rows`) and call `add_stack_`.
     """
-    ranks = [stop - start for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+    ranks = [stop - start for start, stop in pairwise(starts)]
     if any(scaling != 1.0 for scaling in scalings):
         each = [s for s, rank in zip(scalings, ranks, strict=True) for _ in range(rank)]
         B_SO = B_SO * torch.tensor(each, device=B_SO.device, dtype=B_SO.dtype)[:, None]
@@ -122,7 +126,7 @@ class RoutedProduct(torch.autograd.Function):
         x_BTI, A_SI, B_SO = ctx.saved_tensors
         _, needs_x, needs_A, needs_B, _ = ctx.needs_input_grad
         dy_part = plan.take(dy_BTO.contiguous())
-        x_part = plan.take(x_BTI) if needs_A or needs_B else None
+        x_part = plan.take(x_BTI)
         dx = dA = dB = None
         back = plan.shrink(dy_part, B_SO) if needs_x or needs_A else None
         if needs_x:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -97,9 +98,7 @@ class Slices(RowPlan):
     def outer(self, hidden: list[Tensor], x_MTD: Tensor, ranks: int) -> Tensor:
         gradient_SD = x_MTD.new_zeros(ranks, x_MTD.shape[-1])
         for (rows, own), hidden_NR in zip(self.parts, hidden, strict=True):
-            torch.mm(
-                hidden_NR.T, x_MTD[rows].reshape(-1, x_MTD.shape[-1]), out=gradient_SD[own]
-            )
+            torch.mm(hidden_NR.T, x_MTD[rows].reshape(-1, x_MTD.shape[-1]), out=gradient_SD[own])
         return gradient_SD
 
 
@@ -195,7 +194,9 @@ def plan_rows(
     columns (those masked away too), and what must be gathered.
     """
     answered = [
-        (slot, row) for row, slot in enumerate(slots) if slot >= 0 and starts[slot + 1] > starts[slot]
+        (slot, row)
+        for row, slot in enumerate(slots)
+        if slot >= 0 and starts[slot + 1] > starts[slot]
     ]
     if not answered:
         return None
@@ -222,7 +223,9 @@ def plan_rows(
     if slices == best or len(groups) == 1:
         return _slices(found, groups, like)
     if tiles == best:
-        return _even_tiles(found, groups, like) if _even(found, groups) else _tiles(found, size, like)
+        return (
+            _even_tiles(found, groups, like) if _even(found, groups) else _tiles(found, size, like)
+        )
     return Masked(slice(0, len(slots)), None, _mask(slots, starts, like))
 
 
@@ -231,7 +234,7 @@ def _even(found: _Rows, groups: list[tuple[int, int, int]]) -> bool:
     first, a, b = groups[0]
     follow = all(
         found.starts[slot] == found.starts[before + 1]
-        for (before, _, _), (slot, _, _) in zip(groups[:-1], groups[1:], strict=True)
+        for (before, _, _), (slot, _, _) in pairwise(groups)
     )
     return follow and all(
         stop - start == b - a and found.rank(slot) == found.rank(first)
@@ -248,7 +251,9 @@ def _tile_ranks(found: _Rows, size: int) -> list[list[int]]:
     tiles = []
     for first in range(0, len(found.slots), size):
         used = dict.fromkeys(found.slots[first : first + size])
-        tiles.append([r for slot in used for r in range(found.starts[slot], found.starts[slot + 1])])
+        tiles.append(
+            [r for slot in used for r in range(found.starts[slot], found.starts[slot + 1])]
+        )
     return tiles
 
 

@@ -7,7 +7,7 @@ P adapted rows in all (O when the whole matrix is adapted).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -17,16 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sidepath.config import check, require
-from sidepath.core.delta import Delta, WeightDelta, accumulation_dtype, add_bias
-from sidepath.core.routing import RowIndex, Rows
+from sidepath.core.delta import WeightDelta, accumulation_dtype, add_bias
 from sidepath.core.views import DenseView, View
 from sidepath.kernels.lowrank import (
     Part,
-    add_of_rows,
     add_parts,
     parts_matrix,
     product_matrix,
 )
+from sidepath.kernels.routed import Factors
 from sidepath.methods.base import Method, Selection, Site
 from sidepath.methods.bias import trained_bias
 from sidepath.methods.starts import best_factors
@@ -190,30 +189,13 @@ class LowRank(WeightDelta):
             y = y + (base.product(x, self.A, self.B) * self.scaling).to(y.dtype)
         return y if self.bias is None else add_bias(y, self.bias, base)
 
-    @classmethod
-    def onto_rows(
-        cls,
-        y: Tensor,
-        x: Tensor,
-        base: View,
-        placed: Sequence[tuple[Delta, RowIndex]],
-        rows: Rows,
-    ) -> Tensor:
-        deltas = [delta for delta, _ in placed if isinstance(delta, LowRank)]
-        if len(deltas) < 2 or not all(delta.stacks_with(deltas[0]) for delta in deltas):
-            return super().onto_rows(y, x, base, placed, rows)
-        factors_BR = _row_factors(deltas, [index for _, index in placed], rows)
-        As, Bs = [delta.A for delta in deltas], [delta.B for delta in deltas]
-        return add_of_rows(y, x, factors_BR, As, Bs)
-
-    def stacks_with(self, other: LowRank) -> bool:
-        """Whether the two can share one product: plain factors of a linear layer, of one dtype."""
+    def factors(self) -> Factors | None:
         linear = self.kind in ("linear", "conv1d_transposed") and not self.parts
+        dropping = self.dropout and self.training
         return (
-            linear
-            and self.bias is None
-            and not (self.dropout and self.training)
-            and self.A.dtype == other.A.dtype
+            (self.A, self.B, self.scaling)
+            if linear and self.bias is None and not dropping
+            else None
         )
 
     def matrix(self, rows: int, dtype: torch.dtype) -> Tensor:
@@ -241,24 +223,3 @@ def name_matches(pattern: str, path: str) -> bool:
     if "." not in pattern:
         return fnmatchcase(path.rpartition(".")[2], pattern)
     return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
-
-
-def _row_factors(deltas: Sequence[LowRank], indices: Sequence[RowIndex], rows: Rows) -> Tensor:
-    """(B, sum r): each row's scaling in the columns of its own delta, zero elsewhere.
-
-    The same for most layers of a forward pass, so it is kept with the rows.
-    """
-    like = deltas[0].A
-    placed = [
-        (id(index), len(delta.A), delta.scaling)
-        for delta, index in zip(deltas, indices, strict=True)
-    ]
-    key = (like.dtype, like.device, *placed)
-    if key not in rows.kept:
-        factors_BR = like.new_zeros(rows.count, sum(len(delta.A) for delta in deltas))
-        column = 0
-        for delta, index in zip(deltas, indices, strict=True):
-            factors_BR[index, column : column + len(delta.A)] = delta.scaling
-            column += len(delta.A)
-        rows.kept[key] = factors_BR
-    return rows.kept[key]

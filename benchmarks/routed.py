@@ -115,10 +115,10 @@ def ours(dtype: str, figure: Figure, layers: int) -> nn.Module:
 
     model = llama(dtype, layers)
     for number in range(figure.adapters):
-        adapter = sidepath.inject(model, sidepath.LoRA(r=RANK), name=f"a{number}")
-        for name, parameter in adapter.named_parameters():
-            if name.endswith("B"):
-                nn.init.normal_(parameter, std=0.02)
+        sidepath.inject(model, sidepath.LoRA(r=RANK), name=f"a{number}")
+    for name, parameter in model.named_parameters():
+        if name.endswith(".B"):
+            nn.init.normal_(parameter, std=0.02)
     return model
 
 
@@ -147,7 +147,7 @@ def step_of(model: nn.Module, figure: Figure, **more: Any) -> Callable[[], objec
 
     def decode() -> object:
         result = model(ids, past_key_values=cache, use_cache=True, **more)
-        cache.crop(CACHED)
+        cache.crop(-figure.tokens)
         return result
 
     return decode

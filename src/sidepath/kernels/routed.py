@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sidepath.kernels.rowplan import RowPlan as RowPlan
+from sidepath.kernels.rowforms import RowPlan as RowPlan
 from sidepath.kernels.rowplan import plan_rows as plan_rows
 
 Factors = tuple[Tensor, Tensor, float]

@@ -152,6 +152,7 @@ def test_an_even_batch_is_tiled_without_copies_of_factors_or_tokens() -> None:
     assert isinstance(plan.ranks, slice)
     assert plan.rows == slice(1, 17)
     assert plan.mask_GWn1 is None
+    assert plan.arrange(stack.A_SI).data_ptr() == stack.A_SI.data_ptr()
 
 
 @pytest.mark.parametrize("slots", [[0, 1, 1, -1, 2, 0, 0], [0, 0, 1, 1, 2, 2, -1], [-1, -1]])

@@ -11,10 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sidepath.core.routing import Placed, Rows, first_row
+from sidepath.core.routing import Layer, Placed, Rows, first_row
 from sidepath.core.views import View
 from sidepath.errors import RoutingError
-from sidepath.kernels.routed import RowPlan, Stack, add_stack, add_stack_, plan_rows, stacked
+from sidepath.kernels.routed import (
+    RowPlan,
+    Stack,
+    add_arranged_,
+    add_stack,
+    plan_rows,
+    stacked,
+)
 
 if TYPE_CHECKING:
     from sidepath.core.adapted import SidePaths
@@ -40,14 +47,30 @@ def routed(side: SidePaths, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) ->
         return _trained(side, rows, y, x)
     key = (side.path, y.dtype)
     if key not in rows.layers:
-        rows.layers[key] = (_stack_of(side, rows, y.dtype), _others(side, rows))
-    stack, others = rows.layers[key]
-    if stack is not None:
+        rows.layers[key] = Layer(_stack_of(side, rows, y.dtype), _others(side, rows))
+    layer = rows.layers[key]
+    if layer.stack is not None:
         y, y_BTO, x_BTI = _flat(y, x)
-        add_stack_(y_BTO, x_BTI, stack, _plan(rows, stack, y_BTO, x_BTI))
-    for delta, index in others:
+        plan, A, B = _arranged(layer, layer.stack, rows, y_BTO, x_BTI)
+        if plan is not None:
+            add_arranged_(y_BTO, x_BTI, plan, A, B)
+    for delta, index in layer.others:
         y[index] = delta.onto(y[index], x[index], side.view)
     return y
+
+
+def _arranged(
+    layer: Layer, stack: Stack, rows: Rows, y_BTO: Tensor, x_BTI: Tensor
+) -> tuple[RowPlan | None, Tensor, Tensor]:
+    """How the layer's factors are multiplied for an input of this size, worked out once."""
+    tokens = x_BTI.shape[1]
+    if layer.arranged is None or layer.arranged[0] != tokens:
+        plan = _plan(rows, stack, y_BTO, x_BTI)
+        A, B = stack.A_SI, stack.B_SO
+        if plan is not None:
+            A, B = plan.arrange(A), plan.arrange(B)
+        layer.arranged = (tokens, plan, A, B)
+    return layer.arranged[1:]
 
 
 def _trained(side: SidePaths, rows: Rows, y: Tensor, x: Tensor) -> Tensor:
@@ -76,8 +99,10 @@ def _others(side: SidePaths, rows: Rows) -> Placed:
 def _flat(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`y` contiguous, and both as (B, T, ·) in the dtype of `y`: under autocast they differ."""
     y = y.contiguous()
-    flat_x = x.reshape(x.shape[0], -1, x.shape[-1])
-    return y, y.view(y.shape[0], -1, y.shape[-1]), flat_x.to(y.dtype)
+    x = x.to(y.dtype)
+    if x.dim() == 3:
+        return y, y, x
+    return y, y.view(y.shape[0], -1, y.shape[-1]), x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def _plan(rows: Rows, stack: Stack, y_BTO: Tensor, x_BTI: Tensor) -> RowPlan | None:

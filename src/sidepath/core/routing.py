@@ -25,6 +25,17 @@ Placed = Sequence[tuple["Delta", RowIndex]]
 """Some deltas of one layer, each with the rows it answers."""
 
 
+@dataclass
+class Layer:
+    """A layer's adapters while rows are routed to them, without gradients."""
+
+    stack: Stack | None
+    others: Placed
+    """The deltas that are no factors."""
+    arranged: tuple[object, RowPlan | None, Tensor, Tensor] | None = None
+    """For inputs of the last size: that size, the plan, and both factors as it takes them."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """A batch's rows by the adapter that answers them; rows of the base are in no group.
@@ -36,9 +47,9 @@ class Rows:
     groups: tuple[tuple[str, RowIndex], ...]
     slots: tuple[int, ...]
     """The slot of each row; -1: the base's."""
-    layers: dict[object, tuple[Stack | None, Placed]] = field(default_factory=dict, compare=False)
-    """By layer and dtype: its adapters' factors, as they were when it first answered without
-    gradients, and the deltas that are no factors. With gradients a layer stacks anew each time."""
+    layers: dict[object, Layer] = field(default_factory=dict, compare=False)
+    """By layer and dtype: its adapters, as they were when it first answered without gradients.
+    With gradients nothing is kept of them."""
     plans: dict[object, RowPlan | None] = field(default_factory=dict, compare=False)
     """By the stack's ranks and the input's size: how its rows are multiplied."""
 

@@ -66,11 +66,14 @@ def add_stack_(y_BTO: Tensor, x_BTI: Tensor, stack: Stack, plan: RowPlan | None)
 
     `plan` is `plan_rows` of the batch's slots and the stack's `starts`; None: nothing to add.
     """
-    if plan is None:
-        return
-    hidden = plan.shrink(plan.take(x_BTI), stack.A_SI)
+    if plan is not None:
+        add_arranged_(y_BTO, x_BTI, plan, plan.arrange(stack.A_SI), plan.arrange(stack.B_SO))
+
+
+def add_arranged_(y_BTO: Tensor, x_BTI: Tensor, plan: RowPlan, A: Tensor, B: Tensor) -> None:
+    """`add_stack_` with both factors arranged already: for a batch that comes again and again."""
     part = plan.take(y_BTO)
-    plan.expand_(part, hidden, stack.B_SO)
+    plan.expand_(part, plan.shrink(plan.take(x_BTI), A), B)
     plan.put_(y_BTO, part)
 
 
@@ -111,9 +114,7 @@ class RoutedProduct(torch.autograd.Function):
     def forward(
         ctx: Any, y_BTO: Tensor, x_BTI: Tensor, A_SI: Tensor, B_SO: Tensor, plan: RowPlan
     ) -> Tensor:
-        part = plan.take(y_BTO)
-        plan.expand_(part, plan.shrink(plan.take(x_BTI), A_SI), B_SO)
-        plan.put_(y_BTO, part)
+        add_arranged_(y_BTO, x_BTI, plan, plan.arrange(A_SI), plan.arrange(B_SO))
         ctx.plan = plan
         ctx.save_for_backward(x_BTI, A_SI, B_SO)
         ctx.mark_dirty(y_BTO)
@@ -127,23 +128,30 @@ class RoutedProduct(torch.autograd.Function):
         _, needs_x, needs_A, needs_B, _ = ctx.needs_input_grad
         dy_part = plan.take(dy_BTO.contiguous())
         x_part = plan.take(x_BTI)
+        A, B = plan.arrange(A_SI), plan.arrange(B_SO)
         dx = dA = dB = None
-        back = plan.shrink(dy_part, B_SO) if needs_x or needs_A else None
+        back = plan.shrink(dy_part, B) if needs_x or needs_A else None
         if needs_x:
             dx = torch.zeros_like(x_BTI, memory_format=torch.contiguous_format)
             part = plan.take(dx)
-            plan.expand_(part, back, A_SI)
+            plan.expand_(part, back, A)
             plan.put_(dx, part)
         if needs_A:
             dA = plan.outer(back, x_part, len(A_SI))
         if needs_B:
-            dB = plan.outer(plan.shrink(x_part, A_SI), dy_part, len(B_SO))
+            dB = plan.outer(plan.shrink(x_part, A), dy_part, len(B_SO))
         return dy_BTO, dx, dA, dB, None
 
 
 def add_stack(y_BTO: Tensor, x_BTI: Tensor, stack: Stack, plan: RowPlan | None) -> Tensor:
     """`add_stack_` for training: returns `y`, which is changed in place, with its gradients."""
     if plan is None:
+        return y_BTO
+    if torch.compiler.is_compiling():
+        # A compiler sees through the plain operators and fuses their copies away; of a function
+        # that changes its input it makes wrong shapes (torch 2.13, backend aot_eager).
+        y_BTO = y_BTO.clone()
+        add_stack_(y_BTO, x_BTI, stack, plan)
         return y_BTO
     result: Tensor = RoutedProduct.apply(y_BTO, x_BTI, stack.A_SI, stack.B_SO, plan)  # type: ignore[no-untyped-call]
     return result

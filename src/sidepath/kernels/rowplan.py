@@ -126,7 +126,7 @@ def plan_rows(
     weighed = costs(found)
     best = min(weighed, key=weighed.__getitem__)
     if best == "masked":
-        return Masked(slice(0, len(slots)), None, _mask(slots, starts, like))
+        return Masked(None, None, _mask(slots, starts, like))
     if best == "slices":
         return _slices(found, groups, like)
     return _even_tiles(found, groups, like) if found.even else _tiles(found, like)
@@ -148,7 +148,11 @@ def costs(found: Answered) -> dict[str, float]:
     }
 
 
-def _positions(found: Answered, like: Tensor, padded: int) -> tuple[slice | Tensor, Tensor | None]:
+def _positions(
+    found: Answered, like: Tensor, padded: int
+) -> tuple[slice | Tensor | None, Tensor | None]:
+    if found.order == tuple(range(found.batch)) and padded == found.batch:
+        return None, None
     if found.together and padded == len(found.order):
         return slice(found.order[0], found.order[-1] + 1), None
     real = torch.tensor(found.order, device=like.device)

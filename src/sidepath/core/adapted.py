@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, is_autocast_enabled, nn
+from torch.compiler import is_compiling
 
 from sidepath.core.delta import Delta
-from sidepath.core.routing import Routing, RowIndex, Rows
+from sidepath.core.routed import routed
+from sidepath.core.routing import Routing, key_of
 from sidepath.core.views import View
-from sidepath.errors import RoutingError
 
 CHILD = "sidepath"
-
-
-def key_of(name: str) -> str:
-    """An adapter's name as a module key: torch refuses dots and names of its own methods."""
-    return "@" + name.replace(".", "/")
+SIBLINGS = "_sidepath_siblings"
+"""Where a layer finds those that see its input too (`core/blocks.py`)."""
 
 
 class SidePaths(nn.Module):
@@ -44,36 +41,6 @@ class SidePaths(nn.Module):
         assert delta is None or isinstance(delta, Delta)
         return delta
 
-    def routed(self, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """One base product for all rows, then each group's delta onto its rows."""
-        if x.shape[0] != rows.count:
-            raise RoutingError(
-                "the batch has another number of rows than the routing",
-                where=self.path,
-                found=f"input of shape {tuple(x.shape)}",
-                expected=f"{rows.count} rows, one adapter each",
-                hint="give route() one name (or None) for each row of the batch",
-            )
-        y = self.view(x, *args, **kwargs)
-        if torch.is_grad_enabled():
-            return self._trained(rows, y, x)
-        for name, index in rows.groups:
-            delta = self.get(name)
-            if delta is not None:
-                y[index] = delta.onto(y[index], x[index], self.view)
-        return y
-
-    def _trained(self, rows: Rows, y: Tensor, x: Tensor) -> Tensor:
-        """The same with gradients: the deltas of one class at once, nothing written into `y`."""
-        placed: dict[type[Delta], list[tuple[Delta, RowIndex]]] = {}
-        for name, index in rows.groups:
-            delta = self.get(name)
-            if delta is not None:
-                placed.setdefault(type(delta), []).append((delta, index))
-        for cls, pairs in placed.items():
-            y = cls.onto_rows(y, x, self.view, pairs, rows)
-        return y
-
 
 class Adapted(nn.Module):
     """Mixed in before a module's own class: base output plus what the routing asks for."""
@@ -85,12 +52,14 @@ class Adapted(nn.Module):
         routing = side.routing
         if not routing.silent:
             if routing.rows is not None:
-                return side.routed(routing.rows, x, *args, **kwargs)
-            if routing.active is not None:
-                delta = side.get(routing.active)
-                if delta is not None:
-                    answer = delta.fused if routing.fused else delta.forward
-                    return answer(x, side.view, *args, **kwargs)
+                return routed(side, routing.rows, x, *args, **kwargs)
+            delta: Any = side._modules.get(routing.key)
+            if delta is not None:
+                if not routing.fused or is_compiling() or is_autocast_enabled(x.device.type):
+                    return delta.forward(x, side.view, *args, **kwargs)  # type: ignore[no-any-return]
+                siblings = self.__dict__.get(SIBLINGS)
+                y = None if siblings is None else siblings.answer(self, x)
+                return delta.fused(x, side.view, *args, **kwargs) if y is None else y
         return side.view(x, *args, **kwargs)
 
 

@@ -7,19 +7,19 @@ does not know, the module's own forward pass runs.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sidepath.core.adapted import CHILD, SidePaths
+from sidepath.core.adapted import CHILD, SIBLINGS
+from sidepath.core.delta import Delta
 from sidepath.core.quant import qualified
 from sidepath.core.routing import Routing
 from sidepath.core.views import LinearView, view_of
 from sidepath.kernels import activations
 from sidepath.kernels.activations import Activation
-from sidepath.kernels.linear import Layer
+from sidepath.kernels.linear import Layer, SidePathLinears
 from sidepath.kernels.mlp import gated_mlp, plain_mlp
 from sidepath.kernels.norm import rms_norm
 
@@ -35,8 +35,8 @@ ACTIVATIONS: dict[str, Activation] = {
 _BLOCK = "_sidepath_block"
 
 
-class Block(ABC):
-    """How one module is computed in one piece."""
+class Block:
+    """How one module of a known class is computed in one piece."""
 
     def __init__(self, module: nn.Module, routing: Routing) -> None:
         self.module = module
@@ -48,88 +48,162 @@ class Block(ABC):
         routing = self.routing
         return (
             routing.fused
-            and routing.active is not None
+            and routing.key is not None
             and not routing.silent
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled(x.device.type)
         )
 
-    @abstractmethod
     def fused(self, x: Tensor) -> Tensor | None:
         """The module's output, or None where its own forward pass has to run."""
+        raise NotImplementedError
+
+    def take(self) -> None:
+        """Let the module be computed so. In place."""
+        module, cls = self.module, self.base_class
+        if cls not in _fused_classes:
+            made = type(cls.__name__, (FusedBlock, cls), {"__module__": cls.__module__})
+            _fused_classes[cls] = made
+        module.__dict__[_BLOCK] = self
+        module.__class__ = _fused_classes[cls]
+
+    def give_back(self) -> None:
+        """The inverse of `take`. In place."""
+        del self.module.__dict__[_BLOCK]
+        self.module.__class__ = self.base_class
 
 
 class Norm(Block):
     """`weight * x / rms(x)`, as Llama's and its relatives' RMSNorm compute it."""
 
+    def wanted(self, x: Tensor) -> bool:
+        return x.requires_grad and x.dtype != torch.float64 and super().wanted(x)
+
     def fused(self, x: Tensor) -> Tensor | None:
         weight = self.module._parameters["weight"]
-        frozen = weight is not None and not weight.requires_grad and weight.dtype == x.dtype
-        if not (frozen and x.requires_grad) or x.dtype == torch.float64:
+        if weight is None or weight.requires_grad or weight.dtype != x.dtype:
             return None
         return rms_norm(x, weight, self.module.variance_epsilon)  # type: ignore[arg-type]
 
 
 class _Linears(Block):
-    """A block of linear layers with an activation between them."""
+    """A block with linear layers in it."""
 
-    layers: tuple[str, ...]
-    activation: str
+    names: tuple[str, ...]
 
     def __init__(self, module: nn.Module, routing: Routing) -> None:
         super().__init__(module, routing)
-        self.views = {name: view_of(module.get_submodule(name)) for name in self.layers}
-        self.act = ACTIVATIONS.get(qualified(type(module.get_submodule(self.activation))))
+        self.views = [view_of(module.get_submodule(name)) for name in self.names]
 
-    def _layers(self) -> list[Layer] | None:
-        """The block's linear layers with their side paths, where all are frozen and plain."""
+    def layers(self) -> list[Layer] | None:
+        """The linear layers with their side paths, where all are frozen and plain."""
         found = []
-        for name, view in self.views.items():
+        for name, view in zip(self.names, self.views, strict=True):
             module = self.module._modules.get(name)
-            if view is None or module is not view.module or _watched(module):
+            if not isinstance(view, LinearView) or module is not view.module or _watched(module):
                 return None
-            layer = _layer(view, self.routing.active) if isinstance(view, LinearView) else None
+            layer = self._layer(view)
             if layer is None:
                 return None
             found.append(layer)
         return found
 
+    def _layer(self, view: LinearView) -> Layer | None:
+        side = view.module._modules.get(CHILD)
+        delta = None if side is None else side._modules.get(self.routing.key)  # type: ignore[arg-type]
+        if delta is None:
+            return view.layer()
+        assert isinstance(delta, Delta)
+        factors = delta.factors()
+        return None if factors is None else view.layer(*factors)
 
-class GatedMLP(_Linears):
+
+class _MLP(_Linears):
+    """Linear layers with an activation between them."""
+
+    activation: str
+
+    def __init__(self, module: nn.Module, routing: Routing) -> None:
+        super().__init__(module, routing)
+        self.act = ACTIVATIONS.get(qualified(type(module.get_submodule(self.activation))))
+
+
+class GatedMLP(_MLP):
     """`down(act(gate(x)) * up(x))`: Llama and its relatives."""
 
-    layers = ("gate_proj", "up_proj", "down_proj")
+    names = ("gate_proj", "up_proj", "down_proj")
     activation = "act_fn"
 
     def fused(self, x: Tensor) -> Tensor | None:
-        layers = self._layers()
+        layers = None if self.act is None else self.layers()
         return None if layers is None or self.act is None else gated_mlp(x, *layers, self.act)
 
 
-class PlainMLP(_Linears):
-    """`dropout(c_proj(act(c_fc(x))))`: GPT-2."""
-
-    layers = ("c_fc", "c_proj")
-    activation = "act"
-
-    def fused(self, x: Tensor) -> Tensor | None:
-        layers = self._layers()
-        if layers is None or self.act is None:
-            return None
-        y: Tensor = self.module.dropout(plain_mlp(x, *layers, self.act))  # type: ignore[operator]
-        return y
-
-
-class PhiMLP(PlainMLP):
+class PhiMLP(_MLP):
     """`fc2(activation_fn(fc1(x)))`: Phi."""
 
-    layers = ("fc1", "fc2")
+    names = ("fc1", "fc2")
     activation = "activation_fn"
 
     def fused(self, x: Tensor) -> Tensor | None:
-        layers = self._layers()
+        layers = None if self.act is None else self.layers()
         return None if layers is None or self.act is None else plain_mlp(x, *layers, self.act)
+
+
+class GPT2MLP(PhiMLP):
+    """`dropout(c_proj(act(c_fc(x))))`: GPT-2."""
+
+    names = ("c_fc", "c_proj")
+    activation = "act"
+
+    def fused(self, x: Tensor) -> Tensor | None:
+        y = super().fused(x)
+        return None if y is None else self.module.dropout(y)  # type: ignore[operator]
+
+
+class Projections(_Linears):
+    """Queries, keys and values: three layers that are called one after another on one input.
+
+    The first one called computes all three, the others take what is there for them.
+    """
+
+    names = ("q_proj", "k_proj", "v_proj")
+
+    def __init__(self, module: nn.Module, routing: Routing) -> None:
+        super().__init__(module, routing)
+        self._seen: Tensor | None = None
+        self._ready: dict[nn.Module, Tensor] = {}
+
+    def answer(self, asked: nn.Module, x: Tensor) -> Tensor | None:
+        """What `asked` makes of `x`, or None where it is to be computed by itself."""
+        if self._seen is x and asked in self._ready:
+            y = self._ready.pop(asked)
+            if not self._ready:
+                self._seen = None
+            return y
+        self._seen, self._ready = None, {}
+        if asked is not self.module._modules[self.names[0]] or not torch.is_grad_enabled():
+            return None
+        layers = self.layers()
+        if layers is None or any(layer.A_RI is None for layer in layers):
+            return None
+        factors = [tensor for layer in layers for tensor in (layer.A_RI, layer.B_OR)]
+        ys = SidePathLinears.apply(x, layers, None, *factors)  # type: ignore[no-untyped-call]
+        members = [self.module._modules[name] for name in self.names[1:]]
+        self._seen = x
+        self._ready = {m: y for m, y in zip(members, ys[1:], strict=True) if m is not None}
+        return ys[0]  # type: ignore[no-any-return]
+
+    def take(self) -> None:
+        self.module.__dict__[_BLOCK] = self
+        for name in self.names:
+            self.module.get_submodule(name).__dict__[SIBLINGS] = self
+
+    def give_back(self) -> None:
+        del self.module.__dict__[_BLOCK]
+        for name in self.names:
+            del self.module.get_submodule(name).__dict__[SIBLINGS]
 
 
 _MODELS = "transformers.models."
@@ -146,8 +220,16 @@ BLOCKS: dict[str, type[Block]] = {
     f"{_MODELS}smollm3.modeling_smollm3.SmolLM3MLP": GatedMLP,
     f"{_MODELS}olmo2.modeling_olmo2.Olmo2MLP": GatedMLP,
     f"{_MODELS}gemma.modeling_gemma.GemmaMLP": GatedMLP,
-    f"{_MODELS}gpt2.modeling_gpt2.GPT2MLP": PlainMLP,
+    f"{_MODELS}gpt2.modeling_gpt2.GPT2MLP": GPT2MLP,
     f"{_MODELS}phi.modeling_phi.PhiMLP": PhiMLP,
+    f"{_MODELS}llama.modeling_llama.LlamaAttention": Projections,
+    f"{_MODELS}mistral.modeling_mistral.MistralAttention": Projections,
+    f"{_MODELS}qwen2.modeling_qwen2.Qwen2Attention": Projections,
+    f"{_MODELS}qwen3.modeling_qwen3.Qwen3Attention": Projections,
+    f"{_MODELS}smollm3.modeling_smollm3.SmolLM3Attention": Projections,
+    f"{_MODELS}gemma.modeling_gemma.GemmaAttention": Projections,
+    f"{_MODELS}olmo2.modeling_olmo2.Olmo2Attention": Projections,
+    f"{_MODELS}phi.modeling_phi.PhiAttention": Projections,
 }
 """Which module is computed how; exactly these classes, none that inherits from one."""
 
@@ -173,19 +255,15 @@ def fuse(module: nn.Module, routing: Routing) -> bool:
     kind = BLOCKS.get(qualified(type(module)))
     if kind is None or "forward" in module.__dict__:
         return False
-    cls = type(module)
-    if cls not in _fused_classes:
-        _fused_classes[cls] = type(cls.__name__, (FusedBlock, cls), {"__module__": cls.__module__})
-    module.__dict__[_BLOCK] = kind(module, routing)
-    module.__class__ = _fused_classes[cls]
+    kind(module, routing).take()
     return True
 
 
 def unfuse(module: nn.Module) -> None:
-    """Give a module back its own class, where `fuse` took it. In place."""
-    block = module.__dict__.pop(_BLOCK, None)
+    """The inverse of `fuse`; nothing happens to a module that it left alone. In place."""
+    block = module.__dict__.get(_BLOCK)
     if isinstance(block, Block):
-        module.__class__ = block.base_class
+        block.give_back()
 
 
 def _watched(module: nn.Module) -> bool:
@@ -196,11 +274,3 @@ def _watched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-
-
-def _layer(view: LinearView, active: str | None) -> Layer | None:
-    side = view.module._modules.get(CHILD)
-    delta = side.get(active) if isinstance(side, SidePaths) and active is not None else None
-    if delta is not None:
-        return None if delta.drops else delta.layer(view)
-    return Layer(view) if view.frozen else None

@@ -6,15 +6,13 @@ Dimensions: `...` any leading, O out, I in.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sidepath.core.routing import RowIndex, Rows, first_row
 from sidepath.core.views import DenseView, View
-from sidepath.kernels.linear import Layer
+from sidepath.kernels.routed import Factors
 
 
 class Delta(nn.Module, ABC):
@@ -32,40 +30,17 @@ class Delta(nn.Module, ABC):
         """The adapted output by the fastest way there is; equal to `forward` up to rounding."""
         return self.forward(x, base, *args, **kwargs)
 
-    def layer(self, base: View) -> Layer | None:
-        """The module and this delta as one low-rank layer, where that is all that happens here."""
-        return None
-
-    @property
-    def drops(self) -> bool:
-        """Whether something random happens here, now."""
-        return False
-
     @abstractmethod
     def onto(self, y: Tensor, x: Tensor, base: View) -> Tensor:
         """The adapted output, given the base's output `y` for `x`. `y` is not changed."""
 
-    @classmethod
-    def onto_rows(
-        cls,
-        y: Tensor,
-        x: Tensor,
-        base: View,
-        placed: Sequence[tuple[Delta, RowIndex]],
-        rows: Rows,
-    ) -> Tensor:
-        """The output with each delta (of this class) put onto its own rows of the batch.
+    def factors(self) -> Factors | None:
+        """`A (r, I)`, `B (O, r)` and `s`, if the output is just now `y + s B (A x)` and no more.
 
-        For training: `y` is not changed, and what autograd keeps is one piece a delta.
+        Then it can be computed together with others: routed rows, layers of one input, whole
+        blocks. None: `onto` is asked instead.
         """
-        order = sorted(placed, key=lambda pair: first_row(pair[1]))
-        pieces, done = [], 0
-        for delta, index in order:
-            if not isinstance(index, slice) or index.start < done:
-                return _one_by_one(y, x, base, placed)
-            pieces += [y[done : index.start], delta.onto(y[index], x[index], base)]
-            done = index.stop
-        return torch.cat([piece for piece in (*pieces, y[done:]) if len(piece)])
+        return None
 
     @abstractmethod
     def folded(self, base: View) -> dict[str, Tensor]:
@@ -74,15 +49,6 @@ class Delta(nn.Module, ABC):
     def tensors(self) -> dict[str, Tensor]:
         """The trained tensors, by their name within the delta."""
         return dict(self.named_parameters())
-
-
-def _one_by_one(
-    y: Tensor, x: Tensor, base: View, placed: Sequence[tuple[Delta, RowIndex]]
-) -> Tensor:
-    y = y.clone()
-    for delta, index in placed:
-        y[index] = delta.onto(y[index], x[index], base)
-    return y
 
 
 class WeightDelta(Delta):

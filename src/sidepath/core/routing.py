@@ -8,34 +8,78 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from sidepath.kernels.routed import RowPlan, Stack
+
+if TYPE_CHECKING:
+    from sidepath.core.delta import Delta
+
 RowIndex = slice | Tensor
 """Rows of a batch: a slice where they lie together (no copy), else their positions."""
+
+Placed = Sequence[tuple["Delta", RowIndex]]
+"""Some deltas of one layer, each with the rows it answers."""
+
+
+@dataclass
+class Layer:
+    """A layer's adapters while rows are routed to them, without gradients."""
+
+    stack: Stack | None
+    others: Placed
+    """The deltas that are no factors."""
+    arranged: tuple[object, RowPlan | None, Tensor, Tensor] | None = None
+    """For inputs of the last size: that size, the plan, and both factors as it takes them."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch's rows by the adapter that answers them; rows of the base are in no group."""
+    """A batch's rows by the adapter that answers them; rows of the base are in no group.
+
+    A slot is an adapter's place in `groups`: the order of first appearance.
+    """
 
     count: int
     groups: tuple[tuple[str, RowIndex], ...]
-    kept: dict[object, Tensor] = field(default_factory=dict, compare=False)
-    """What layers work out of the groups alone, for the layers after them."""
+    slots: tuple[int, ...]
+    """The slot of each row; -1: the base's."""
+    layers: dict[object, Layer] = field(default_factory=dict, compare=False)
+    """By layer and dtype: its adapters, as they were when it first answered without gradients.
+    With gradients nothing is kept of them."""
+    plans: dict[object, RowPlan | None] = field(default_factory=dict, compare=False)
+    """By the stack's ranks and the input's size: how its rows are multiplied."""
 
 
-@dataclass
 class Routing:
     """The state layers read: the active adapter, or rows with one adapter each."""
 
-    active: str | None = None
-    rows: Rows | None = None
-    silent: bool = field(default=False)
-    """True while the side paths must not act: disabled, or folded into the weights."""
-    fused: bool = True
-    """Whether fused kernels take the place of the plain ones where they can."""
+    def __init__(self) -> None:
+        self.active = None
+        self.rows: Rows | None = None
+        self.silent = False
+        """True while the side paths must not act: disabled, or folded into the weights."""
+        self.fused = True
+        """Whether fused kernels take the place of the plain ones where they can."""
+
+    @property
+    def active(self) -> str | None:
+        """The adapter that answers every row; None: the base."""
+        return self._active
+
+    @active.setter
+    def active(self, name: str | None) -> None:
+        self._active = name
+        self.key = None if name is None else key_of(name)
+        """The module key of the active adapter's deltas, worked out once and not in each layer."""
+
+
+def key_of(name: str) -> str:
+    """An adapter's name as a module key: torch refuses dots and names of its own methods."""
+    return "@" + name.replace(".", "/")
 
 
 def first_row(index: RowIndex) -> int:
@@ -49,7 +93,12 @@ def group_rows(names: Sequence[str | None]) -> Rows:
     for row, name in enumerate(names):
         if name is not None:
             positions.setdefault(name, []).append(row)
-    return Rows(len(names), tuple((name, _index(rows)) for name, rows in positions.items()))
+    slot_of = {name: slot for slot, name in enumerate(positions)}
+    return Rows(
+        len(names),
+        tuple((name, _index(rows)) for name, rows in positions.items()),
+        tuple(-1 if name is None else slot_of[name] for name in names),
+    )
 
 
 def _index(rows: list[int]) -> RowIndex:

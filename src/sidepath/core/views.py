@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sidepath.core import quant
+from sidepath.kernels.linear import Layer
 from sidepath.kernels.lowrank import low_rank
 
 Kind = Literal["linear", "conv1d_transposed", "embedding", "conv"]
@@ -89,24 +90,23 @@ class LinearView(DenseView):
 
     kind: ClassVar[Kind] = "linear"
 
-    def forth_(self, y_NO: Tensor, x_NI: Tensor) -> Tensor:
-        """`y + W0 x`, in the place of `y`; for `y = b` the very numbers that a call gives."""
-        return y_NO.addmm_(x_NI, self.matrix_as(x_NI.dtype).T)
-
-    def back_(self, dx_NI: Tensor, dy_NO: Tensor) -> Tensor:
-        """`dx + dy W0`, in the place of `dx`."""
-        return dx_NI.addmm_(dy_NO, self.matrix_as(dy_NO.dtype))
+    def layer(
+        self, A_RI: Tensor | None = None, B_OR: Tensor | None = None, scaling: float = 1.0
+    ) -> Layer | None:
+        """This layer with a side path, for kernels that give its weights no gradient; None where
+        they have one, or where the layer is not called as its class says.
+        """
+        parameters = self.module._parameters
+        for parameter in parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                return None
+        if self.own_forward is not None:
+            return None
+        return Layer(self, parameters["weight"], parameters.get("bias"), A_RI, B_OR, scaling)
 
     def matrix_as(self, dtype: torch.dtype) -> Tensor:
         """`W0` in another dtype; itself where it has that one."""
         return self.matrix().to(dtype)
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the layer is called as its class says, and none of it gets a gradient."""
-        parameters = self.module._parameters.values()
-        trained = any(p is not None and p.requires_grad for p in parameters)
-        return self.own_forward is None and not trained
 
     def matrix(self) -> Tensor:
         return self.weight
@@ -122,6 +122,12 @@ class TransposedView(LinearView):
     """transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored (I, O)."""
 
     kind: ClassVar[Kind] = "conv1d_transposed"
+
+    def layer(
+        self, A_RI: Tensor | None = None, B_OR: Tensor | None = None, scaling: float = 1.0
+    ) -> Layer | None:
+        found = super().layer(A_RI, B_OR, scaling)
+        return None if found is None else found._replace(W_OI=self.matrix())
 
     def matrix(self) -> Tensor:
         return self.weight.T
@@ -196,9 +202,15 @@ class PackedView(LinearView):
         """`W0` dequantised, in float32; made anew at each call."""
         return quant.dequantised(self.module)
 
+    def layer(
+        self, A_RI: Tensor | None = None, B_OR: Tensor | None = None, scaling: float = 1.0
+    ) -> Layer | None:
+        if self.weight.is_floating_point():
+            return None  # an adapter is merged into it
+        return Layer(self, None, None, A_RI, B_OR, scaling)
+
     def matrix_as(self, dtype: torch.dtype) -> Tensor:
-        W = self.weight
-        return W.to(dtype) if W.is_floating_point() else quant.dequantised(self.module, dtype)
+        return quant.dequantised(self.module, dtype)
 
     def from_matrix(self, W_OI: Tensor) -> Tensor:
         plain = W_OI.to(self.dtype).contiguous()

@@ -18,7 +18,7 @@ Dimensions: `...` any leading, N rows of all of them, I in, O out, R rank, S sum
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -29,31 +29,25 @@ from sidepath.kernels.dropout import Mask
 from sidepath.kernels.kept import keep
 
 
-class FrozenLinear(Protocol):
-    """A linear layer without gradients of its own."""
+class Frozen(Protocol):
+    """A linear layer of the base."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """`W0 x + b`, a new tensor."""
         ...
 
-    @property
-    def bias(self) -> Tensor | None:
-        """`b` (O)."""
-        ...
-
-    def forth_(self, y_NO: Tensor, x_NI: Tensor) -> Tensor:
-        """`y + W0 x`, in the place of `y`; for `y = b` the very numbers that a call gives."""
-        ...
-
-    def back_(self, dx_NI: Tensor, dy_NO: Tensor) -> Tensor:
-        """`dx + dy W0`, in the place of `dx`."""
+    def matrix_as(self, dtype: torch.dtype) -> Tensor:
+        """`W0` (O, I) in a dtype."""
         ...
 
 
 class Layer(NamedTuple):
     """A frozen linear layer and the side path beside it, if there is one."""
 
-    base: FrozenLinear
+    base: Frozen
+    W_OI: Tensor | None
+    """None: not there as numbers (packed into 4 bits), so `base` is asked each time."""
+    bias_O: Tensor | None
     A_RI: Tensor | None = None
     B_OR: Tensor | None = None
     scaling: float = 1.0
@@ -73,46 +67,46 @@ def flat(x: Tensor) -> Tensor:
 
 
 def beside(x: Tensor, layer: Layer) -> Tensor:
-    """`W0 x + b + s B (A x)` where no gradient is recorded: few rows cost few operations."""
-    base, A_RI, B_OR, scaling = layer
-    y = base(x)
-    if A_RI is None or B_OR is None:
-        return y
-    y, x_NI = y.contiguous(), x.reshape(-1, x.shape[-1])
-    hidden_NR = x_NI @ A_RI.to(x.dtype).T
-    y.view(-1, y.shape[-1]).addmm_(hidden_NR, B_OR.to(x.dtype).T, alpha=scaling)
+    """`W0 x + b + s B (A x)` where no gradient is recorded: few operations, for few rows."""
+    base, _, _, A_RI, B_OR, scaling = layer
+    y = base(x).contiguous()
+    if A_RI is not None and B_OR is not None:
+        hidden_NR = x.reshape(-1, x.shape[-1]) @ A_RI.to(x.dtype).T
+        y.view(-1, y.shape[-1]).addmm_(hidden_NR, B_OR.to(x.dtype).T, alpha=scaling)
     return y
 
 
 def forth(x: Tensor, layers: Sequence[Layer], mask: Mask | None = None) -> Outputs:
-    """What layers that see one input make of it."""
+    """What layers that see one input make of it; with a mask, their side paths see less of it."""
     x_NI = x.reshape(-1, x.shape[-1])
-    hiddens = _shrink(x_NI if mask is None else mask.on(x_NI), layers)
-    return Outputs([_output(x, *pair) for pair in zip(layers, hiddens, strict=True)], hiddens)
-
-
-def _shrink(x_NI: Tensor, layers: Sequence[Layer]) -> list[Tensor | None]:
-    """`s A x` of each layer, (R, N): one product for all."""
-    As = [layer.A_RI.to(x_NI.dtype) for layer in layers if layer.A_RI is not None]
-    if not As:
-        return [None] * len(layers)
-    hidden_SN = _stacked(As) @ x_NI.T
-    parts = iter(hidden_SN.split([len(A_RI) for A_RI in As]))
-    return [
-        None if layer.A_RI is None else next(parts).mul_(layer.scaling) for layer in layers
-    ]
-
-
-def _output(x: Tensor, layer: Layer, hidden_RN: Tensor | None) -> Tensor:
-    base, _, B_OR, _ = layer
-    if B_OR is None or hidden_RN is None:
-        return base(x)
-    B_RO, bias_O = B_OR.to(x.dtype).T, base.bias
-    if bias_O is None:
-        y_NO = torch.mm(hidden_RN.T, B_RO)
-    else:
-        y_NO = torch.addmm(bias_O.to(x.dtype), hidden_RN.T, B_RO)
-    return base.forth_(y_NO, flat(x)).view(*x.shape[:-1], -1)
+    As = []
+    for layer in layers:
+        if layer.A_RI is not None:
+            As.append(layer.A_RI.to(x.dtype))
+    parts: Iterator[Tensor] = iter(())
+    if As:
+        seen_NI = x_NI if mask is None else mask.on(x_NI)
+        hidden_SN = (As[0] if len(As) == 1 else torch.cat(As)) @ seen_NI.T
+        parts = iter(hidden_SN.split([*map(len, As)]))
+    ys: list[Tensor] = []
+    hiddens: list[Tensor | None] = []
+    for base, W_OI, bias_O, A_RI, B_OR, scaling in layers:
+        if A_RI is None or B_OR is None:
+            y, hidden_RN = base(x), None
+        else:
+            hidden_RN = next(parts).mul_(scaling)
+            h_NR, B_RO = hidden_RN.T, B_OR.to(x.dtype).T
+            # Not a view of another tensor, so that whoever gets it may write into it.
+            y = x.new_empty(*x.shape[:-1], len(B_OR))
+            y_NO = y.view(-1, len(B_OR))
+            if bias_O is None or W_OI is None:
+                torch.mm(h_NR, B_RO, out=y_NO)
+            else:
+                torch.addmm(bias_O, h_NR, B_RO, out=y_NO)
+            _ = y_NO.add_(base(x_NI)) if W_OI is None else y_NO.addmm_(x_NI, W_OI.T)
+        ys.append(y)
+        hiddens.append(hidden_RN)
+    return Outputs(ys, hiddens)
 
 
 def back(
@@ -142,18 +136,12 @@ def back(
             gradients[2 * number] = dA_RI.to(layers[number].A_RI.dtype)
     if not wanted:
         return None, gradients
-    if not sided:
-        dx_NI = torch.zeros_like(x_NI)
-    else:
-        dx_NI = g_SN.T @ _stacked(As)
+    dx_NI = g_SN.T @ (As[0] if len(As) == 1 else torch.cat(As)) if As else torch.zeros_like(x_NI)
     dx_NI = dx_NI if mask is None else mask.on(dx_NI)
     for layer, dy_NO in zip(layers, dys, strict=True):
-        dx_NI = layer.base.back_(dx_NI, dy_NO)
+        W_OI = layer.base.matrix_as(dtype) if layer.W_OI is None else layer.W_OI
+        dx_NI.addmm_(dy_NO, W_OI)
     return dx_NI, gradients
-
-
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 class SidePathLinears(torch.autograd.Function):
@@ -170,14 +158,14 @@ class SidePathLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ys, hiddens = forth(x, layers, mask)
         kept, ctx.again = keep(x)
-        ctx.save_for_backward(*factors, *hiddens, *kept)
-        ctx.frozen, ctx.mask = [(layer.base, layer.scaling) for layer in layers], mask
+        save(ctx, layers, hiddens, kept)
+        ctx.mask = mask
         return tuple(ys)
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        layers, hiddens, kept = saved_layers(ctx)
+        layers, hiddens, kept = saved(ctx)
         x = ctx.again(kept)
         dx_NI, gradients = back(
             layers,
@@ -191,14 +179,22 @@ class SidePathLinears(torch.autograd.Function):
         return dx, None, None, *gradients
 
 
-def saved_layers(ctx: Any) -> tuple[list[Layer], Sequence[Tensor | None], Sequence[Tensor]]:
-    """The layers of a context, what each had made of `A x`, and the other tensors it saved.
+def save(
+    ctx: Any, layers: Sequence[Layer], hiddens: Sequence[Tensor | None], rest: Sequence[Tensor]
+) -> None:
+    """Keep layers, what each made of `s A x`, and other tensors, for `saved`."""
+    tensors: list[Tensor | None] = []
+    for layer in layers:
+        tensors += layer[1:5]
+    ctx.save_for_backward(*tensors, *hiddens, *rest)
+    ctx.frozen = [(layer.base, layer.scaling) for layer in layers]
 
-    Saved: `A` and `B` of each layer in `ctx.frozen`, then their `s A x`, then the rest.
-    """
-    count, saved = len(ctx.frozen), ctx.saved_tensors
+
+def saved(ctx: Any) -> tuple[list[Layer], Sequence[Tensor | None], Sequence[Tensor]]:
+    """What `save` kept."""
+    count, tensors = len(ctx.frozen), ctx.saved_tensors
     layers = [
-        Layer(base, saved[2 * number], saved[2 * number + 1], scaling)
+        Layer(base, *tensors[4 * number : 4 * number + 4], scaling)
         for number, (base, scaling) in enumerate(ctx.frozen)
     ]
-    return layers, saved[2 * count : 3 * count], saved[3 * count :]
+    return layers, tensors[4 * count : 5 * count], tensors[5 * count :]

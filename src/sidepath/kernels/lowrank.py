@@ -24,21 +24,6 @@ def low_rank(x_I: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
     return F.linear(F.linear(x_I.to(A_RI.dtype), A_RI), B_OR)
 
 
-def add_of_rows(
-    y_O: Tensor, x_I: Tensor, factors_BR: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor]
-) -> Tensor:
-    """`y` with each row's own `s B (A x)` added: one product over all stacked factors, masked.
-
-    `x_I` is (B, ..., I); `As` are (r_i, I), `Bs` (O, r_i); `factors_BR` (B, sum r_i) holds the
-    scaling where a row's own columns are and zero elsewhere. Two products of rank sum r_i take
-    the place of two a delta: for few deltas of small rank that is fewer, larger operations.
-    """
-    A_RI, B_OR = torch.cat(list(As)), torch.cat(list(Bs), dim=1)
-    each_position = factors_BR.view(len(factors_BR), *(1,) * (x_I.dim() - 2), -1)
-    hidden_R = F.linear(x_I.to(A_RI.dtype), A_RI) * each_position
-    return y_O + F.linear(hidden_R, B_OR).to(y_O.dtype)
-
-
 def add_parts(
     y_O: Tensor, x_I: Tensor, A_NRI: Tensor, B_PR: Tensor, scaling: float, parts: Sequence[Part]
 ) -> Tensor:

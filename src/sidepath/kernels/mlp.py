@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from sidepath.kernels.activations import Activation
 from sidepath.kernels.kept import keep
-from sidepath.kernels.linear import Layer, back, flat, forth, saved_layers
+from sidepath.kernels.linear import Layer, back, flat, forth, save, saved
 
 
 def gated_mlp(x: Tensor, gate: Layer, up: Layer, down: Layer, act: Activation) -> Tensor:
@@ -40,20 +40,6 @@ def _apply(
     return result
 
 
-def _save(
-    ctx: Any,
-    x: Tensor,
-    layers: Sequence[Layer],
-    factors: Sequence[Tensor | None],
-    hiddens: Sequence[Tensor | None],
-    inner: Sequence[Tensor],
-    act: Activation,
-) -> None:
-    kept, ctx.again = keep(x)
-    ctx.save_for_backward(*factors, *hiddens, *inner, *kept)
-    ctx.frozen, ctx.act = [(layer.base, layer.scaling) for layer in layers], act
-
-
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -61,13 +47,15 @@ class _GatedMLP(torch.autograd.Function):
     ) -> Tensor:
         (gate, up), first = forth(x, layers[:2])
         (y,), last = forth(act.forward(gate).mul_(up), layers[2:])
-        _save(ctx, x, layers, factors, [*first, *last], (gate, up), act)
+        kept, ctx.again = keep(x)
+        save(ctx, layers, [*first, *last], [gate, up, *kept])
+        ctx.act = act
         return y
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        layers, hiddens, (gate, up, *kept) = saved_layers(ctx)
+        layers, hiddens, (gate, up, *kept) = saved(ctx)
         act, x, gate_NH, up_NH = ctx.act, ctx.again(kept), flat(gate), flat(up)
         acted_NH = act.forward(gate_NH)
         d_NH, of_down = back(layers[2:], [flat(dy)], acted_NH * up_NH, hiddens[2:], wanted=True)
@@ -89,13 +77,15 @@ class _PlainMLP(torch.autograd.Function):
     ) -> Tensor:
         (inner,), first = forth(x, layers[:1])
         (y,), last = forth(act.forward(inner), layers[1:])
-        _save(ctx, x, layers, factors, [*first, *last], (inner,), act)
+        kept, ctx.again = keep(x)
+        save(ctx, layers, [*first, *last], [inner, *kept])
+        ctx.act = act
         return y
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        layers, hiddens, (inner, *kept) = saved_layers(ctx)
+        layers, hiddens, (inner, *kept) = saved(ctx)
         act, x, inner_NH = ctx.act, ctx.again(kept), flat(inner)
         d_NH, of_down = back(
             layers[1:], [flat(dy)], act.forward(inner_NH), hiddens[1:], wanted=True

@@ -7,7 +7,7 @@ P adapted rows in all (O when the whole matrix is adapted).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -17,18 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sidepath.config import check, require
-from sidepath.core.delta import Delta, WeightDelta, accumulation_dtype, add_bias
-from sidepath.core.routing import RowIndex, Rows
+from sidepath.core.delta import WeightDelta, accumulation_dtype, add_bias
 from sidepath.core.views import DenseView, LinearView, View
 from sidepath.kernels.dropout import Mask
-from sidepath.kernels.linear import Layer, SidePathLinears, beside
+from sidepath.kernels.linear import SidePathLinears, beside
 from sidepath.kernels.lowrank import (
     Part,
-    add_of_rows,
     add_parts,
     parts_matrix,
     product_matrix,
 )
+from sidepath.kernels.routed import Factors
 from sidepath.methods.base import Method, Selection, Site
 from sidepath.methods.bias import trained_bias
 from sidepath.methods.starts import best_factors
@@ -185,27 +184,17 @@ class LowRank(WeightDelta):
         self.B.copy_(torch.cat([B_OR for _, B_OR in factors]))
 
     def fused(self, x: Tensor, base: View, *args: Any, **kwargs: Any) -> Tensor:
-        layer = self.layer(base)
-        if layer is None or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        if not (self.whole_linear and isinstance(base, LinearView)):
+            return self.forward(x, base, *args, **kwargs)
+        layer = base.layer(self.A, self.B, self.scaling)
+        if layer is None:
             return self.forward(x, base, *args, **kwargs)
         dropout = self.dropout if self.training else 0.0
         if not (dropout or torch.is_grad_enabled()):
             return beside(x, layer)
         mask = Mask.drawn(dropout) if dropout else None
-        (y,) = SidePathLinears.apply(x, [layer], mask, self.A, self.B)  # type: ignore[no-untyped-call]
+        (y,) = SidePathLinears.apply(x, (layer,), mask, self.A, self.B)  # type: ignore[no-untyped-call]
         return y  # type: ignore[no-any-return]
-
-    @property
-    def drops(self) -> bool:
-        return self.dropout > 0 and self.training
-
-    def layer(self, base: View) -> Layer | None:
-        if not (isinstance(base, LinearView) and self.whole_linear and base.own_forward is None):
-            return None
-        for parameter in base.module._parameters.values():
-            if parameter is not None and parameter.requires_grad:
-                return None  # a gradient of the base is wanted, and a fused layer has none
-        return Layer(base, self.A, self.B, self.scaling)
 
     def onto(self, y: Tensor, x: Tensor, base: View) -> Tensor:
         assert isinstance(base, DenseView)
@@ -217,31 +206,9 @@ class LowRank(WeightDelta):
             y = y + (base.product(x, self.A, self.B) * self.scaling).to(y.dtype)
         return y if self.bias is None else add_bias(y, self.bias, base)
 
-    @classmethod
-    def onto_rows(
-        cls,
-        y: Tensor,
-        x: Tensor,
-        base: View,
-        placed: Sequence[tuple[Delta, RowIndex]],
-        rows: Rows,
-    ) -> Tensor:
-        deltas = [delta for delta, _ in placed if isinstance(delta, LowRank)]
-        if len(deltas) < 2 or not all(delta.stacks_with(deltas[0]) for delta in deltas):
-            return super().onto_rows(y, x, base, placed, rows)
-        factors_BR = _row_factors(deltas, [index for _, index in placed], rows)
-        As, Bs = [delta.A for delta in deltas], [delta.B for delta in deltas]
-        return add_of_rows(y, x, factors_BR, As, Bs)
-
-    def stacks_with(self, other: LowRank) -> bool:
-        """Whether the two can share one product: plain factors of a linear layer, of one dtype."""
-        linear = self.kind in ("linear", "conv1d_transposed") and not self.parts
-        return (
-            linear
-            and self.bias is None
-            and not (self.dropout and self.training)
-            and self.A.dtype == other.A.dtype
-        )
+    def factors(self) -> Factors | None:
+        dropping = self.dropout and self.training
+        return (self.A, self.B, self.scaling) if self.whole_linear and not dropping else None
 
     def matrix(self, rows: int, dtype: torch.dtype) -> Tensor:
         """`ΔW` as a (rows, I) matrix; `rows` is the module's O."""
@@ -268,24 +235,3 @@ def name_matches(pattern: str, path: str) -> bool:
     if "." not in pattern:
         return fnmatchcase(path.rpartition(".")[2], pattern)
     return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
-
-
-def _row_factors(deltas: Sequence[LowRank], indices: Sequence[RowIndex], rows: Rows) -> Tensor:
-    """(B, sum r): each row's scaling in the columns of its own delta, zero elsewhere.
-
-    The same for most layers of a forward pass, so it is kept with the rows.
-    """
-    like = deltas[0].A
-    placed = [
-        (id(index), len(delta.A), delta.scaling)
-        for delta, index in zip(deltas, indices, strict=True)
-    ]
-    key = (like.dtype, like.device, *placed)
-    if key not in rows.kept:
-        factors_BR = like.new_zeros(rows.count, sum(len(delta.A) for delta in deltas))
-        column = 0
-        for delta, index in zip(deltas, indices, strict=True):
-            factors_BR[index, column : column + len(delta.A)] = delta.scaling
-            column += len(delta.A)
-        rows.kept[key] = factors_BR
-    return rows.kept[key]

@@ -1,0 +1,141 @@
+"""A routed batch in one layer: the base's product once, then each row's own update onto it.
+
+Adapters that add `s B (A x)` and no more share their products (`kernels/routed.py`); any other
+delta is put onto its own rows, one after another.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sidepath.core.routing import Layer, Placed, Rows, first_row
+from sidepath.core.views import View
+from sidepath.errors import RoutingError
+from sidepath.kernels.routed import (
+    RowPlan,
+    Stack,
+    add_arranged_,
+    add_stack,
+    plan_rows,
+    stacked,
+)
+
+if TYPE_CHECKING:
+    from sidepath.core.adapted import SidePaths
+
+
+def routed(side: SidePaths, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The layer's output, each row adapted by its own adapter; rows of the base to the bit.
+
+    Without gradients the factors are stacked when the layer first answers in a `route` block and
+    kept until it ends: what the adapters hold then is what answers within the block. With
+    gradients they are stacked anew each time, and what was kept is dropped.
+    """
+    if x.shape[0] != rows.count:
+        raise RoutingError(
+            "the batch has another number of rows than the routing",
+            where=side.path,
+            found=f"input of shape {tuple(x.shape)}",
+            expected=f"{rows.count} rows, one adapter each",
+            hint="give route() one name (or None) for each row of the batch",
+        )
+    y = side.view(x, *args, **kwargs)
+    if torch.is_grad_enabled():
+        return _trained(side, rows, y, x)
+    key = (side.path, y.dtype)
+    if key not in rows.layers:
+        rows.layers[key] = Layer(_stack_of(side, rows, y.dtype), _others(side, rows))
+    layer = rows.layers[key]
+    if layer.stack is not None:
+        y, y_BTO, x_BTI = _flat(y, x)
+        plan, A, B = _arranged(layer, layer.stack, rows, y_BTO, x_BTI)
+        if plan is not None:
+            add_arranged_(y_BTO, x_BTI, plan, A, B)
+    for delta, index in layer.others:
+        y[index] = delta.onto(y[index], x[index], side.view)
+    return y
+
+
+def _arranged(
+    layer: Layer, stack: Stack, rows: Rows, y_BTO: Tensor, x_BTI: Tensor
+) -> tuple[RowPlan | None, Tensor, Tensor]:
+    """How the layer's factors are multiplied for an input of this size, worked out once."""
+    tokens = x_BTI.shape[1]
+    if layer.arranged is None or layer.arranged[0] != tokens:
+        plan = _plan(rows, stack, y_BTO, x_BTI)
+        A, B = stack.A_SI, stack.B_SO
+        if plan is not None:
+            A, B = plan.arrange(A), plan.arrange(B)
+        layer.arranged = (tokens, plan, A, B)
+    return layer.arranged[1:]
+
+
+def _trained(side: SidePaths, rows: Rows, y: Tensor, x: Tensor) -> Tensor:
+    """The same with gradients."""
+    rows.layers.pop((side.path, y.dtype), None)
+    stack = _stack_of(side, rows, y.dtype)
+    if stack is not None:
+        y, y_BTO, x_BTI = _flat(y if _free(side.view) else y.clone(), x)
+        plan = _plan(rows, stack, y_BTO, x_BTI)
+        y = add_stack(y_BTO, x_BTI, stack, plan).view(y.shape)
+    others = _others(side, rows)
+    return _pieced(y, x, side.view, others) if others else y
+
+
+def _stack_of(side: SidePaths, rows: Rows, dtype: torch.dtype) -> Stack | None:
+    deltas = [side.get(name) for name, _ in rows.groups]
+    return stacked([None if delta is None else delta.factors() for delta in deltas], dtype)
+
+
+def _others(side: SidePaths, rows: Rows) -> Placed:
+    """The deltas that share no product, with their rows."""
+    placed = [(side.get(name), index) for name, index in rows.groups]
+    return [(d, index) for d, index in placed if d is not None and d.factors() is None]
+
+
+def _flat(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`y` contiguous, and both as (B, T, ·) in the dtype of `y`: under autocast they differ."""
+    y = y.contiguous()
+    x = x.to(y.dtype)
+    if x.dim() == 3:
+        return y, y, x
+    return y, y.view(y.shape[0], -1, y.shape[-1]), x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _plan(rows: Rows, stack: Stack, y_BTO: Tensor, x_BTI: Tensor) -> RowPlan | None:
+    tokens, width = x_BTI.shape[1], x_BTI.shape[2] + y_BTO.shape[2]
+    key = (stack.starts, tokens, width, y_BTO.dtype, y_BTO.device)
+    if key not in rows.plans:
+        rows.plans[key] = plan_rows(
+            rows.slots, stack.starts, like=y_BTO, tokens=tokens, width=width
+        )
+    return rows.plans[key]
+
+
+def _free(view: View) -> bool:
+    """Whether the base's backward does not look at its own output, so that it may be changed."""
+    return view.own_forward is None and view.base_class.forward is nn.Linear.forward
+
+
+def _pieced(y: Tensor, x: Tensor, base: View, placed: Placed) -> Tensor:
+    """Each delta put onto its own rows with gradients; `y` is not changed.
+
+    What autograd keeps is one piece a delta, where each one's rows lie together.
+    """
+    pieces, done = [], 0
+    for delta, index in sorted(placed, key=lambda pair: first_row(pair[1])):
+        if not isinstance(index, slice) or index.start < done:
+            return _one_by_one(y, x, base, placed)
+        pieces += [y[done : index.start], delta.onto(y[index], x[index], base)]
+        done = index.stop
+    return torch.cat([piece for piece in (*pieces, y[done:]) if len(piece)])
+
+
+def _one_by_one(y: Tensor, x: Tensor, base: View, placed: Placed) -> Tensor:
+    y = y.clone()
+    for delta, index in placed:
+        y[index] = delta.onto(y[index], x[index], base)
+    return y

@@ -48,7 +48,7 @@ class Block:
         routing = self.routing
         return (
             routing.fused
-            and routing.key is not None
+            and (routing.key is not None or routing.rows is not None)
             and not routing.silent
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
@@ -98,6 +98,8 @@ class _Linears(Block):
 
     def layers(self) -> list[Layer] | None:
         """The linear layers with their side paths, where all are frozen and plain."""
+        if self.routing.rows is not None:
+            return None  # each row has side paths of its own
         found = []
         for name, view in zip(self.names, self.views, strict=True):
             module = self.module._modules.get(name)

@@ -61,11 +61,9 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden_ND), rows):
             own = slice(start, start + rows)
             logits_CV = F.linear(hidden_ND[own], weight_VD, bias_V)
-            losses_C, sums_C1 = _to_gradient_(logits_CV, targets_N[own], smoothing)
-            losses.append(losses_C.sum())
+            losses.append(_to_gradient_(logits_CV, targets_N[own], smoothing))
             if dh_ND is not None:
                 torch.mm(logits_CV, weight_VD, out=dh_ND[own])
-                dh_ND[own] /= sums_C1
         if dh_ND is not None:
             ctx.save_for_backward(dh_ND)
         return torch.stack(losses).sum()
@@ -77,30 +75,26 @@ class _HeadLoss(torch.autograd.Function):
         return dh_ND * dloss.to(dh_ND.dtype), None, None, None, None, None
 
 
-def _to_gradient_(
-    logits_CV: Tensor, targets_C: Tensor, smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """Each row's loss, and the sum of its exponentials by which `dL/dz` is still to be divided;
-    `dL/dz` times that sum takes the place of the logits. A few rows at a time.
-    """
-    wide = torch.promote_types(logits_CV.dtype, torch.float32)
+def _to_gradient_(logits_CV: Tensor, targets_C: Tensor, smoothing: float) -> Tensor:
+    """The summed loss of some rows; `dL/dz` takes the place of the logits, a few rows at a time."""
+    dtype = torch.promote_types(logits_CV.dtype, torch.float32)
     vocabulary = logits_CV.shape[1]
     step = max(1, BLOCK_BYTES // (4 * vocabulary))
-    losses, sums = [], []
+    losses = []
     for start in range(0, len(logits_CV), step):
         block_KV, at_K1 = logits_CV[start : start + step], targets_C[start : start + step, None]
-        largest_K1 = block_KV.amax(1, keepdim=True).to(wide)
-        z_K1 = block_KV.gather(1, at_K1).to(wide)
-        loss_K1 = largest_K1 - z_K1
-        if smoothing:
-            mean_K1 = block_KV.mean(1, keepdim=True, dtype=wide)
-            loss_K1 = largest_K1 - (1.0 - smoothing) * z_K1 - smoothing * mean_K1
-        p_KV = torch.sub(block_KV, largest_K1).exp_()
+        z_K1 = block_KV.gather(1, at_K1).to(dtype)
+        largest_K1 = block_KV.amax(1, keepdim=True).to(dtype)
+        mean_K1 = block_KV.mean(1, keepdim=True, dtype=dtype) if smoothing else z_K1
+        # Widened first: of two dtypes torch makes a copy in the wider one all the same.
+        p_KV = block_KV.to(dtype).sub_(largest_K1).exp_()
         sum_K1 = p_KV.sum(1, keepdim=True)
-        losses.append(loss_K1 + sum_K1.log())
-        sums.append(sum_K1)
+        seen_K1 = (1.0 - smoothing) * z_K1 + smoothing * mean_K1
+        losses.append((largest_K1 + sum_K1.log() - seen_K1).sum())
+        p_KV.div_(sum_K1)
         if smoothing:
-            p_KV.sub_(sum_K1 * (smoothing / vocabulary))
-        p_KV.scatter_add_(1, at_K1, sum_K1 * (smoothing - 1.0))
-        block_KV.copy_(p_KV)
-    return torch.cat(losses), torch.cat(sums)
+            p_KV.sub_(smoothing / vocabulary)
+        p_KV.scatter_add_(1, at_K1, torch.full_like(sum_K1, smoothing - 1.0))
+        if p_KV is not block_KV:
+            block_KV.copy_(p_KV)
+    return torch.stack(losses).sum()

@@ -31,8 +31,14 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return y  # type: ignore[no-any-return]
 
 
+def _unit(x: Tensor, scale: Tensor) -> Tensor:
+    """`x / rms(x)` in float32, a new tensor."""
+    wide = x.float()
+    return wide * scale if wide is x else wide.mul_(scale)
+
+
 def _normed(x: Tensor, scale: Tensor, weight_D: Tensor) -> Tensor:
-    return torch.mul(x, scale).to(x.dtype).mul_(weight_D)
+    return _unit(x, scale).to(x.dtype).mul_(weight_D)
 
 
 def _again(tensors: Sequence[Tensor]) -> Tensor:
@@ -54,6 +60,6 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         x, scale, weight_D = ctx.saved_tensors
         d = (dy * weight_D).float()
-        n = torch.mul(x, scale)
+        n = _unit(x, scale)
         mean = (d * n).mean(-1, keepdim=True)
         return d.addcmul_(n, mean, value=-1.0).mul_(scale).to(x.dtype), None, None

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sidepath.core.adapted import CHILD
+from sidepath.injection.head import fused_head
 from sidepath.injection.registry import registry_of
 from sidepath.injection.surgery import activate, put_in, remove
 from sidepath.methods.base import Method, Site
@@ -160,25 +161,30 @@ def _loss(model: nn.Module, shape: Shape) -> Tensor:
     """The loss of a batch, step for step as training computes it (`training/loss.py`)."""
     ids_BT = torch.zeros(shape.batch_size, shape.tokens, dtype=torch.long)
     mask_BT = torch.ones_like(ids_BT) if shape.padded else None
-    known = inspect.signature(type(model).forward).parameters
+    head = fused_head(model)
+    called = model if head is None else head.body
+    known = inspect.signature(type(called).forward).parameters
     targets = min(max(1, math.ceil(shape.supervised * shape.tokens)), shape.tokens - 1)
     kept = min(max(targets, shape.logits or 0), shape.tokens - 1)
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
-    if "logits_to_keep" in known:
+    if head is None and "logits_to_keep" in known:
         options["logits_to_keep"] = kept + 1
     if shape.packed:
         options["position_ids"], mask_BT = torch.zeros_like(ids_BT), None
+    count = shape.batch_size * targets
+    # Any index of N places does: a mask's size would have to be read from its values.
+    rows_N = torch.zeros(count, dtype=torch.long)
+    if head is not None:
+        hidden_BTD = head.hidden(input_ids=ids_BT, attention_mask=mask_BT, **options)
+        return head.loss(hidden_BTD[:, -kept - 1 : -1][rows_N, rows_N], rows_N) / count
     logits = model(input_ids=ids_BT, attention_mask=mask_BT, **options).logits
-    count = shape.batch_size
     if logits.dim() == 3:
-        count *= targets
-        rows_N = torch.zeros(count, dtype=torch.long)
-        # Any index of N places does: a mask's size would have to be read from its values.
         logits = logits[:, -kept - 1 : -1][rows_N, rows_N]
+    else:
+        count, rows_N = shape.batch_size, rows_N[: shape.batch_size]
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
-    labels_N = torch.zeros(count, dtype=torch.long)
-    return functional.cross_entropy(logits, labels_N, reduction="sum") / count
+    return functional.cross_entropy(logits, rows_N, reduction="sum") / count
 
 
 def weightless(model: nn.Module) -> nn.Module:

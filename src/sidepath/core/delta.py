@@ -6,7 +6,7 @@ Dimensions: `...` any leading, O out, I in.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,13 @@ class Delta(nn.Module, ABC):
     def tensors(self) -> dict[str, Tensor]:
         """The trained tensors, by their name within the delta."""
         return dict(self.named_parameters())
+
+    @torch.no_grad()
+    def take_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the values of `tensors` into those of the same names, rounded to their dtype."""
+        own = self.tensors()
+        for local, tensor in tensors.items():
+            own[local].copy_(tensor)
 
 
 def _one_by_one(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -199,18 +200,29 @@ NEVER_CALLED = "torch.nn.modules.linear.NonDynamicallyQuantizableLinear"
 
 def view_of(module: nn.Module) -> DenseView | None:
     """The dense view of a module, or None where no side path can stand beside it."""
-    for cls in type(module).__mro__:
-        name = quant.qualified(cls)
+    view = _view_class(type(module))
+    if view is None:
+        return None
+    usable = view is PackedView or _plain_weight(module)
+    return view(module) if usable else None
+
+
+@cache
+def _view_class(cls: type[nn.Module]) -> type[DenseView] | None:
+    """Kept by class: a model has many modules of few classes, and each is asked several times."""
+    for base in cls.__mro__:
+        name = quant.qualified(base)
         if name == NEVER_CALLED:
             return None
         if name in VIEWS:
-            view = VIEWS[name]
-            usable = view is PackedView or _plain_weight(module)
-            return view(module) if usable else None
+            return VIEWS[name]
     return None
 
 
 def _plain_weight(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    renormed = getattr(module, "max_norm", None) is not None
-    return isinstance(weight, Tensor) and weight.is_floating_point() and not renormed
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return False
+    # Looked up as Python would, but a module without it does not go through torch's own search.
+    renormed = module.__dict__.get("max_norm", getattr(type(module), "max_norm", None))
+    return renormed is None

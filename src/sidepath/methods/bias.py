@@ -26,8 +26,8 @@ class BiasOnly(Delta):
         return {"bias": fold_bias(self.bias, base)}
 
 
-def trained_bias(view: View) -> nn.Parameter:
-    """A trainable copy of a module's bias, in its dtype and on its device."""
+def trained_bias(view: View, values_O: torch.Tensor | None = None) -> nn.Parameter:
+    """A trainable copy of a module's bias, or `values`, in its dtype and on its device."""
     own = view.module.bias
     assert isinstance(own, torch.Tensor)
-    return nn.Parameter(own.detach().clone())
+    return nn.Parameter(own.detach().clone() if values_O is None else values_O.to(own))

@@ -105,7 +105,9 @@ class LoRA(Method):
         rank, alpha = self.rank_of(path), self.alpha_of(path)
         return alpha / rank if self.scaling == "alpha/r" else alpha / math.sqrt(rank)
 
-    def dense_delta(self, site: Site, view: DenseView) -> LowRank:
+    def dense_delta(
+        self, site: Site, view: DenseView, tensors: Mapping[str, Tensor] | None = None
+    ) -> LowRank:
         delta = LowRank(
             view,
             r=self.rank_of(site.path),
@@ -115,9 +117,11 @@ class LoRA(Method):
             parts=site.parts,
             with_bias=self.bias != "none" and view.bias is not None,
             dtype=None if self.dtype == "base" else getattr(torch, self.dtype),
+            tensors=tensors,
         )
-        # What quantising took away is known where the unquantised weights are (`start_at_`).
-        delta.start_("kaiming" if self.start == "loftq" else self.start)
+        if tensors is None:
+            # What quantising took away is known where the unquantised weights are (`start_at_`).
+            delta.start_("kaiming" if self.start == "loftq" else self.start)
         return delta
 
 
@@ -140,18 +144,26 @@ class LowRank(WeightDelta):
         parts: tuple[Part, ...] = (),
         with_bias: bool = False,
         dtype: torch.dtype | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        rows, columns = view.shape
-        adapted = sum(stop - start for start, stop in parts) if parts else rows
-        like = torch.empty(0, dtype=dtype or view.dtype, device=view.weight.device)
-        self.A = nn.Parameter(like.new_zeros(r * max(1, len(parts)), columns))
-        self.B = nn.Parameter(like.new_zeros(adapted, r))
-        self.bias = trained_bias(view) if with_bias else None
-        self.r, self.alpha, self.scaling = r, alpha, scaling
-        self.dropout = dropout
-        self.parts = parts
-        self.kind = view.kind
+        # Written where torch keeps them: a model has hundreds of these, and its `__setattr__`
+        # looks through six tables each time.
+        self.__dict__ |= {"r": r, "alpha": alpha, "scaling": scaling, "dropout": dropout}
+        self.__dict__ |= {"parts": parts, "kind": view.kind, "bias": None}
+        weight = view.weight
+        like = {"dtype": dtype or view.dtype, "device": weight.device}
+        if tensors is None:
+            rows, columns = view.shape
+            adapted = sum(stop - start for start, stop in parts) if parts else rows
+            A_RI = torch.zeros(r * max(1, len(parts)), columns, **like)
+            B_OR = torch.zeros(adapted, r, **like)
+        else:
+            A_RI, B_OR = tensors["A"].to(**like), tensors["B"].to(**like)
+        self._parameters["A"] = nn.Parameter(A_RI)
+        self._parameters["B"] = nn.Parameter(B_OR)
+        if with_bias:
+            self.bias = trained_bias(view, None if tensors is None else tensors.get("bias"))
 
     @torch.no_grad()
     def start_(self, start: Literal["kaiming", "gaussian"]) -> None:

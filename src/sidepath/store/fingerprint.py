@@ -25,6 +25,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +159,12 @@ def fingerprint(
         return Fingerprint({name: one for name, one in known if not name.startswith(outside)})
     named = base_parameters(base) if registry is None else registry.pristine_parameters(base)
     kept = ((name, tensor) for name, tensor in named if not name.startswith(outside))
-    return Fingerprint(dict(_of_parameters(base, kept)))
+    return Fingerprint(_of_parameters(base, kept))
 
 
 def fingerprint_of(tensors: Mapping[str, torch.Tensor]) -> Fingerprint:
     """The fingerprint of plain tensors by parameter name."""
-    return Fingerprint(dict(_of_parameters(nn.Module(), tensors.items())))
+    return Fingerprint(_of_parameters(nn.Module(), tensors.items()))
 
 
 def same_base(recorded: Fingerprint, found: Fingerprint) -> list[str]:
@@ -218,23 +219,46 @@ def positions(elements: int) -> list[int]:
 
 def _of_parameters(
     model: nn.Module, named: Iterable[tuple[str, torch.Tensor]]
-) -> Iterable[tuple[str, Sample]]:
+) -> dict[str, Sample]:
     seen: set[tuple[int, tuple[int, ...]]] = set()
+    samples: dict[str, Sample] = {}
+    taken: dict[str, torch.Tensor] = {}
     for name, tensor in named:
         if state_of(tensor) is not None:
             module = model.get_submodule(name.rpartition(".")[0])
-            yield name, Sample(*sampled_parameter(tensor, module, positions))
+            samples[name] = Sample(*sampled_parameter(tensor, module, positions))
             continue
         key = (tensor.data_ptr(), tuple(tensor.shape))
         if tensor.dtype not in DTYPE_NAMES or (tensor.numel() and key in seen):
             continue
         seen.add(key)
-        index = torch.tensor(positions(tensor.numel()), dtype=torch.long, device=tensor.device)
-        values = tensor.detach()
-        if values.dim():
-            values = values[torch.unravel_index(index, values.shape)]
-        raw = values.reshape(-1).cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        yield name, Sample(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), raw)
+        index = _index(tensor.numel(), tensor.device)
+        taken[name] = torch.take(tensor.detach(), index)
+        samples[name] = Sample(DTYPE_NAMES[tensor.dtype], key[1], b"")  # its place in the order
+    return samples | _with_values(samples, taken)
+
+
+@lru_cache(maxsize=1024)
+def _index(elements: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor(positions(elements), dtype=torch.long, device=device)
+
+
+def _with_values(
+    samples: Mapping[str, Sample], taken: Mapping[str, torch.Tensor]
+) -> dict[str, Sample]:
+    """The samples with the numbers that were taken, which come to the CPU in one piece a kind."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    for name, values in taken.items():
+        kinds.setdefault((values.dtype, values.device), []).append(name)
+    found = {}
+    for (dtype, _), names in kinds.items():
+        together = torch.cat([taken[name] for name in names]).cpu()
+        raw, at = together.view(torch.uint8).numpy().tobytes(), 0
+        for name in names:
+            stop = at + taken[name].numel() * dtype.itemsize
+            found[name] = Sample(samples[name].dtype, samples[name].shape, raw[at:stop])
+            at = stop
+    return found
 
 
 def _of_folder(folder: Path) -> dict[str, Sample]:

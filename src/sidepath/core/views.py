@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -68,9 +67,13 @@ class DenseView(View, ABC):
         rows, columns = self.matrix().shape
         return rows, columns
 
-    @abstractmethod
     def matrix(self) -> Tensor:
         """`W0` as (O, I), sharing the parameter's storage where the layout allows."""
+        return self.as_matrix(self.weight)
+
+    @abstractmethod
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """A tensor in the layout of the module's own parameter as (O, I); a view if contiguous."""
 
     @abstractmethod
     def from_matrix(self, W_OI: Tensor) -> Tensor:
@@ -90,8 +93,8 @@ class LinearView(DenseView):
 
     kind: ClassVar[Kind] = "linear"
 
-    def matrix(self) -> Tensor:
-        return self.weight
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight
 
     def from_matrix(self, W_OI: Tensor) -> Tensor:
         return W_OI.contiguous()
@@ -105,8 +108,8 @@ class TransposedView(LinearView):
 
     kind: ClassVar[Kind] = "conv1d_transposed"
 
-    def matrix(self) -> Tensor:
-        return self.weight.T
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
 
     def from_matrix(self, W_OI: Tensor) -> Tensor:
         return W_OI.T.contiguous()
@@ -123,8 +126,8 @@ class EmbeddingView(DenseView):
         self.output_scale = float(getattr(module, "scalar_embed_scale", 1.0))
         self.padding_idx: int | None = getattr(module, "padding_idx", None)
 
-    def matrix(self) -> Tensor:
-        return self.weight.T
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
 
     def from_matrix(self, W_OI: Tensor) -> Tensor:
         return W_OI.T.contiguous()
@@ -143,8 +146,8 @@ class ConvView(DenseView):
 
     kind: ClassVar[Kind] = "conv"
 
-    def matrix(self) -> Tensor:
-        return self.weight.reshape(self.weight.shape[0], -1)
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.reshape(weight.shape[0], -1)
 
     def from_matrix(self, W_OI: Tensor) -> Tensor:
         return W_OI.reshape(self.weight.shape).contiguous()
@@ -207,9 +210,17 @@ def view_of(module: nn.Module) -> DenseView | None:
     return view(module) if usable else None
 
 
-@cache
+_found: dict[type[nn.Module], type[DenseView] | None] = {}
+
+
 def _view_class(cls: type[nn.Module]) -> type[DenseView] | None:
     """Kept by class: a model has many modules of few classes, and each is asked several times."""
+    if cls not in _found:
+        _found[cls] = _search(cls)
+    return _found[cls]
+
+
+def _search(cls: type[nn.Module]) -> type[DenseView] | None:
     for base in cls.__mro__:
         name = quant.qualified(base)
         if name == NEVER_CALLED:

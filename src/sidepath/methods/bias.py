@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ class BiasOnly(Delta):
     def onto(self, y: Tensor, x: Tensor, base: View) -> Tensor:
         return add_bias(y, self.bias, base)
 
-    def folded(self, base: View) -> dict[str, Tensor]:
+    def folded(self, base: View, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         return {"bias": fold_bias(self.bias, base)}
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from sidepath.config import check, require
 from sidepath.core.delta import Delta, WeightDelta, accumulation_dtype, add_bias
 from sidepath.core.routing import RowIndex, Rows
-from sidepath.core.views import DenseView, View
+from sidepath.core.views import DenseView, Kind, View
+from sidepath.kernels.folding import fold
 from sidepath.kernels.lowrank import (
     Part,
     add_of_rows,
@@ -133,6 +134,15 @@ class LowRank(WeightDelta):
     (as in the original code); everywhere else `B` starts at zero.
     """
 
+    A: nn.Parameter
+    B: nn.Parameter
+    r: int
+    alpha: float
+    scaling: float
+    dropout: float
+    parts: tuple[Part, ...]
+    kind: Kind
+
     def __init__(
         self,
         view: DenseView,
@@ -151,15 +161,14 @@ class LowRank(WeightDelta):
         # looks through six tables each time.
         self.__dict__ |= {"r": r, "alpha": alpha, "scaling": scaling, "dropout": dropout}
         self.__dict__ |= {"parts": parts, "kind": view.kind, "bias": None}
-        weight = view.weight
-        like = {"dtype": dtype or view.dtype, "device": weight.device}
+        dtype, device = dtype or view.dtype, view.weight.device
         if tensors is None:
             rows, columns = view.shape
             adapted = sum(stop - start for start, stop in parts) if parts else rows
-            A_RI = torch.zeros(r * max(1, len(parts)), columns, **like)
-            B_OR = torch.zeros(adapted, r, **like)
+            A_RI = torch.zeros(r * max(1, len(parts)), columns, dtype=dtype, device=device)
+            B_OR = torch.zeros(adapted, r, dtype=dtype, device=device)
         else:
-            A_RI, B_OR = tensors["A"].to(**like), tensors["B"].to(**like)
+            A_RI, B_OR = tensors["A"].to(device, dtype), tensors["B"].to(device, dtype)
         self._parameters["A"] = nn.Parameter(A_RI)
         self._parameters["B"] = nn.Parameter(B_OR)
         if with_bias:
@@ -235,9 +244,22 @@ class LowRank(WeightDelta):
         return product_matrix(self.A, self.B, self.scaling, dtype)
 
     @torch.no_grad()
-    def merged(self, W0_OI: Tensor) -> Tensor:
+    def merged(self, W0_OI: Tensor, out_OI: Tensor | None = None) -> Tensor:
+        """`W0 + s B A` in one pass over `W0`; rows of no adapted part are copied."""
+        if out_OI is None:
+            out_OI = torch.empty_like(W0_OI)
         dtype = accumulation_dtype(W0_OI.dtype)
-        return (W0_OI.to(dtype) + self.matrix(W0_OI.shape[0], dtype)).to(W0_OI.dtype)
+        A_NRI, B_PR = self.A.to(dtype), self.B.to(dtype)
+        parts = self.parts or ((0, W0_OI.shape[0]),)
+        rank, done, row = A_NRI.shape[0] // len(parts), 0, 0
+        for number, (start, stop) in enumerate(parts):
+            out_OI[done:start].copy_(W0_OI[done:start])
+            A_RI = A_NRI[number * rank : (number + 1) * rank]
+            B_OR = B_PR[row : row + stop - start]
+            fold(W0_OI[start:stop], A_RI, B_OR, self.scaling, out_OI[start:stop])
+            done, row = stop, row + stop - start
+        out_OI[done:].copy_(W0_OI[done:])
+        return out_OI
 
     def extra_repr(self) -> str:
         """The line `print(model)` shows for this delta."""

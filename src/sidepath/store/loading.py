@@ -47,7 +47,7 @@ def load_tensors(
     tensors: dict[str, Tensor] = {}
     faults: list[str] = []
     for stretch, numbers in stretches:
-        pieces = numbers.split([math.prod(info.shape) for _, info in stretch])
+        pieces = numbers.split_with_sizes([math.prod(info.shape) for _, info in stretch])
         if not _finite(numbers):
             faults += _not_finite(stretch, pieces)
         for (name, info), piece in zip(stretch, pieces, strict=True):

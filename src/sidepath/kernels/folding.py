@@ -1,0 +1,38 @@
+"""A low-rank update folded into a matrix in one pass over its memory.
+
+Dimensions: O out, I in, R rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BLOCK = 2**17
+"""Numbers folded at a time on a CPU: a block in float32 stays in the processor's second cache
+between its parts of the work, so that the matrix itself is read once and written once."""
+
+
+@torch.no_grad()
+def fold(W0_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, out_OI: Tensor) -> None:
+    """Write `W0 + scaling * B A` into `out`: accumulated in `A`'s dtype, rounded once to `out`'s.
+
+    `A` and `B` have the dtype that sums are accumulated in. `W0` and `out` may have any layout
+    (`out` is written along its own memory) and must not overlap. Nothing else is allocated but
+    one block in the accumulation dtype, where that is not `out`'s.
+    """
+    if out_OI.stride(0) < out_OI.stride(1):  # stored by columns: the same update, seen from there
+        W0_OI, out_OI, A_RI, B_OR = W0_OI.T, out_OI.T, B_OR.T, A_RI.T
+    rows, columns = out_OI.shape
+    step = max(1, _BLOCK // max(1, columns)) if out_OI.device.type == "cpu" else max(1, rows)
+    exact = W0_OI.dtype == out_OI.dtype == A_RI.dtype
+    scratch = None if exact else A_RI.new_empty(min(step, rows), columns)
+    for start in range(0, rows, step):
+        own = slice(start, min(start + step, rows))
+        if scratch is None:
+            torch.addmm(W0_OI[own], B_OR[own], A_RI, alpha=scaling, out=out_OI[own])
+            continue
+        sums = scratch[: own.stop - start]
+        sums.copy_(W0_OI[own])
+        sums.addmm_(B_OR[own], A_RI, alpha=scaling)
+        out_OI[own].copy_(sums)

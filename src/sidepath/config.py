@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import math
 import textwrap
@@ -158,7 +159,8 @@ def type_name(hint: Any) -> str:
     return "finite number" if hint is float else str(hint.__name__)
 
 
-def field_types(cls: type) -> dict[str, Any]:
+@functools.cache  # a class's annotations are texts; to resolve them takes longer than to check
+def field_types(cls: type) -> Mapping[str, Any]:
     """The resolved annotation of each field of a dataclass."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}

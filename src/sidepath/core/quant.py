@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -57,7 +57,13 @@ def qualified(cls: type) -> str:
 
 def is_packed(module: nn.Module) -> bool:
     """Whether a module is a 4-bit linear layer (its weight may be unpacked while merged)."""
-    return any(qualified(cls) == LINEAR for cls in type(module).__mro__)
+    return LINEAR in _names(type(module))
+
+
+@lru_cache(maxsize=4096)
+def _names(cls: type) -> frozenset[str]:
+    """The qualified names of a class and all it inherits from."""
+    return frozenset(qualified(one) for one in cls.__mro__)
 
 
 def state_of(weight: Tensor) -> Any:

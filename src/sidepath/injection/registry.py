@@ -48,6 +48,8 @@ class Registry:
     merged: str | None = None
     pristine: dict[str, Tensor] = field(default_factory=dict)
     """While merged: the base's own tensors, by full name, that the merge took out."""
+    spare: dict[str, Tensor] = field(default_factory=dict)
+    """Memory of matrices merged before, by module path, for the next merge to write into."""
     sampled: Mapping[str, Any] | None = None
     """The base's fingerprint, kept where its weights are no longer whole (sharded)."""
     quantised: bool = False
@@ -102,7 +104,7 @@ def open_registry(model: nn.Module) -> Registry:
         for name, parameter in base_parameters(model):
             registry.frozen[name] = parameter.requires_grad
             parameter.requires_grad_(False)
-        registry.held = hold_still(model.modules())
+        registry.held = hold_still((model, *(module for _, module in modules_of(model))))
         registry.quantised = bool(model.__dict__.get(_QUANTISED))
         if registry.quantised:
             model.__dict__[_QUANTISED] = False

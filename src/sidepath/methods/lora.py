@@ -93,27 +93,34 @@ class LoRA(Method):
 
     def rank_of(self, path: str) -> int:
         """The rank at a module's path, rank patterns considered."""
+        if not self.rank_pattern:
+            return self.r
         matches = [rank for key, rank in self.rank_pattern.items() if name_matches(key, path)]
         return matches[-1] if matches else self.r
 
     def alpha_of(self, path: str) -> float:
         """Alpha at a module's path, alpha patterns considered."""
+        if not self.alpha_pattern:
+            return self.alpha
         matches = [alpha for key, alpha in self.alpha_pattern.items() if name_matches(key, path)]
         return matches[-1] if matches else self.alpha
 
     def scaling_of(self, path: str) -> float:
         """The factor `s` at a module's path."""
-        rank, alpha = self.rank_of(path), self.alpha_of(path)
+        return self._factor(self.rank_of(path), self.alpha_of(path))
+
+    def _factor(self, rank: int, alpha: float) -> float:
         return alpha / rank if self.scaling == "alpha/r" else alpha / math.sqrt(rank)
 
     def dense_delta(
         self, site: Site, view: DenseView, tensors: Mapping[str, Tensor] | None = None
     ) -> LowRank:
+        rank, alpha = self.rank_of(site.path), self.alpha_of(site.path)
         delta = LowRank(
             view,
-            r=self.rank_of(site.path),
-            alpha=self.alpha_of(site.path),
-            scaling=self.scaling_of(site.path),
+            r=rank,
+            alpha=alpha,
+            scaling=self._factor(rank, alpha),
             dropout=self.dropout,
             parts=site.parts,
             with_bias=self.bias != "none" and view.bias is not None,

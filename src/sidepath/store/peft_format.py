@@ -136,16 +136,17 @@ def to_disk(delta: Delta, view: DenseView | None) -> dict[str, Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def from_disk(
-    tensors: Mapping[str, Tensor], site: Site, view: DenseView | None
-) -> dict[str, Tensor]:
-    """The inverse of `to_disk`: PEFT's shapes to those of the delta of a site.
+def from_disk(tensors: dict[str, Tensor], site: Site, module: nn.Module) -> dict[str, Tensor]:
+    """The inverse of `to_disk`: PEFT's shapes to those of the delta of a site beside `module`.
 
     Errors: `ValueError` when blocks that must be zero, or equal, are not.
     """
-    found = dict(tensors)
-    if site.kind == "dense" and view is not None and view.kind == "conv":
-        A, B = found["A"], found["B"]
+    if site.kind != "dense":
+        return tensors
+    A, B = tensors["A"], tensors["B"]
+    if A.dim() > 2:  # a convolution's
+        view = view_of(module)
+        assert view is not None
         groups = groups_of(view)
         A_grouped = A[: len(A) // groups, : A.shape[1] // groups]
         if not torch.equal(_spread_groups(A_grouped, groups), A):
@@ -153,13 +154,13 @@ def from_disk(
                 "lora_A mixes the groups of a grouped convolution, which no delta of its "
                 "weight can do"
             )
-        found |= {"A": A_grouped.reshape(len(A_grouped), -1), "B": B.reshape(B.shape[:2])}
-    elif site.kind == "dense" and site.parts:
-        B = found["B"]
-        found["B"] = _gather_parts(B, site.parts, B.shape[1] // len(site.parts))
-        if not torch.equal(_spread_parts(found["B"], site.parts, len(B)), B):
+        return tensors | {"A": A_grouped.reshape(len(A_grouped), -1), "B": B.reshape(B.shape[:2])}
+    if site.parts:
+        B_blocks = _gather_parts(B, site.parts, B.shape[1] // len(site.parts))
+        if not torch.equal(_spread_parts(B_blocks, site.parts, len(B)), B):
             raise ValueError("lora_B is not zero outside the adapted parts")
-    return found
+        return tensors | {"B": B_blocks}
+    return tensors
 
 
 def _spread_groups(A: Tensor, groups: int) -> Tensor:
@@ -194,6 +195,8 @@ def _gather_parts(B: Tensor, parts: Sequence[tuple[int, int]], rank: int) -> Ten
 def check_keys(slots: Iterable[Slot], header: Mapping[str, TensorInfo]) -> list[str]:
     """Faults of a file's header against the tensors it must hold, no more and no fewer."""
     expected = {slot.key: slot.shape for slot in slots}
+    if expected == {key: info.shape for key, info in header.items()}:
+        return []
     faults = [f"{key}: missing" for key in expected if key not in header]
     faults += [f"{key}: unexpected" for key in header if key not in expected]
     return faults + [
@@ -237,8 +240,7 @@ def unpack(
     faults = []
     for site in sites:
         try:
-            view = view_of(modules[site.path])
-            by_path[site.path] = from_disk(by_path[site.path], site, view)
+            by_path[site.path] = from_disk(by_path[site.path], site, modules[site.path])
         except ValueError as error:
             faults.append(f"{site.path}: {error}")
     if faults:

@@ -27,6 +27,7 @@ FLOATING: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in FLOATING.items()}
+_FIELDS = {"dtype", "shape", "data_offsets"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -167,7 +168,7 @@ def _parse(
 def _entry(
     entry: Any, limits: Limits, start: int, floating_only: bool
 ) -> tuple[TensorInfo | None, str]:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         return None, "expected dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or (floating_only and dtype not in FLOATING):
@@ -185,7 +186,12 @@ def _entry(
 
 
 def _counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    if not isinstance(value, list):
+        return False
+    for item in value:  # a plain loop: thousands of these lists are looked at for one file
+        if type(item) is not int or item < 0:
+            return False
+    return True
 
 
 def _coverage(header: Mapping[str, TensorInfo], start: int, size: int) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,13 +57,14 @@ def qualified(cls: type) -> str:
 
 def is_packed(module: nn.Module) -> bool:
     """Whether a module is a 4-bit linear layer (its weight may be unpacked while merged)."""
-    return LINEAR in _names(type(module))
+    cls = type(module)
+    if cls not in _packed:
+        _packed[cls] = any(qualified(one) == LINEAR for one in cls.__mro__)
+    return _packed[cls]
 
 
-@lru_cache(maxsize=4096)
-def _names(cls: type) -> frozenset[str]:
-    """The qualified names of a class and all it inherits from."""
-    return frozenset(qualified(one) for one in cls.__mro__)
+_packed: dict[type[nn.Module], bool] = {}
+"""By class: a model has many modules of few classes."""
 
 
 def state_of(weight: Tensor) -> Any:

@@ -95,9 +95,10 @@ def _swap(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     a plain tensor that of the numbers in it, so that whoever holds the parameter sees them.
     """
     before: dict[str, Tensor] = {}
+    modules = {"": model, **dict(modules_of(model))}
     for full, tensor in tensors.items():
         path, _, local = full.rpartition(".")
-        module = model.get_submodule(path)
+        module = modules[path]
         held = module._parameters.get(local)
         if isinstance(tensor, nn.Parameter):
             assert held is not None

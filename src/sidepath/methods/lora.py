@@ -257,9 +257,11 @@ class LowRank(WeightDelta):
             out_OI = torch.empty_like(W0_OI)
         dtype = accumulation_dtype(W0_OI.dtype)
         A_NRI, B_PR = self.A.to(dtype), self.B.to(dtype)
-        parts = self.parts or ((0, W0_OI.shape[0]),)
-        rank, done, row = A_NRI.shape[0] // len(parts), 0, 0
-        for number, (start, stop) in enumerate(parts):
+        if not self.parts:
+            fold(W0_OI, A_NRI, B_PR, self.scaling, out_OI)
+            return out_OI
+        rank, done, row = A_NRI.shape[0] // len(self.parts), 0, 0
+        for number, (start, stop) in enumerate(self.parts):
             out_OI[done:start].copy_(W0_OI[done:start])
             A_RI = A_NRI[number * rank : (number + 1) * rank]
             B_OR = B_PR[row : row + stop - start]

@@ -186,12 +186,7 @@ def _entry(
 
 
 def _counts(value: Any) -> bool:
-    if not isinstance(value, list):
-        return False
-    for item in value:  # a plain loop: thousands of these lists are looked at for one file
-        if type(item) is not int or item < 0:
-            return False
-    return True
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
 def _coverage(header: Mapping[str, TensorInfo], start: int, size: int) -> list[str]:

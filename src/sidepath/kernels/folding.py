@@ -1,12 +1,16 @@
 """A low-rank update folded into a matrix in one pass over its memory.
 
-Dimensions: O out, I in, R rank.
+Dimensions: O out, I in, R rank, N adapted parts, P rows of all parts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from sidepath.kernels.lowrank import Part
 
 _BLOCK = 2**22
 """Numbers folded at a time on a CPU: 16 MiB in float32, which the last cache of a server's
@@ -37,3 +41,25 @@ def fold(W0_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, out_OI: Tens
         sums.copy_(W0_OI[own])
         sums.addmm_(B_OR[own], A_RI, alpha=scaling)
         out_OI[own].copy_(sums)
+
+
+@torch.no_grad()
+def fold_parts(
+    W0_OI: Tensor,
+    A_NRI: Tensor,
+    B_PR: Tensor,
+    scaling: float,
+    parts: Sequence[Part],
+    out_OI: Tensor,
+) -> None:
+    """`fold` for each part's rows [start, stop), in order; the rows of no part are copied."""
+    rank, done, row = A_NRI.shape[0] // len(parts), 0, 0
+    for number, (start, stop) in enumerate(parts):
+        if start > done:
+            out_OI[done:start].copy_(W0_OI[done:start])
+        A_RI = A_NRI[number * rank : (number + 1) * rank]
+        B_OR = B_PR[row : row + stop - start]
+        fold(W0_OI[start:stop], A_RI, B_OR, scaling, out_OI[start:stop])
+        done, row = stop, row + stop - start
+    if done < len(out_OI):
+        out_OI[done:].copy_(W0_OI[done:])

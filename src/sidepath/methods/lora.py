@@ -20,7 +20,7 @@ from sidepath.config import check, require
 from sidepath.core.delta import Delta, WeightDelta, accumulation_dtype, add_bias
 from sidepath.core.routing import RowIndex, Rows
 from sidepath.core.views import DenseView, Kind, View
-from sidepath.kernels.folding import fold
+from sidepath.kernels.folding import fold_parts
 from sidepath.kernels.lowrank import (
     Part,
     add_of_rows,
@@ -256,18 +256,8 @@ class LowRank(WeightDelta):
         if out_OI is None:
             out_OI = torch.empty_like(W0_OI)
         dtype = accumulation_dtype(W0_OI.dtype)
-        A_NRI, B_PR = self.A.to(dtype), self.B.to(dtype)
-        if not self.parts:
-            fold(W0_OI, A_NRI, B_PR, self.scaling, out_OI)
-            return out_OI
-        rank, done, row = A_NRI.shape[0] // len(self.parts), 0, 0
-        for number, (start, stop) in enumerate(self.parts):
-            out_OI[done:start].copy_(W0_OI[done:start])
-            A_RI = A_NRI[number * rank : (number + 1) * rank]
-            B_OR = B_PR[row : row + stop - start]
-            fold(W0_OI[start:stop], A_RI, B_OR, self.scaling, out_OI[start:stop])
-            done, row = stop, row + stop - start
-        out_OI[done:].copy_(W0_OI[done:])
+        parts = self.parts or ((0, W0_OI.shape[0]),)
+        fold_parts(W0_OI, self.A.to(dtype), self.B.to(dtype), self.scaling, parts, out_OI)
         return out_OI
 
     def extra_repr(self) -> str:

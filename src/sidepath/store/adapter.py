@@ -129,9 +129,11 @@ def load(
 ) -> Adapter:
     """Load an adapter's folder, ours or PEFT's, onto its base. Changes `model` in place.
 
-    Everything is checked before memory is allocated and before the model is touched: digests,
-    header, settings, keys, shapes, dtypes, then the base's fingerprint (`allow_other_base`
-    skips this one) and that every value is finite. `name` is the folder's own by default. The
+    Everything is checked before the model is touched. Before memory is allocated: the manifest's
+    digest and those of the other files, header, settings, keys, shapes, dtypes, sizes, then the
+    base's fingerprint (read afresh each time; `allow_other_base` skips it). The weights' digest
+    and that every value is finite are checked on the bytes that were loaded, which then are the
+    adapter's memory: each byte is read once. The cost does not grow with what is loaded. `name` is the folder's own by default. The
     first adapter on a model becomes active. Its parameters require gradients if `trainable`.
 
     A PEFT folder has no fingerprint: one `SidepathNotice` says so.

@@ -133,8 +133,9 @@ def load(
     digest and those of the other files, header, settings, keys, shapes, dtypes, sizes, then the
     base's fingerprint (read afresh each time; `allow_other_base` skips it). The weights' digest
     and that every value is finite are checked on the bytes that were loaded, which then are the
-    adapter's memory: each byte is read once. The cost does not grow with what is loaded. `name` is the folder's own by default. The
-    first adapter on a model becomes active. Its parameters require gradients if `trainable`.
+    adapter's memory: each byte is read once. The cost does not grow with what is loaded.
+    `name` is the folder's own by default. The first adapter on a model becomes active. Its
+    parameters require gradients if `trainable`.
 
     A PEFT folder has no fingerprint: one `SidepathNotice` says so.
 

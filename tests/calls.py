@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +16,12 @@ def calls_in(run: Callable[[], object]) -> list[str]:
         if event == "call":
             seen.append(f"{frame.f_code.co_filename}:{frame.f_code.co_qualname}")
 
+    gc.collect()
+    gc.disable()  # a collection in between calls what others registered with it
     sys.setprofile(tracer)
     try:
         run()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return seen

@@ -158,10 +158,15 @@ def type_name(hint: Any) -> str:
     return "finite number" if hint is float else str(hint.__name__)
 
 
-def field_types(cls: type) -> dict[str, Any]:
+def field_types(cls: type) -> Mapping[str, Any]:
     """The resolved annotation of each field of a dataclass."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    if cls not in _resolved:  # annotations are texts: resolving them takes longer than checking
+        hints = typing.get_type_hints(cls)
+        _resolved[cls] = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return _resolved[cls]
+
+
+_resolved: dict[type, Mapping[str, Any]] = {}
 
 
 def field_docs(cls: type) -> dict[str, str]:

@@ -22,6 +22,7 @@ from sidepath.injection.registry import base_parameters, registry_of, require_re
 from sidepath.injection.surgery import activate, disabled, put_in, remove, route
 from sidepath.injection.targets import resolve
 from sidepath.methods.lora import LoRA
+from tests.calls import calls_in
 from tests.conftest import MODELS, outputs, randomise, tiny_bert, tiny_gpt2, tiny_llama
 
 CONFIGS = {
@@ -300,3 +301,33 @@ def test_a_tied_tensor_is_never_rewritten_in_silence() -> None:
     put(gpt2, LoRA(targets=("attention",)), "a")
     merge(gpt2, "a")  # tied elsewhere, untouched here: no reason to refuse
     unmerge(gpt2)
+
+
+def test_putting_in_and_taking_out_costs_the_same_whatever_is_loaded() -> None:
+    """Python calls counted, with one adapter on the model and with thirty."""
+    model = tiny_llama()
+    put(model, LoRA(r=1), "first", train=False)
+    put(model, LoRA(r=1), "x", train=False)
+    alone = len(calls_in(lambda: remove(model, "x")))
+    into = len(calls_in(lambda: put(model, LoRA(r=1), "x", train=False)))
+    folded = len(calls_in(lambda: merge(model, "x")))
+    unmerge(model)
+    remove(model, "x")
+    for number in range(30):
+        put(model, LoRA(r=1), f"a{number}", train=False)
+    assert len(calls_in(lambda: put(model, LoRA(r=1), "x", train=False))) == into
+    assert len(calls_in(lambda: merge(model, "x"))) == folded
+    unmerge(model)
+    assert len(calls_in(lambda: remove(model, "x"))) == alone
+
+
+def test_an_adapter_that_cannot_be_put_in_leaves_no_trace() -> None:
+    model = tiny_llama()
+    before = snapshot(model)
+    config = LoRA(r=2)
+    sites = resolve(model, config)
+    with pytest.raises(KeyError):
+        put_in(model, config, "a", sites, tensors={sites[0].path: {}})
+    assert registry_of(model) is None
+    assert same_state(model, before)
+    assert all(parameter.requires_grad for parameter in model.parameters())

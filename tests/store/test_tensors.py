@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from sidepath.errors import DamagedAdapter, StoreError
+from sidepath.store.loading import load_tensors
 from sidepath.store.tensors import (
     Limits,
     file_inside,
-    load_tensors,
     read_header,
     refuse_pickle,
     strict_json,

@@ -15,9 +15,10 @@ from sidepath.analyse.spectrum import Factors
 from sidepath.errors import DamagedAdapter, StoreError
 from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
+from sidepath.store.loading import load_tensors
 from sidepath.store.peft_config import read_settings
 from sidepath.store.peft_format import CONFIG, ENDINGS, PREFIX, WEIGHTS
-from sidepath.store.tensors import file_inside, load_tensors, read_header, strict_json
+from sidepath.store.tensors import file_inside, read_header, strict_json
 
 _A_THEN_B = (ENDINGS[0:2], ENDINGS[2:4])
 """The endings of a pair's names: of linear layers and convolutions, of embeddings."""

@@ -13,7 +13,8 @@ from sidepath.cli.surface import Call
 from sidepath.errors import ConfigError, StoreError, WrongBase
 from sidepath.store import manifest as manifests
 from sidepath.store.fingerprint import checkpoint_files, fingerprint, same_base
-from sidepath.store.tensors import FLOATING, load_tensors, read_header
+from sidepath.store.loading import load_tensors
+from sidepath.store.tensors import FLOATING, read_header
 
 LARGEST_SHOWN = 4
 """Singular values a row of the table shows; the document holds all."""

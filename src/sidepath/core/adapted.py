@@ -24,14 +24,17 @@ SIBLINGS = "_sidepath_siblings"
 class SidePaths(nn.Module):
     """The named deltas beside one module, and the routing they obey."""
 
+    view: View
+    routing: Routing
+    path: str
+
     def __init__(self, view: View, routing: Routing, path: str) -> None:
         super().__init__()
-        self.view = view
-        self.routing = routing
-        self.path = path
+        # Not through torch's `__setattr__`: there is one of these a layer.
+        self.__dict__ |= {"view": view, "routing": routing, "path": path}
 
     def add(self, name: str, delta: Delta) -> None:
-        self.add_module(key_of(name), delta)
+        self._modules[key_of(name)] = delta
 
     def drop(self, name: str) -> None:
         del self._modules[key_of(name)]
@@ -76,17 +79,37 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
 def adapt(view: View, routing: Routing, path: str) -> SidePaths:
     """Make a view's module consult side paths; returns where they are kept. In place."""
     module = view.module
-    side = SidePaths(view, routing, path).train(module.training)
-    module.__dict__.pop("forward", None)
-    module.__class__ = _adapted_class(view.base_class)
-    module.add_module(CHILD, side)
+    side = SidePaths(view, routing, path)
+    side.__dict__["training"] = module.training
+    module._modules[CHILD] = side
+    speak_up(side)
     return side
+
+
+def speak_up(side: SidePaths) -> None:
+    """Let a module ask its side paths in each forward pass. In place; undone by `step_aside`."""
+    module = side.view.module
+    module.__dict__.pop("forward", None)
+    module.__class__ = _adapted_class(side.view.base_class)
+
+
+def step_aside(side: SidePaths) -> None:
+    """Give a module its own class and forward while its side paths stay silent. In place.
+
+    It then runs the base's code, call for call. A packed layer does not: its own forward could
+    not read the plain weight that a merge leaves in it, and its view can.
+    """
+    if type(side.view).__call__ is View.__call__:
+        _own_again(side.view)
+
+
+def _own_again(view: View) -> None:
+    view.module.__class__ = view.base_class
+    if view.own_forward is not None:
+        view.module.__dict__["forward"] = view.own_forward
 
 
 def restore(side: SidePaths) -> None:
     """Give an adapted module back its own class and forward. In place."""
-    view = side.view
-    del view.module._modules[CHILD]
-    view.module.__class__ = view.base_class
-    if view.own_forward is not None:
-        view.module.__dict__["forward"] = view.own_forward
+    del side.view.module._modules[CHILD]
+    _own_again(side.view)

@@ -6,6 +6,7 @@ Dimensions: `...` any leading, O out, I in.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,12 +44,22 @@ class Delta(nn.Module, ABC):
         return None
 
     @abstractmethod
-    def folded(self, base: View) -> dict[str, Tensor]:
-        """The module's tensors with this delta folded in, by their name within the module."""
+    def folded(self, base: View, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The module's tensors with this delta folded in, by their name within the module.
+
+        `into`: memory that may be written and given back for a tensor of that name.
+        """
 
     def tensors(self) -> dict[str, Tensor]:
         """The trained tensors, by their name within the delta."""
         return dict(self.named_parameters())
+
+    @torch.no_grad()
+    def take_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the values of `tensors` into those of the same names, rounded to their dtype."""
+        own = self.tensors()
+        for local, tensor in tensors.items():
+            own[local].copy_(tensor)
 
 
 class WeightDelta(Delta):
@@ -58,16 +69,38 @@ class WeightDelta(Delta):
     """The adapter's own bias in place of the module's, or None."""
 
     @abstractmethod
-    def merged(self, W0_OI: Tensor) -> Tensor:
-        """`W0 + ΔW`, accumulated in float32 (float64 for float64) and rounded once."""
+    def merged(self, W0_OI: Tensor, out_OI: Tensor | None = None) -> Tensor:
+        """`W0 + ΔW`, accumulated in float32 (float64 for float64) and rounded once.
 
-    def folded(self, base: View) -> dict[str, Tensor]:
+        Written into `out`, of `W0`'s shape and dtype, when that is given.
+        """
+
+    def folded(self, base: View, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         assert isinstance(base, DenseView)
-        with torch.no_grad():
-            tensors = {"weight": base.from_matrix(self.merged(base.matrix()))}
-            if self.bias is not None:
-                tensors["bias"] = fold_bias(self.bias, base)
+        W0_OI = base.matrix()
+        if W0_OI.dtype == base.weight.dtype:
+            weight = _memory_like(base.weight, (into or {}).get("weight"))
+            self.merged(W0_OI, base.as_matrix(weight))
+        else:  # a packed layer: its matrix is made for this, its parameter cannot hold the result
+            weight = base.from_matrix(self.merged(W0_OI))
+        tensors = {"weight": weight}
+        if self.bias is not None:
+            tensors["bias"] = fold_bias(self.bias, base)
         return tensors
+
+
+def _memory_like(tensor: Tensor, offered: Tensor | None) -> Tensor:
+    """Contiguous memory for a tensor of this shape and dtype: what is offered, if it fits."""
+    fits = (
+        offered is not None
+        and offered.shape == tensor.shape
+        and offered.dtype == tensor.dtype
+        and offered.device == tensor.device
+        and offered.is_contiguous()
+    )
+    if fits and offered is not None:
+        return offered
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -57,7 +57,14 @@ def qualified(cls: type) -> str:
 
 def is_packed(module: nn.Module) -> bool:
     """Whether a module is a 4-bit linear layer (its weight may be unpacked while merged)."""
-    return any(qualified(cls) == LINEAR for cls in type(module).__mro__)
+    cls = type(module)
+    if cls not in _packed:
+        _packed[cls] = any(qualified(one) == LINEAR for one in cls.__mro__)
+    return _packed[cls]
+
+
+_packed: dict[type[nn.Module], bool] = {}
+"""By class: a model has many modules of few classes."""
 
 
 def state_of(weight: Tensor) -> Any:

@@ -68,9 +68,13 @@ class DenseView(View, ABC):
         rows, columns = self.matrix().shape
         return rows, columns
 
-    @abstractmethod
     def matrix(self) -> Tensor:
         """`W0` as (O, I), sharing the parameter's storage where the layout allows."""
+        return self.as_matrix(self.weight)
+
+    @abstractmethod
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """A tensor in the layout of the module's own parameter as (O, I); a view if contiguous."""
 
     @abstractmethod
     def from_matrix(self, W_OI: Tensor) -> Tensor:
@@ -108,8 +112,8 @@ class LinearView(DenseView):
         """`W0` in another dtype; itself where it has that one."""
         return self.matrix().to(dtype)
 
-    def matrix(self) -> Tensor:
-        return self.weight
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight
 
     def from_matrix(self, W_OI: Tensor) -> Tensor:
         return W_OI.contiguous()
@@ -129,8 +133,8 @@ class TransposedView(LinearView):
         found = super().layer(A_RI, B_OR, scaling)
         return None if found is None else found._replace(W_OI=self.matrix())
 
-    def matrix(self) -> Tensor:
-        return self.weight.T
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
 
     def from_matrix(self, W_OI: Tensor) -> Tensor:
         return W_OI.T.contiguous()
@@ -147,8 +151,8 @@ class EmbeddingView(DenseView):
         self.output_scale = float(getattr(module, "scalar_embed_scale", 1.0))
         self.padding_idx: int | None = getattr(module, "padding_idx", None)
 
-    def matrix(self) -> Tensor:
-        return self.weight.T
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
 
     def from_matrix(self, W_OI: Tensor) -> Tensor:
         return W_OI.T.contiguous()
@@ -167,8 +171,8 @@ class ConvView(DenseView):
 
     kind: ClassVar[Kind] = "conv"
 
-    def matrix(self) -> Tensor:
-        return self.weight.reshape(self.weight.shape[0], -1)
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.reshape(weight.shape[0], -1)
 
     def from_matrix(self, W_OI: Tensor) -> Tensor:
         return W_OI.reshape(self.weight.shape).contiguous()
@@ -234,18 +238,37 @@ NEVER_CALLED = "torch.nn.modules.linear.NonDynamicallyQuantizableLinear"
 
 def view_of(module: nn.Module) -> DenseView | None:
     """The dense view of a module, or None where no side path can stand beside it."""
-    for cls in type(module).__mro__:
-        name = quant.qualified(cls)
+    view = _view_class(type(module))
+    if view is None:
+        return None
+    usable = view is PackedView or _plain_weight(module)
+    return view(module) if usable else None
+
+
+_found: dict[type[nn.Module], type[DenseView] | None] = {}
+
+
+def _view_class(cls: type[nn.Module]) -> type[DenseView] | None:
+    """Kept by class: a model has many modules of few classes, and each is asked several times."""
+    if cls not in _found:
+        _found[cls] = _search(cls)
+    return _found[cls]
+
+
+def _search(cls: type[nn.Module]) -> type[DenseView] | None:
+    for base in cls.__mro__:
+        name = quant.qualified(base)
         if name == NEVER_CALLED:
             return None
         if name in VIEWS:
-            view = VIEWS[name]
-            usable = view is PackedView or _plain_weight(module)
-            return view(module) if usable else None
+            return VIEWS[name]
     return None
 
 
 def _plain_weight(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    renormed = getattr(module, "max_norm", None) is not None
-    return isinstance(weight, Tensor) and weight.is_floating_point() and not renormed
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return False
+    # Looked up as Python would, but a module without it does not go through torch's own search.
+    renormed = module.__dict__.get("max_norm", getattr(type(module), "max_norm", None))
+    return renormed is None

@@ -28,10 +28,29 @@ FUSED: dict[str, tuple[str, ...]] = {
 
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module of the base by its dotted name; what side paths brought is left out."""
-    for path, module in model.named_modules():
-        if path and CHILD not in path.split("."):
+    """Every module of the base by its dotted name, in `named_modules`' order.
+
+    What side paths brought is not even walked: the cost is that of the base, whatever is loaded.
+    """
+    seen = {model}
+    waiting = _children(model, "")
+    while waiting:
+        path, module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
             yield path, module
+            waiting += _children(module, f"{path}.")
+
+
+def _children(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
+    """A module's children without its side paths, the first one last: as a stack wants them."""
+    if not module._modules:
+        return []
+    return [
+        (prefix + name, child)
+        for name, child in reversed(module._modules.items())
+        if child is not None and name != CHILD
+    ]
 
 
 def output_embedding(model: nn.Module) -> nn.Module | None:

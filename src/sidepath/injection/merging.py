@@ -12,18 +12,22 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sidepath.core.adapted import CHILD
+from sidepath.core.adapted import speak_up, step_aside
+from sidepath.core.blocks import fuse, unfuse
+from sidepath.core.delta import WeightDelta
 from sidepath.errors import MergeError, TiedWeights
+from sidepath.injection.architecture import modules_of
 from sidepath.injection.registry import Installed, Registry, require_registry
 
 
 def merge(model: nn.Module, name: str) -> None:
     """Fold adapter `name` into the base: `W0 + s B A`, rounded once. Changes `model` in place.
 
-    Afterwards the model runs the base's own operations. The base's tensors are kept for
-    `unmerge`, so this needs the memory of the changed tensors once more. Raises
-    `UnknownAdapter`; `MergeError` when one is merged already; `TiedWeights` when a tensor to
-    be changed is shared with a module the adapter does not mean.
+    Afterwards the model runs the base's own code, call for call (4-bit layers: the base's own
+    operations). The base's tensors are kept for `unmerge`, so this needs the memory of the
+    changed tensors once more; what an earlier `unmerge(keep=True)` kept is written again.
+    Raises `UnknownAdapter`; `MergeError` when one is merged already; `TiedWeights` when a tensor
+    to be changed is shared with a module the adapter does not mean.
     """
     registry = require_registry(model)
     installed = registry.adapter(name)
@@ -32,29 +36,47 @@ def merge(model: nn.Module, name: str) -> None:
             f'adapter "{registry.merged}" is merged already',
             hint="sidepath.unmerge(model) first; several adapters are merged by `sidepath merge`",
         )
-    owners = _owners(model)
-    _refuse_tied(installed, owners)
+    _refuse_tied(installed, _owners(model))
     folded: dict[str, Tensor] = {}
     for path, delta in installed.deltas.items():
-        for local, tensor in delta.folded(registry.sides[path].view).items():
+        into = {"weight": registry.spare[path]} if path in registry.spare else None
+        for local, tensor in delta.folded(registry.sides[path].view, into).items():
             folded[f"{path}.{local}"] = tensor
+    registry.spare = {}
     registry.pristine = _swap(model, folded)
     registry.merged = name
     registry.routing.silent = True
+    for side in registry.sides.values():
+        step_aside(side)
+    for module in registry.fused:
+        unfuse(module)
 
 
-def unmerge(model: nn.Module) -> None:
+def unmerge(model: nn.Module, *, keep: bool = False) -> None:
     """Take the merged adapter out again: the base's own tensors, bit for bit. In place.
+
+    `keep` holds on to the memory of the merged matrices, so that the next `merge` writes into it
+    instead of allocating: then swapping one merged adapter for another takes no new memory. It
+    is given up by that merge, by `unmerge()` and with the last adapter; who still holds such a
+    matrix from the time of the merge will see it overwritten.
 
     Raises `MergeError` when nothing is merged.
     """
     registry = require_registry(model)
     if registry.merged is None:
         raise MergeError("no adapter is merged into the base")
-    _swap(model, registry.pristine)
+    deltas = registry.adapter(registry.merged).deltas
+    folded = _swap(model, registry.pristine)
+    if keep:  # matrices alone: other tensors may be the adapter's own
+        matrices = [path for path, delta in deltas.items() if isinstance(delta, WeightDelta)]
+        registry.spare = {path: folded[f"{path}.weight"] for path in matrices}
     registry.pristine = {}
     registry.merged = None
     registry.routing.silent = False
+    for module in registry.fused:
+        fuse(module, registry.routing)
+    for side in registry.sides.values():
+        speak_up(side)
 
 
 @contextmanager
@@ -78,9 +100,10 @@ def _swap(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     a plain tensor that of the numbers in it, so that whoever holds the parameter sees them.
     """
     before: dict[str, Tensor] = {}
+    modules = {"": model, **dict(modules_of(model))}
     for full, tensor in tensors.items():
         path, _, local = full.rpartition(".")
-        module = model.get_submodule(path)
+        module = modules[path]
         held = module._parameters.get(local)
         if isinstance(tensor, nn.Parameter):
             assert held is not None
@@ -98,9 +121,7 @@ def _swap(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _owners(model: nn.Module) -> dict[int, list[str]]:
     """Every place that holds each parameter, by the parameter's identity."""
     owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        if CHILD in path.split("."):
-            continue
+    for path, module in (("", model), *modules_of(model)):
         for local, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(f"{path}.{local}" if path else local)

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sidepath.core.adapted import CHILD, SidePaths
+from sidepath.core.adapted import SidePaths
 from sidepath.core.blocks import fuse, unfuse
 from sidepath.core.delta import Delta
 from sidepath.core.quant import hold_still, let_go
 from sidepath.core.routing import Routing
 from sidepath.errors import BadName, NameTaken, UnknownAdapter, nearest
+from sidepath.injection.architecture import modules_of
 from sidepath.methods.base import Method, Site
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -48,6 +49,8 @@ class Registry:
     merged: str | None = None
     pristine: dict[str, Tensor] = field(default_factory=dict)
     """While merged: the base's own tensors, by full name, that the merge took out."""
+    spare: dict[str, Tensor] = field(default_factory=dict)
+    """Memory of matrices merged before, by module path, for the next merge to write into."""
     sampled: Mapping[str, Any] | None = None
     """The base's fingerprint, kept where its weights are no longer whole (sharded)."""
     quantised: bool = False
@@ -101,11 +104,12 @@ def open_registry(model: nn.Module) -> Registry:
     registry = registry_of(model)
     if registry is None:
         registry = Registry()
-        for name, parameter in model.named_parameters():
+        for name, parameter in base_parameters(model):
             registry.frozen[name] = parameter.requires_grad
             parameter.requires_grad_(False)
-        registry.held = hold_still(model.modules())
-        registry.fused = [m for m in model.modules() if fuse(m, registry.routing)]
+        modules = [model, *(module for _, module in modules_of(model))]
+        registry.held = hold_still(modules)
+        registry.fused = [module for module in modules if fuse(module, registry.routing)]
         registry.quantised = bool(model.__dict__.get(_QUANTISED))
         if registry.quantised:
             model.__dict__[_QUANTISED] = False
@@ -127,9 +131,12 @@ def close_registry(model: nn.Module, registry: Registry) -> None:
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The base's parameters (a tied one once), without those of side paths."""
-    for name, parameter in model.named_parameters():
-        if CHILD not in name.split("."):
-            yield name, parameter
+    seen: set[nn.Parameter] = set()
+    for path, module in (("", model), *modules_of(model)):
+        for local, parameter in module._parameters.items():
+            if parameter is not None and parameter not in seen:
+                seen.add(parameter)
+                yield f"{path}.{local}" if path else local, parameter
 
 
 def check_name(registry: Registry | None, name: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from sidepath.core.adapted import adapt, restore
+from sidepath.core.delta import Delta
 from sidepath.core.routing import group_rows
 from sidepath.core.views import View, view_of
 from sidepath.errors import MergeError
@@ -25,30 +26,63 @@ from sidepath.methods.base import Method, Site
 
 
 def put_in(
-    model: nn.Module, config: Method, name: str, sites: Iterable[Site], *, trainable: bool = True
+    model: nn.Module,
+    config: Method,
+    name: str,
+    sites: Iterable[Site],
+    *,
+    tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    trainable: bool = True,
 ) -> Installed:
-    """Stand a fresh adapter beside the modules at `sites`. Changes `model` in place.
+    """Stand an adapter beside the modules at `sites`: a fresh one, or one made of `tensors`.
 
-    The base is frozen; its parameters keep their names and values. Which adapter is active
-    does not change. Raises `NameTaken`, `BadName`, or `MergeError` while one is merged in.
+    Changes `model` in place. `tensors` holds those of each delta, by the path of its module; they
+    are kept, not copied, where dtype and device allow, and nothing random is drawn. The base is
+    frozen; its parameters keep their names and values. Which adapter is active does not change.
+    Raises `NameTaken`, `BadName`, or `MergeError` while one is merged in.
     """
     check_name(registry_of(model), name)
     refuse_merged(registry_of(model), f'"{name}" cannot be put in')
     registry = open_registry(model)
-    modules = dict(model.named_modules())
     places = {site.path: site for site in sites}
-    deltas = {}
-    for path, site in places.items():
-        side = registry.sides.get(path)
-        view = side.view if side is not None else view_of(modules[path]) or View(modules[path])
-        delta = config.delta(site, view).train(modules[path].training).requires_grad_(trainable)
-        if side is None:
-            side = registry.sides[path] = adapt(view, registry.routing, path)
-        side.add(name, delta)
-        deltas[path] = delta
+    try:
+        views = {path: _view_at(model, registry, path) for path in places}
+        deltas = {}
+        for path, site in places.items():
+            delta = config.delta(site, views[path], None if tensors is None else tensors[path])
+            _as_the_module(delta, views[path].module.training, trainable)
+            deltas[path] = delta
+    except BaseException:  # no memory, say: nothing stands on the model yet
+        if not registry.adapters:
+            close_registry(model, registry)
+        raise
+    for path, delta in deltas.items():
+        if path not in registry.sides:
+            registry.sides[path] = adapt(views[path], registry.routing, path)
+        registry.sides[path].add(name, delta)
     installed = Installed(name, config, places, deltas)
     registry.adapters[name] = installed
     return installed
+
+
+def _view_at(model: nn.Module, registry: Registry, path: str) -> View:
+    side = registry.sides.get(path)
+    if side is not None:
+        return side.view
+    module = model.get_submodule(path)
+    return view_of(module) or View(module)
+
+
+def _as_the_module(delta: Delta, training: bool, trainable: bool) -> None:
+    """Put a new delta in its module's mode, and freeze it unless it is to be trained."""
+    if delta._modules:
+        delta.train(training).requires_grad_(trainable)
+        return
+    delta.__dict__["training"] = training
+    if not trainable:
+        for parameter in delta._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(False)
 
 
 def remove(model: nn.Module, name: str) -> None:
@@ -62,8 +96,7 @@ def remove(model: nn.Module, name: str) -> None:
     for path in installed.deltas:
         side = registry.sides[path]
         side.drop(name)
-        others = (other for other in registry.adapters.values() if other is not installed)
-        if not any(path in other.deltas for other in others):
+        if not side._modules:  # no adapter's delta is left here
             restore(side)
             del registry.sides[path]
     del registry.adapters[name]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
+
+from torch import Tensor
 
 from sidepath.core.delta import Delta
 from sidepath.core.views import DenseView, View
@@ -53,14 +56,22 @@ class Method(ABC):
         """Where the method acts."""
 
     @abstractmethod
-    def dense_delta(self, site: Site, view: DenseView) -> Delta:
-        """The fresh delta of a matrix; drawn from torch's random state."""
+    def dense_delta(
+        self, site: Site, view: DenseView, tensors: Mapping[str, Tensor] | None = None
+    ) -> Delta:
+        """The delta of a matrix: drawn from torch's random state, or made of its `tensors`."""
 
-    def delta(self, site: Site, view: View) -> Delta:
-        """The fresh delta for a site, on the device of the module it stands beside."""
-        if site.kind == "whole":
-            return Whole(view)
-        if site.kind == "bias":
-            return BiasOnly(view)
-        assert isinstance(view, DenseView)
-        return self.dense_delta(site, view)
+    def delta(self, site: Site, view: View, tensors: Mapping[str, Tensor] | None = None) -> Delta:
+        """The delta for a site, on the device of the module it stands beside.
+
+        Fresh, or made of `tensors` (those that `Delta.tensors` names, in its shapes; a bias that
+        is left out is the module's own): then nothing random is drawn, and a tensor that has the
+        right dtype and device is kept, not copied.
+        """
+        if site.kind == "dense":
+            assert isinstance(view, DenseView)
+            return self.dense_delta(site, view, tensors)
+        delta = Whole(view) if site.kind == "whole" else BiasOnly(view)
+        if tensors is not None:
+            delta.take_(tensors)
+        return delta

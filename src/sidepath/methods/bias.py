@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -22,12 +24,12 @@ class BiasOnly(Delta):
     def onto(self, y: Tensor, x: Tensor, base: View) -> Tensor:
         return add_bias(y, self.bias, base)
 
-    def folded(self, base: View) -> dict[str, Tensor]:
+    def folded(self, base: View, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         return {"bias": fold_bias(self.bias, base)}
 
 
-def trained_bias(view: View) -> nn.Parameter:
-    """A trainable copy of a module's bias, in its dtype and on its device."""
+def trained_bias(view: View, values_O: torch.Tensor | None = None) -> nn.Parameter:
+    """A trainable copy of a module's bias, or `values`, in its dtype and on its device."""
     own = view.module.bias
     assert isinstance(own, torch.Tensor)
-    return nn.Parameter(own.detach().clone())
+    return nn.Parameter(own.detach().clone() if values_O is None else values_O.to(own))

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from sidepath.config import check, require
 from sidepath.core.delta import WeightDelta, accumulation_dtype, add_bias
-from sidepath.core.views import DenseView, LinearView, View
+from sidepath.core.views import DenseView, Kind, LinearView, View
 from sidepath.kernels.dropout import Mask
+from sidepath.kernels.folding import fold_parts
 from sidepath.kernels.linear import SidePathLinears, beside
 from sidepath.kernels.lowrank import (
     Part,
@@ -93,32 +94,43 @@ class LoRA(Method):
 
     def rank_of(self, path: str) -> int:
         """The rank at a module's path, rank patterns considered."""
+        if not self.rank_pattern:
+            return self.r
         matches = [rank for key, rank in self.rank_pattern.items() if name_matches(key, path)]
         return matches[-1] if matches else self.r
 
     def alpha_of(self, path: str) -> float:
         """Alpha at a module's path, alpha patterns considered."""
+        if not self.alpha_pattern:
+            return self.alpha
         matches = [alpha for key, alpha in self.alpha_pattern.items() if name_matches(key, path)]
         return matches[-1] if matches else self.alpha
 
     def scaling_of(self, path: str) -> float:
         """The factor `s` at a module's path."""
-        rank, alpha = self.rank_of(path), self.alpha_of(path)
+        return self._factor(self.rank_of(path), self.alpha_of(path))
+
+    def _factor(self, rank: int, alpha: float) -> float:
         return alpha / rank if self.scaling == "alpha/r" else alpha / math.sqrt(rank)
 
-    def dense_delta(self, site: Site, view: DenseView) -> LowRank:
+    def dense_delta(
+        self, site: Site, view: DenseView, tensors: Mapping[str, Tensor] | None = None
+    ) -> LowRank:
+        rank, alpha = self.rank_of(site.path), self.alpha_of(site.path)
         delta = LowRank(
             view,
-            r=self.rank_of(site.path),
-            alpha=self.alpha_of(site.path),
-            scaling=self.scaling_of(site.path),
+            r=rank,
+            alpha=alpha,
+            scaling=self._factor(rank, alpha),
             dropout=self.dropout,
             parts=site.parts,
             with_bias=self.bias != "none" and view.bias is not None,
             dtype=None if self.dtype == "base" else getattr(torch, self.dtype),
+            tensors=tensors,
         )
-        # What quantising took away is known where the unquantised weights are (`start_at_`).
-        delta.start_("kaiming" if self.start == "loftq" else self.start)
+        if tensors is None:
+            # What quantising took away is known where the unquantised weights are (`start_at_`).
+            delta.start_("kaiming" if self.start == "loftq" else self.start)
         return delta
 
 
@@ -129,6 +141,15 @@ class LowRank(WeightDelta):
     starts at zero and its `B` random, so that rows never looked up stay out of the product
     (as in the original code); everywhere else `B` starts at zero.
     """
+
+    A: nn.Parameter
+    B: nn.Parameter
+    r: int
+    alpha: float
+    scaling: float
+    dropout: float
+    parts: tuple[Part, ...]
+    kind: Kind
 
     def __init__(
         self,
@@ -141,20 +162,26 @@ class LowRank(WeightDelta):
         parts: tuple[Part, ...] = (),
         with_bias: bool = False,
         dtype: torch.dtype | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        rows, columns = view.shape
-        adapted = sum(stop - start for start, stop in parts) if parts else rows
-        like = torch.empty(0, dtype=dtype or view.dtype, device=view.weight.device)
-        self.A = nn.Parameter(like.new_zeros(r * max(1, len(parts)), columns))
-        self.B = nn.Parameter(like.new_zeros(adapted, r))
-        self.bias = trained_bias(view) if with_bias else None
-        self.r, self.alpha, self.scaling = r, alpha, scaling
-        self.dropout = dropout
-        self.parts = parts
-        self.kind = view.kind
-        self.whole_linear = isinstance(view, LinearView) and not parts and not with_bias
-        """Whether this is a low-rank layer beside a linear one and nothing else."""
+        # Written where torch keeps them: a model has hundreds of these, and its `__setattr__`
+        # looks through six tables each time.
+        self.__dict__ |= {"r": r, "alpha": alpha, "scaling": scaling, "dropout": dropout}
+        whole = isinstance(view, LinearView) and not parts and not with_bias
+        self.__dict__ |= {"parts": parts, "kind": view.kind, "bias": None, "whole_linear": whole}
+        dtype, device = dtype or view.dtype, view.weight.device
+        if tensors is None:
+            rows, columns = view.shape
+            adapted = sum(stop - start for start, stop in parts) if parts else rows
+            A_RI = torch.zeros(r * max(1, len(parts)), columns, dtype=dtype, device=device)
+            B_OR = torch.zeros(adapted, r, dtype=dtype, device=device)
+        else:
+            A_RI, B_OR = tensors["A"].to(device, dtype), tensors["B"].to(device, dtype)
+        self._parameters["A"] = nn.Parameter(A_RI)
+        self._parameters["B"] = nn.Parameter(B_OR)
+        if with_bias:
+            self.bias = trained_bias(view, None if tensors is None else tensors.get("bias"))
 
     @torch.no_grad()
     def start_(self, start: Literal["kaiming", "gaussian"]) -> None:
@@ -217,9 +244,14 @@ class LowRank(WeightDelta):
         return product_matrix(self.A, self.B, self.scaling, dtype)
 
     @torch.no_grad()
-    def merged(self, W0_OI: Tensor) -> Tensor:
+    def merged(self, W0_OI: Tensor, out_OI: Tensor | None = None) -> Tensor:
+        """`W0 + s B A` in one pass over `W0`; rows of no adapted part are copied."""
+        if out_OI is None:
+            out_OI = torch.empty_like(W0_OI)
         dtype = accumulation_dtype(W0_OI.dtype)
-        return (W0_OI.to(dtype) + self.matrix(W0_OI.shape[0], dtype)).to(W0_OI.dtype)
+        parts = self.parts or ((0, W0_OI.shape[0]),)
+        fold_parts(W0_OI, self.A.to(dtype), self.B.to(dtype), self.scaling, parts, out_OI)
+        return out_OI
 
     def extra_repr(self) -> str:
         """The line `print(model)` shows for this delta."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -26,7 +27,7 @@ class Whole(Delta):
         result: Tensor = self.copy(x)
         return result
 
-    def folded(self, base: View) -> dict[str, Tensor]:
+    def folded(self, base: View, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in self.copy.state_dict().items()}
 
     def tensors(self) -> dict[str, Tensor]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sidepath.core.delta import Delta
 from sidepath.errors import MergeError, StoreError, WrongBase
@@ -23,8 +22,8 @@ from sidepath.store.contents import Contents, read_folder
 from sidepath.store.fingerprint import fingerprint, same_base
 from sidepath.store.folder import publish, sha256_file
 from sidepath.store.originals import Originals, residual_source, start_at_residuals
-from sidepath.store.peft_format import unpack
-from sidepath.store.saving import base_name, merged_record, plain_peft, views_of, write_adapter
+from sidepath.store.peft_format import WEIGHTS, unpack
+from sidepath.store.saving import base_name, merged_record, plain_peft, write_adapter
 from sidepath.store.tensors import strict_json
 
 PARITY = "parity.json"
@@ -130,10 +129,13 @@ def load(
 ) -> Adapter:
     """Load an adapter's folder, ours or PEFT's, onto its base. Changes `model` in place.
 
-    Everything is checked before memory is allocated and before the model is touched: digests,
-    header, settings, keys, shapes, dtypes, then the base's fingerprint (`allow_other_base`
-    skips this one) and that every value is finite. `name` is the folder's own by default. The
-    first adapter on a model becomes active. Its parameters require gradients if `trainable`.
+    Everything is checked before the model is touched. Before memory is allocated: the manifest's
+    digest and those of the other files, header, settings, keys, shapes, dtypes, sizes, then the
+    base's fingerprint (read afresh each time; `allow_other_base` skips it). The weights' digest
+    and that every value is finite are checked on the bytes that were loaded, which then are the
+    adapter's memory: each byte is read once. The cost does not grow with what is loaded.
+    `name` is the folder's own by default. The first adapter on a model becomes active. Its
+    parameters require gradients if `trainable`.
 
     A PEFT folder has no fingerprint: one `SidepathNotice` says so.
 
@@ -148,12 +150,8 @@ def load(
     contents = read_folder(model, folder)
     _refuse_merged_base(model, contents)
     _check_base(model, contents, folder, allow_other_base)
-    tensors = contents.load(model)
-
-    def fill(installed: Installed) -> None:
-        unpack(tensors, installed.deltas, views_of(model, installed), contents.slots)
-
-    adapter = stand_up(model, contents.config, name, contents.sites, fill, trainable)
+    tensors = unpack(contents.load(model), contents.sites, contents.modules, contents.slots)
+    adapter = stand_up(model, contents.config, name, contents.sites, tensors, trainable)
     if contents.manifest is not None:
         adapter.installed.record = dict(contents.manifest.record)
     return adapter
@@ -164,21 +162,15 @@ def stand_up(
     config: Method,
     name: str,
     sites: Sequence[Site],
-    fill: Callable[[Installed], None],
+    tensors: Mapping[str, Mapping[str, Tensor]],
     trainable: bool,
 ) -> Adapter:
-    """Put an adapter in and let `fill` write its tensors; taken out again when that fails.
+    """Put in an adapter made of `tensors` (by module path; kept, not copied, where they fit).
 
-    The first adapter on a model becomes active. torch's random state is left as it was.
+    The first adapter on a model becomes active. Nothing random is drawn.
     """
     first = registry_of(model) is None
-    with torch.random.fork_rng(_cuda_devices(model)):  # a fresh delta draws random numbers
-        installed = put_in(model, config, name, sites, trainable=trainable)
-    try:
-        fill(installed)
-    except BaseException:
-        remove(model, name)
-        raise
+    put_in(model, config, name, sites, tensors=tensors, trainable=trainable)
     if first:
         activate(model, name)
     return Adapter(name, model)
@@ -197,7 +189,8 @@ def _refuse_merged_base(model: nn.Module, contents: Contents) -> None:
         raise StoreError(
             "the base's record of merged adapters is malformed", where=parity
         ) from error
-    digest = sha256_file(contents.path)
+    recorded = contents.manifest
+    digest = recorded.files[WEIGHTS][1] if recorded else sha256_file(contents.path)
     if digest in merged:
         raise MergeError(
             f'this adapter is merged into the base already, as "{merged[digest]}"',
@@ -229,8 +222,3 @@ def _check_base(model: nn.Module, contents: Contents, folder: Path, allow_other:
             hint="load it onto its own base; a head that is drawn anew at each load must be "
             "trained whole; allow_other_base=True (--allow-other-base) loads it all the same",
         )
-
-
-def _cuda_devices(model: nn.Module) -> list[int]:
-    devices = {parameter.device for parameter in model.parameters()}
-    return sorted({device.index or 0 for device in devices if device.type == "cuda"})

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from sidepath.core.views import view_of
 from sidepath.errors import ConfigError, DamagedAdapter, StoreError
 from sidepath.injection.architecture import modules_of
+from sidepath.injection.registry import base_parameters
 from sidepath.methods.base import Site
 from sidepath.methods.lora import LoRA, name_matches
 from sidepath.store import manifest as manifests
-from sidepath.store.manifest import Manifest, check_tensors, read_manifest
+from sidepath.store.loading import load_tensors
+from sidepath.store.manifest import Manifest, check_file, check_tensors, read_manifest
 from sidepath.store.peft_config import PeftSettings, commonest, read_settings
 from sidepath.store.peft_format import (
     CONFIG,
@@ -36,8 +38,7 @@ from sidepath.store.tensors import (
     PICKLES,
     TensorInfo,
     file_inside,
-    load_tensors,
-    read_header,
+    read_head,
     refuse_pickle,
     strict_json,
 )
@@ -54,17 +55,25 @@ class Contents:
 
     config: LoRA
     sites: list[Site]
+    modules: Mapping[str, nn.Module]
+    """The base's modules by path."""
     slots: list[Slot]
     path: Path
     header: Mapping[str, TensorInfo]
     manifest: Manifest | None
     copies: dict[str, str]
     """Keys that repeat a parameter of the base (PEFT saves adapted embeddings so): its name."""
+    head: bytes = b""
+    """The bytes of the file that `header` was read from."""
 
     def load(self, model: nn.Module) -> dict[str, Tensor]:
-        """The tensors, on the CPU, all finite. Errors: `DamagedAdapter`."""
-        tensors = load_tensors(self.path, self.header)
-        parameters = dict(model.named_parameters())
+        """The tensors, on the CPU, all finite; the file's digest is taken of the bytes loaded.
+
+        Errors: `DamagedAdapter`.
+        """
+        digest = (self.head, self.manifest.files[WEIGHTS][1]) if self.manifest else None
+        tensors = load_tensors(self.path, self.header, digest=digest)
+        parameters = dict(base_parameters(model)) if self.copies else {}
         faults = [
             f"{key}: differs from the base's {name}: another base, or an embedding trained whole "
             "without being listed in modules_to_save"
@@ -92,8 +101,9 @@ def read_folder(model: nn.Module, folder: Path) -> Contents:
     faults: list[str] = []
     header: Mapping[str, TensorInfo] = {}
     path = file_inside(folder, WEIGHTS)
+    head = b""
     try:
-        header = read_header(path)
+        header, head = read_head(path)
     except DamagedAdapter as error:
         faults += [f"{WEIGHTS}: {fault}" for fault in error.faults or [error.what]]
     if (folder / manifests.NAME).exists() or (folder / manifests.NAME).is_symlink():
@@ -101,6 +111,11 @@ def read_folder(model: nn.Module, folder: Path) -> Contents:
     else:
         contents, found = _peft(modules, folder, path, header)
     faults += found
+    if contents is not None:
+        contents.head = head
+        if faults and contents.manifest is not None and WEIGHTS in contents.manifest.files:
+            # Nothing will be loaded, so that nothing else takes the weights' digest.
+            faults += check_file(folder, WEIGHTS, *contents.manifest.files[WEIGHTS])
     if contents is None or faults:
         raise DamagedAdapter(
             "the adapter cannot be trusted or does not fit this model",
@@ -133,7 +148,7 @@ Read = tuple[Contents | None, list[str]]
 def _ours(
     modules: Mapping[str, nn.Module], folder: Path, path: Path, header: Mapping[str, TensorInfo]
 ) -> Read:
-    manifest, faults = read_manifest(folder)
+    manifest, faults = read_manifest(folder, later=WEIGHTS)
     if manifest is None:
         return None, faults
     missing = [name for name in (WEIGHTS, CONFIG) if name not in manifest.files]
@@ -145,7 +160,7 @@ def _ours(
     if header:
         faults += check_tensors(manifest, header) or check_keys(slots, header)
     sites = list(manifest.sites)
-    return Contents(manifest.config, sites, slots, path, header, manifest, {}), faults
+    return Contents(manifest.config, sites, modules, slots, path, header, manifest, {}), faults
 
 
 def _peft(
@@ -171,7 +186,7 @@ def _peft(
     used = {key: info for key, info in header.items() if key not in {*copies, *ignored}}
     slots, more = slots_of(modules, config, sites)
     faults += more + check_keys(slots, used)
-    return Contents(config, sites, slots, path, header, None, copies), faults
+    return Contents(config, sites, modules, slots, path, header, None, copies), faults
 
 
 def _peft_sites(

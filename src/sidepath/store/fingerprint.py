@@ -31,7 +31,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from sidepath.core.quant import state_of
 from sidepath.errors import DamagedAdapter, StoreError
 from sidepath.injection.registry import base_parameters, registry_of
 from sidepath.store.packed import (
@@ -41,18 +40,16 @@ from sidepath.store.packed import (
     packed_weights,
     read_at,
     sampled_file,
-    sampled_parameter,
 )
 from sidepath.store.rounding import meet, overlap, ulp, within
+from sidepath.store.sampling import SAMPLES, positions, sample_parameters
 from sidepath.store.tensors import (
-    DTYPE_NAMES,
     FLOATING,
     file_inside,
     read_header,
     strict_json,
 )
 
-SAMPLES = 16
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
@@ -158,12 +155,12 @@ def fingerprint(
         return Fingerprint({name: one for name, one in known if not name.startswith(outside)})
     named = base_parameters(base) if registry is None else registry.pristine_parameters(base)
     kept = ((name, tensor) for name, tensor in named if not name.startswith(outside))
-    return Fingerprint(dict(_of_parameters(base, kept)))
+    return Fingerprint(_samples(base, kept))
 
 
 def fingerprint_of(tensors: Mapping[str, torch.Tensor]) -> Fingerprint:
     """The fingerprint of plain tensors by parameter name."""
-    return Fingerprint(dict(_of_parameters(nn.Module(), tensors.items())))
+    return Fingerprint(_samples(nn.Module(), tensors.items()))
 
 
 def same_base(recorded: Fingerprint, found: Fingerprint) -> list[str]:
@@ -202,39 +199,8 @@ def _differing(one: Sample, other: Sample) -> int:
     return sum(not overlap(a, one.dtype, b, other.dtype) for a, b in pairs)
 
 
-def positions(elements: int) -> list[int]:
-    """Up to 16 positions spread over a flattened tensor: one in each 16th of it.
-
-    Within its 16th a position is shifted by a fixed pseudo-random step, so that matrices whose
-    width is a power of two are not sampled in one column only.
-    """
-    count = min(SAMPLES, elements)
-    found = []
-    for index in range(count):
-        start, stop = index * elements // count, (index + 1) * elements // count
-        found.append(start + ((index + 1) * 2654435761 % 2**32 * (stop - start) >> 32))
-    return found
-
-
-def _of_parameters(
-    model: nn.Module, named: Iterable[tuple[str, torch.Tensor]]
-) -> Iterable[tuple[str, Sample]]:
-    seen: set[tuple[int, tuple[int, ...]]] = set()
-    for name, tensor in named:
-        if state_of(tensor) is not None:
-            module = model.get_submodule(name.rpartition(".")[0])
-            yield name, Sample(*sampled_parameter(tensor, module, positions))
-            continue
-        key = (tensor.data_ptr(), tuple(tensor.shape))
-        if tensor.dtype not in DTYPE_NAMES or (tensor.numel() and key in seen):
-            continue
-        seen.add(key)
-        index = torch.tensor(positions(tensor.numel()), dtype=torch.long, device=tensor.device)
-        values = tensor.detach()
-        if values.dim():
-            values = values[torch.unravel_index(index, values.shape)]
-        raw = values.reshape(-1).cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        yield name, Sample(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), raw)
+def _samples(model: nn.Module, named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Sample]:
+    return {name: Sample(*one) for name, one in sample_parameters(model, named).items()}
 
 
 def _of_folder(folder: Path) -> dict[str, Sample]:

@@ -22,14 +22,15 @@ from torch import Tensor, nn
 from sidepath.core.views import DenseView, view_of
 from sidepath.errors import DamagedAdapter, nearest
 from sidepath.injection.architecture import modules_of
-from sidepath.injection.registry import Installed, check_name, registry_of
+from sidepath.injection.registry import check_name, registry_of
 from sidepath.injection.surgery import refuse_merged
 from sidepath.kernels.lowrank import Part
 from sidepath.methods.base import Site
 from sidepath.methods.lora import LoRA, name_matches
 from sidepath.store.adapter import Adapter, stand_up
 from sidepath.store.contents import per_path
-from sidepath.store.tensors import DTYPE_NAMES, load_tensors, read_header
+from sidepath.store.loading import load_tensors
+from sidepath.store.tensors import DTYPE_NAMES, read_header
 
 _ENDINGS = {".lora_A": "A", ".lora_B": "B", ".bias": "bias"}
 
@@ -83,10 +84,7 @@ def load_loralib(
         raise DamagedAdapter("the loralib weights do not fit", where=where, faults=faults)
     config, sites = _config(modules, found, layers)
 
-    def fill(installed: Installed) -> None:
-        _fill(installed, found, layers)
-
-    return stand_up(model, config, name, sites, fill, trainable)
+    return stand_up(model, config, name, sites, _own_tensors(sites, found, layers), trainable)
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
@@ -207,16 +205,16 @@ def _config(
     return config, sites
 
 
-@torch.no_grad()
-def _fill(
-    installed: Installed,
-    found: Mapping[str, Mapping[str, Tensor]],
-    layers: Mapping[str, _Read],
-) -> None:
-    for path, delta in installed.deltas.items():
-        own = delta.tensors()
-        if path in layers:
-            own["A"].copy_(layers[path].A_RI)
-            own["B"].copy_(layers[path].B_OR)
-        if "bias" in found[path]:
-            own["bias"].copy_(found[path]["bias"])
+def _own_tensors(
+    sites: list[Site], found: Mapping[str, Mapping[str, Tensor]], layers: Mapping[str, _Read]
+) -> dict[str, dict[str, Tensor]]:
+    """Each delta's tensors, copied: those that came in belong to who gave them."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for site in sites:
+        own = tensors[site.path] = {}
+        if site.path in layers:
+            layer = layers[site.path]
+            own |= {"A": layer.A_RI.detach().clone(), "B": layer.B_OR.detach().clone()}
+        if "bias" in found[site.path]:
+            own["bias"] = found[site.path]["bias"].detach().clone()
+    return tensors

@@ -85,10 +85,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / NAME).write_bytes(head + hashlib.sha256(head).hexdigest().encode() + _END)
 
 
-def read_manifest(folder: Path) -> tuple[Manifest | None, list[str]]:
+def read_manifest(folder: Path, *, later: str = "") -> tuple[Manifest | None, list[str]]:
     """Read and check `sidepath.json` and the files it lists; all faults together.
 
-    None stands for a manifest that cannot be understood. Nothing is loaded.
+    None stands for a manifest that cannot be understood. Nothing is loaded. Of the file `later`
+    the size alone is checked: the caller takes its digest of the bytes it loads. Where something
+    else is amiss the caller will load nothing, and it is checked here too.
     """
     data = file_inside(folder, NAME).read_bytes()
     if len(data) < 64 + len(_END):
@@ -103,7 +105,7 @@ def read_manifest(folder: Path) -> tuple[Manifest | None, list[str]]:
         if values.get("format") != FORMAT:
             raise ValueError(f"format {values.get('format')!r}, this version reads {FORMAT}")
         files = {name: (entry["size"], entry["sha256"]) for name, entry in values["files"].items()}
-        faults = [fault for name in files for fault in _check_file(folder, name, *files[name])]
+        faults = _check_files(folder, files, later) and _check_files(folder, files, "")
         # The settings of a folder whose files have changed are not worth a look.
         return (None, faults) if faults else (_understood(values, files), [])
     except ConfigError as error:
@@ -114,13 +116,22 @@ def read_manifest(folder: Path) -> tuple[Manifest | None, list[str]]:
         return None, [f"{NAME}: malformed: {error}"]
 
 
-def _check_file(folder: Path, name: str, size: int, digest: str) -> list[str]:
+def _check_files(folder: Path, files: Mapping[str, tuple[int, str]], later: str) -> list[str]:
+    return [
+        fault
+        for name, (size, sha256) in files.items()
+        for fault in check_file(folder, name, size, None if name == later else sha256)
+    ]
+
+
+def check_file(folder: Path, name: str, size: int, sha256: str | None) -> list[str]:
+    """The faults of one file against its size and, unless None, its digest."""
     try:
         path = file_inside(folder, name)
         found = os.path.getsize(path)
         if found != size:
             return [f"{name}: {found} bytes, expected {size}"]
-        changed = sha256_file(path) != digest
+        changed = sha256 is not None and sha256_file(path) != sha256
     except DamagedAdapter as error:
         return [f"{name}: {error.what}"]
     except OSError as error:
@@ -172,6 +183,8 @@ def _site(entry: Mapping[str, Any]) -> Site:
 def check_tensors(manifest: Manifest, header: Mapping[str, TensorInfo]) -> list[str]:
     """Faults of a file's header against the manifest's keys, shapes and dtypes."""
     found = {key: (info.dtype, info.shape) for key, info in header.items()}
+    if found == manifest.tensors:
+        return []
     keys = sorted({*found, *manifest.tensors})
     return [
         f"{key}: {found.get(key, 'missing')}, expected {manifest.tensors.get(key, 'nothing')}"

@@ -23,7 +23,8 @@ from sidepath.store.fingerprint import (
     fingerprint_of,
     same_base,
 )
-from sidepath.store.tensors import FLOATING, TensorInfo, load_tensors, read_header
+from sidepath.store.loading import load_tensors
+from sidepath.store.tensors import FLOATING, TensorInfo, read_header
 
 Originals = str | os.PathLike[str] | Mapping[str, Tensor] | None
 """A transformers folder, the tensors by parameter name, or None: the model's own folder."""

@@ -136,32 +136,31 @@ def to_disk(delta: Delta, view: DenseView | None) -> dict[str, Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def from_disk(
-    tensors: Mapping[str, Tensor], delta: Delta, view: DenseView | None
-) -> dict[str, Tensor]:
-    """The inverse of `to_disk`: PEFT's shapes to the delta's own.
+def from_disk(tensors: dict[str, Tensor], site: Site, module: nn.Module) -> dict[str, Tensor]:
+    """The inverse of `to_disk`: PEFT's shapes to those of the delta of a site beside `module`.
 
     Errors: `ValueError` when blocks that must be zero, or equal, are not.
     """
-    found = dict(tensors)
-    if isinstance(delta, LowRank) and view is not None:
-        A, B = found["A"], found["B"]
-        if view.kind == "conv":
-            groups = groups_of(view)
-            A_grouped = A[: len(A) // groups, : A.shape[1] // groups]
-            if not torch.equal(_spread_groups(A_grouped, groups), A):
-                raise ValueError(
-                    "lora_A mixes the groups of a grouped convolution, which no delta of its "
-                    "weight can do"
-                )
-            A, B = A_grouped.reshape(len(A_grouped), -1), B.reshape(B.shape[:2])
-        elif delta.parts:
-            B_blocks = _gather_parts(B, delta.parts, delta.r)
-            if not torch.equal(_spread_parts(B_blocks, delta.parts, view.shape[0]), B):
-                raise ValueError("lora_B is not zero outside the adapted parts")
-            B = B_blocks
-        found |= {"A": A, "B": B}
-    return found
+    if site.kind != "dense":
+        return tensors
+    A, B = tensors["A"], tensors["B"]
+    if A.dim() > 2:  # a convolution's
+        view = view_of(module)
+        assert view is not None
+        groups = groups_of(view)
+        A_grouped = A[: len(A) // groups, : A.shape[1] // groups]
+        if not torch.equal(_spread_groups(A_grouped, groups), A):
+            raise ValueError(
+                "lora_A mixes the groups of a grouped convolution, which no delta of its "
+                "weight can do"
+            )
+        return tensors | {"A": A_grouped.reshape(len(A_grouped), -1), "B": B.reshape(B.shape[:2])}
+    if site.parts:
+        B_blocks = _gather_parts(B, site.parts, B.shape[1] // len(site.parts))
+        if not torch.equal(_spread_parts(B_blocks, site.parts, len(B)), B):
+            raise ValueError("lora_B is not zero outside the adapted parts")
+        return tensors | {"B": B_blocks}
+    return tensors
 
 
 def _spread_groups(A: Tensor, groups: int) -> Tensor:
@@ -196,6 +195,8 @@ def _gather_parts(B: Tensor, parts: Sequence[tuple[int, int]], rank: int) -> Ten
 def check_keys(slots: Iterable[Slot], header: Mapping[str, TensorInfo]) -> list[str]:
     """Faults of a file's header against the tensors it must hold, no more and no fewer."""
     expected = {slot.key: slot.shape for slot in slots}
+    if expected == {key: info.shape for key, info in header.items()}:
+        return []
     faults = [f"{key}: missing" for key in expected if key not in header]
     faults += [f"{key}: unexpected" for key in header if key not in expected]
     return faults + [
@@ -222,29 +223,26 @@ def pack(
     return packed
 
 
-@torch.no_grad()
 def unpack(
     tensors: Mapping[str, Tensor],
-    deltas: Mapping[str, Delta],
-    views: Mapping[str, DenseView | None],
+    sites: Iterable[Site],
+    modules: Mapping[str, nn.Module],
     slots: Iterable[Slot],
-) -> None:
-    """Write a file's tensors into an adapter's deltas, in place. The inverse of `pack`.
+) -> dict[str, dict[str, Tensor]]:
+    """A file's tensors by module path and name within the delta. The inverse of `pack`.
 
+    They share the storage of `tensors` where their form is the file's.
     Errors: `DamagedAdapter` with the faults of every delta whose form is not exact.
     """
     by_path: dict[str, dict[str, Tensor]] = {}
     for slot in slots:
         by_path.setdefault(slot.path, {})[slot.local] = tensors[slot.key]
-    ready, faults = {}, []
-    for path, found in by_path.items():
+    faults = []
+    for site in sites:
         try:
-            ready[path] = from_disk(found, deltas[path], views[path])
+            by_path[site.path] = from_disk(by_path[site.path], site, modules[site.path])
         except ValueError as error:
-            faults.append(f"{path}: {error}")
+            faults.append(f"{site.path}: {error}")
     if faults:
         raise DamagedAdapter("the adapter cannot be put into this form", faults=faults)
-    for path, found in ready.items():
-        own = deltas[path].tensors()
-        for local, tensor in found.items():
-            own[local].copy_(tensor)
+    return by_path

@@ -5,7 +5,7 @@ Dimensions: O out, I in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,11 +42,11 @@ class Sum(Delta):
         return y
 
     @torch.no_grad()
-    def folded(self, base: View) -> dict[str, Tensor]:
+    def folded(self, base: View, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The module's tensors with `W0 + Σ ΔW_i` and `b + Σ (b_i - b)`, in `W0`'s dtype."""
         deltas = [delta for delta in self.deltas if isinstance(delta, Delta)]
         if len(deltas) == 1:
-            return deltas[0].folded(base)
+            return deltas[0].folded(base, into)
         tensors = {}
         matrices = [delta for delta in deltas if isinstance(delta, LowRank)]
         if matrices:

@@ -27,6 +27,7 @@ FLOATING: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in FLOATING.items()}
+_FIELDS = {"dtype", "shape", "data_offsets"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -93,6 +94,13 @@ def read_header(
     `floating_only`, integers are refused), ranks, sizes, and that the offsets cover the file
     exactly. Errors: one `DamagedAdapter` with all faults; `StoreError` for a pickle.
     """
+    return read_head(path, limits=limits, floating_only=floating_only)[0]
+
+
+def read_head(
+    path: str | os.PathLike[str], *, limits: Limits | None = None, floating_only: bool = True
+) -> tuple[dict[str, TensorInfo], bytes]:
+    """`read_header`, and the bytes that were read for it."""
     refuse_pickle(path)
     limits = limits or Limits()
     try:
@@ -101,44 +109,20 @@ def read_header(
             if not stat.S_ISREG(status.st_mode):
                 raise DamagedAdapter("not a regular file", where=path)
             size = status.st_size
-            length = int.from_bytes(file.read(8), "little")
+            first = file.read(8)
+            length = int.from_bytes(first, "little")
             if size < 8 or length > size - 8:
-                raise _damaged(path, [f"truncated: header of {length} bytes, file of {size}"])
+                raise damaged(path, [f"truncated: header of {length} bytes, file of {size}"])
             if length > limits.header_bytes:
-                raise _damaged(path, [f"header of {length} bytes, at most {limits.header_bytes}"])
+                raise damaged(path, [f"header of {length} bytes, at most {limits.header_bytes}"])
             text = file.read(length)
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror}", where=path) from error
     header, faults = _parse(text, limits, 8 + length, floating_only)
     faults = faults or _coverage(header, 8 + length, size)
     if faults:
-        raise _damaged(path, faults)
-    return header
-
-
-def load_tensors(
-    path: str | os.PathLike[str], header: Mapping[str, TensorInfo]
-) -> dict[str, torch.Tensor]:
-    """Load the tensors of a checked header onto the CPU, and check that all are finite.
-
-    Errors: one `DamagedAdapter` that names every tensor with a NaN or Inf and their number.
-    """
-    tensors = {}
-    faults = []
-    with open(path, "rb") as file:
-        for name, info in header.items():
-            tensor = torch.empty(info.shape, dtype=FLOATING[info.dtype])
-            file.seek(info.start)
-            view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-            if file.readinto(view) != info.stop - info.start:  # type: ignore[attr-defined]
-                raise _damaged(path, [f"{name}: the file became shorter while it was read"])
-            bad = int((~torch.isfinite(tensor)).sum())
-            if bad:
-                faults.append(f"{name}: {bad} of {tensor.numel()} values are NaN or Inf")
-            tensors[name] = tensor
-    if faults:
-        raise _damaged(path, faults)
-    return tensors
+        raise damaged(path, faults)
+    return header, first + text
 
 
 def strict_json(text: bytes | str) -> Any:
@@ -184,7 +168,7 @@ def _parse(
 def _entry(
     entry: Any, limits: Limits, start: int, floating_only: bool
 ) -> tuple[TensorInfo | None, str]:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         return None, "expected dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or (floating_only and dtype not in FLOATING):
@@ -216,7 +200,8 @@ def _coverage(header: Mapping[str, TensorInfo], start: int, size: int) -> list[s
     return [] if at == size else [f"{size - at} bytes after the last tensor"]
 
 
-def _damaged(path: str | os.PathLike[str], faults: list[str]) -> DamagedAdapter:
+def damaged(path: str | os.PathLike[str], faults: list[str]) -> DamagedAdapter:
+    """The error for a safetensors file with these faults."""
     return DamagedAdapter(
         "a safetensors file cannot be trusted",
         where=path,

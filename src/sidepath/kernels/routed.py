@@ -77,8 +77,12 @@ def add_arranged_(y_BTO: Tensor, x_BTI: Tensor, plan: RowPlan, A: Tensor, B: Ten
     """`add_stack_` with both factors arranged already: for a batch that comes again and again.
 
     Factors wider than `y` (see `product_dtype`) are multiplied and added as they are, and the sum
-    is rounded once.
+    is rounded once. Autocast is left out: every dtype here is chosen already.
     """
+    if torch.is_autocast_enabled(y_BTO.device.type):
+        with torch.autocast(y_BTO.device.type, enabled=False):
+            add_arranged_(y_BTO, x_BTI, plan, A, B)
+        return
     part = plan.take(y_BTO)
     wide = part.to(A.dtype)
     plan.expand_(wide, plan.shrink(plan.take(x_BTI).to(A.dtype), A), B)

@@ -156,6 +156,7 @@ def test_group_rows_keeps_neighbours_as_slices() -> None:
     assert groups["a"].tolist() == [0, 1, 4]  # type: ignore[union-attr]
     assert groups["b"] == slice(3, 4)
     assert groups["c"] == slice(5, 7)
+    assert rows.slots == (0, 0, -1, 1, 0, 2, 2)
 
 
 def test_disabled_is_the_base_to_the_bit_and_nests() -> None:

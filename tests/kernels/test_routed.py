@@ -19,6 +19,7 @@ from sidepath.kernels.routed import (
     add_routed_,
     add_stack,
     add_stack_,
+    product_dtype,
     stacked,
 )
 from sidepath.kernels.rowforms import Masked, RowPlan, Slices, Tiles
@@ -244,6 +245,27 @@ def test_the_number_of_operators_does_not_grow_with_the_adapters(
         for many in (16, 64, 128)
     }
     assert max(found.values()) <= 10, found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("slots", [[1, 0, -1, 1], [0, 1], [-1, 0, 0]])
+def test_few_narrow_tokens_are_multiplied_in_float32(
+    form: str, dtype: torch.dtype, slots: list[int]
+) -> None:
+    """Rounded once: the result is the nearest number to the exact one, but for a last bit."""
+    factors = made([2, 2], 10, 7, torch.float32)
+    y, x = torch.randn(len(slots), 1, 7).to(dtype), torch.randn(len(slots), 1, 10).to(dtype)
+    assert product_dtype(y) == torch.float32
+    assert product_dtype(torch.zeros(13, 5, 7, dtype=dtype)) == dtype
+    assert product_dtype(y.double()) == torch.float64
+    expected, before = row_by_row(y, x, factors, slots).to(dtype), y.clone()
+    stack = stacked(factors, torch.float32)
+    assert stack is not None
+    add_stack_(y, x, stack, plan_rows(slots, stack.starts, like=stack.A_SI, width=17))
+    torch.testing.assert_close(y, expected, atol=1e-6, rtol=torch.finfo(dtype).eps)
+    for row, slot in enumerate(slots):
+        if slot < 0:
+            assert torch.equal(y[row], before[row])
 
 
 def test_no_adapter_has_factors_here() -> None:

@@ -20,6 +20,7 @@ from sidepath.kernels.routed import (
     add_arranged_,
     add_stack,
     plan_rows,
+    product_dtype,
     stacked,
 )
 
@@ -45,9 +46,10 @@ def routed(side: SidePaths, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) ->
     y = side.view(x, *args, **kwargs)
     if torch.is_grad_enabled():
         return _trained(side, rows, y, x)
-    key = (side.path, y.dtype)
+    dtype = product_dtype(y)
+    key = (side.path, dtype)
     if key not in rows.layers:
-        rows.layers[key] = Layer(_stack_of(side, rows, y.dtype), _others(side, rows))
+        rows.layers[key] = Layer(_stack_of(side, rows, dtype), _others(side, rows))
     layer = rows.layers[key]
     if layer.stack is not None:
         y, y_BTO, x_BTI = _flat(y, x)
@@ -75,12 +77,14 @@ def _arranged(
 
 def _trained(side: SidePaths, rows: Rows, y: Tensor, x: Tensor) -> Tensor:
     """The same with gradients."""
-    rows.layers.pop((side.path, y.dtype), None)
+    for dtype in (y.dtype, torch.float32):
+        rows.layers.pop((side.path, dtype), None)
     stack = _stack_of(side, rows, y.dtype)
     if stack is not None:
         y, y_BTO, x_BTI = _flat(y if _free(side.view) else y.clone(), x)
         plan = _plan(rows, stack, y_BTO, x_BTI)
-        y = add_stack(y_BTO, x_BTI, stack, plan).view(y.shape)
+        # Under autocast the input's dtype is not the output's.
+        y = add_stack(y_BTO, x_BTI.to(y.dtype), stack, plan).view(y.shape)
     others = _others(side, rows)
     return _pieced(y, x, side.view, others) if others else y
 
@@ -97,9 +101,8 @@ def _others(side: SidePaths, rows: Rows) -> Placed:
 
 
 def _flat(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`y` contiguous, and both as (B, T, ·) in the dtype of `y`: under autocast they differ."""
+    """`y` contiguous, and both as (B, T, ·)."""
     y = y.contiguous()
-    x = x.to(y.dtype)
     if x.dim() == 3:
         return y, y, x
     return y, y.view(y.shape[0], -1, y.shape[-1]), x.reshape(x.shape[0], -1, x.shape[-1])
@@ -107,10 +110,10 @@ def _flat(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _plan(rows: Rows, stack: Stack, y_BTO: Tensor, x_BTI: Tensor) -> RowPlan | None:
     tokens, width = x_BTI.shape[1], x_BTI.shape[2] + y_BTO.shape[2]
-    key = (stack.starts, tokens, width, y_BTO.dtype, y_BTO.device)
+    key = (stack.starts, tokens, width, stack.A_SI.dtype, y_BTO.device)
     if key not in rows.plans:
         rows.plans[key] = plan_rows(
-            rows.slots, stack.starts, like=y_BTO, tokens=tokens, width=width
+            rows.slots, stack.starts, like=stack.A_SI, tokens=tokens, width=width
         )
     return rows.plans[key]
 

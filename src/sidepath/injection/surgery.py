@@ -141,7 +141,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Within the block row i of each batch is answered by adapter `names[i]`; None: the base.
 
-    Every adapted layer does one base product for all rows and one low-rank product a group.
+    Every adapted layer does one base product for all rows, and adds the updates of all of them
+    with a handful of operators, however many adapters are named (`kernels/routed.py`). Entering
+    costs little: without gradients a layer takes its adapters' factors when it first answers, and
+    keeps them until the block ends. Names without dropout, biases or parts of their own share
+    products; others are put on one after another.
+
     Raises `UnknownAdapter` for a name that is not loaded, `MergeError` while one is merged in,
     and, when a batch comes, `RoutingError` unless it has `len(names)` rows.
     """

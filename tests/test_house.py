@@ -170,4 +170,4 @@ def test_every_exception_is_drawn_in_the_tree() -> None:
     for name, value in vars(errors).items():
         if isinstance(value, type) and issubclass(value, Exception):
             assert name in tree
-            assert issubclass(value, errors.SidepathError)
+            assert issubclass(value, (errors.SidepathError, Warning))

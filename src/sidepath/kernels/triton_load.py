@@ -11,6 +11,7 @@ the CPU in Triton's interpreter: slow, and for tests.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from threading import Lock
@@ -42,22 +43,19 @@ def bind(namespace: dict[str, Any], *kernels: str) -> None:
         if namespace["tl"] is not None:
             return
         try:
-            import triton
-            from triton import language
+            triton = importlib.import_module("triton")
         except ImportError as error:
             raise MissingExtra(
                 "this kernel needs triton, which is not installed",
                 hint="pip install 'sidepath[triton]'",
             ) from error
         made = {name: triton.jit(namespace[name]) for name in kernels}
-        namespace.update(made, constexpr=language.constexpr, tl=language)
+        namespace.update(made, constexpr=triton.language.constexpr, tl=triton.language)
 
 
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter. Loads Triton."""
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
+    return bool(importlib.import_module("triton").knobs.runtime.interpret)
 
 
 def dot_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -71,8 +69,7 @@ def dot_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def language_dtype(dtype: torch.dtype) -> Any:
     """Triton's name for a floating dtype. Loads Triton."""
-    from triton import language
-
+    language = importlib.import_module("triton.language")
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
     return getattr(language, names[dtype])
 
@@ -97,11 +94,11 @@ def power_of_two(number: int, least: int, most: int) -> int:
     return min(most, max(least, 1 << max(0, number - 1).bit_length()))
 
 
-def split(width: int, step: int, programs: int) -> tuple[int, int]:
+def split(width: int, step: int, programs: int, wanted: int = PROGRAMS) -> tuple[int, int]:
     """Parts of an inner dimension, and the steps of each: more parts where programs are few, each
     of four steps at least, eight parts at most.
     """
     steps = -(-width // step)
-    parts = max(1, min(8, PROGRAMS // max(1, programs), steps // 4))
-    each = -(-steps // parts)
-    return -(-steps // each), each
+    parts = max(1, min(8, wanted // max(1, programs), steps // 4))
+    each = max(1, -(-steps // parts))
+    return max(1, -(-steps // each)), each

@@ -10,20 +10,22 @@ For few rows the product is bound by reading the matrix: here half a byte a numb
 path also writes and reads it once at two bytes or four. For many rows a product of its own is
 better; which, `checked.py` measures.
 
-Dimensions: N rows, O out, I in, J = I / 2 bytes of a row, P parts of the dimension summed over.
+Dimensions: N rows, O out, I in, P parts of the dimension summed over.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sidepath.errors import UnsupportedModule
+from sidepath.kernels import nf4_kernels
 from sidepath.kernels.triton_load import (
     ALWAYS,
+    PROGRAMS,
     bind,
     dot_dtype,
     language_dtype,
@@ -34,15 +36,14 @@ from sidepath.kernels.triton_load import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROWS = 32
-"""Rows of the matrix in one tile of it."""
-BYTES = 32
-"""Bytes of each of those rows in one tile: one block of 64 numbers, so one scale where rows begin
-where blocks do."""
-
-tl: Any = None
-if TYPE_CHECKING:
-    constexpr = Any
+TILE = (32, 64)
+"""Rows of the matrix, and bytes of each, in one tile of it."""
+SINGLE = (4, 256)
+"""The same where `x` has one row: 2 KiB of codes in flight a program, and many programs."""
+WANTED = 4 * PROGRAMS
+"""Programs worth having at once: what a program reads next waits on what it read, so many hide it.
+The kernels are not pipelined by Triton, which would copy each level it looks up to shared memory.
+"""
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,13 @@ def supports(x: Tensor, packed: Packed) -> bool:
     return even and x.dtype in DTYPES and packed.codes.is_contiguous() and runs_on(x)
 
 
+def shape_class(x_NI: Tensor, packed: Packed) -> tuple[int, ...]:
+    """What one agreement with the plain path vouches for: this matrix's shape, and about so many
+    rows (to the next power of two), since which way is faster hangs on them.
+    """
+    return (power_of_two(len(x_NI), 1, 1 << 30), *packed.shape)
+
+
 def product(x_NI: Tensor, packed: Packed) -> Tensor:
     """`x W^T`, (N, O) in `x`'s dtype (float32, bfloat16, float16), summed in float32.
 
@@ -103,19 +111,20 @@ def product(x_NI: Tensor, packed: Packed) -> Tensor:
     _check(x_NI, packed, packed.shape[1])
     rows, (width, inner) = len(x_NI), packed.shape
     single = rows == 1
-    block_n = power_of_two(rows, 16, 64)
-    blocks = -(-width // ROWS)
-    parts, steps = split(inner // 2, BYTES, blocks * (-(-rows // block_n)))
+    tile = SINGLE if single else TILE
+    block_n = 1 if single else _block(x_NI)
+    grid = -(-width // tile[0]), -(-rows // block_n)
+    parts, steps = split(inner // 2, tile[1], grid[0] * grid[1], WANTED)
     y_PNO = _sums(x_NI, parts, width)
     if not y_PNO.numel():
-        return y_PNO.sum(0)
+        return _summed(y_PNO, x_NI.dtype)
     with on(x_NI.device):
-        kernel, tile = (_single, ()) if single else (_forward, (block_n,))
-        grid = (blocks, parts) if single else (blocks, parts, -(-rows // block_n))
-        kernel[grid](  # type: ignore[index]
+        kernel: Any = nf4_kernels.single if single else nf4_kernels.forward
+        kernel[grid[0], parts, grid[1]](
             *(x_NI, y_PNO, _tensors(packed), *_sizes(x_NI, packed), *y_PNO.stride()[:2], steps),
-            *(*_constants(x_NI, packed), *tile),
+            *(*_constants(x_NI, packed, tile), block_n),
             **ALWAYS,
+            num_stages=1,
         )
     return _summed(y_PNO, x_NI.dtype)
 
@@ -127,17 +136,19 @@ def gradient(dy_NO: Tensor, packed: Packed) -> Tensor:
     """
     _check(dy_NO, packed, packed.shape[0])
     rows, (inner, width) = len(dy_NO), packed.shape
-    block_n = power_of_two(rows, 16, 64)
-    blocks = -(-(width // 2) // BYTES)
-    parts, steps = split(inner, ROWS, blocks * (-(-rows // block_n)))
+    block_n = _block(dy_NO)
+    grid = -(-width // (2 * TILE[1])), -(-rows // block_n)
+    parts, steps = split(inner, TILE[0], grid[0] * grid[1], WANTED)
     dx_PNI = _sums(dy_NO, parts, width)
     if not dx_PNI.numel():
-        return dx_PNI.sum(0)
+        return _summed(dx_PNI, dy_NO.dtype)
     with on(dy_NO.device):
-        _backward[blocks, parts, -(-rows // block_n)](  # type: ignore[index]
+        kernel: Any = nf4_kernels.backward
+        kernel[grid[0], parts, grid[1]](
             *(dy_NO, dx_PNI, _tensors(packed), *_sizes(dy_NO, packed), *dx_PNI.stride()[:2]),
-            *(steps, *_constants(dy_NO, packed), block_n),
+            *(steps, *_constants(dy_NO, packed, TILE), block_n),
             **ALWAYS,
+            num_stages=1,
         )
     return _summed(dx_PNI, dy_NO.dtype)
 
@@ -156,7 +167,12 @@ def _check(x: Tensor, packed: Packed, width: int) -> None:
         faults.append(f"input on {x.device}, matrix on {packed.codes.device}")
     if faults:
         raise UnsupportedModule("a product with a 4-bit matrix cannot be taken", faults=faults)
-    bind(globals(), "_tile", "_single", "_forward", "_backward")
+    bind(vars(nf4_kernels), "tile", "single", "forward", "backward")
+
+
+def _block(x: Tensor) -> int:
+    """Rows of `x` in a program: float32, without tensor cores, fills registers sooner."""
+    return power_of_two(len(x), 16, 32 if x.dtype == torch.float32 else 64)
 
 
 def _sums(x: Tensor, parts: int, width: int) -> Tensor:
@@ -181,173 +197,8 @@ def _sizes(x: Tensor, packed: Packed) -> tuple[int, ...]:
     return len(x), *packed.shape, x.stride(0), x.stride(1)
 
 
-def _constants(x: Tensor, packed: Packed) -> tuple[Any, ...]:
-    aligned = packed.shape[1] % packed.block == 0 and packed.block % (2 * BYTES) == 0
-    dtypes = language_dtype(x.dtype), language_dtype(dot_dtype(x.dtype))
-    nested = packed.offset is not None
-    return (packed.block, packed.scale_block, nested, aligned), *dtypes, ROWS, BYTES
-
-
-def _tile(  # type: ignore[no-untyped-def]
-    matrix,
-    out,
-    width,
-    row_O,
-    byte_J,
-    first,
-    PACKING: constexpr,
-    ROUND: constexpr,
-    DOT: constexpr,
-):
-    """A tile of the matrix, as its even and its odd columns, each (rows, bytes).
-
-    `first` is the first of the bytes. Outside the matrix the numbers are finite and mean nothing.
-    """
-    codes, levels, scales, scale_levels, scale_scales, offset = matrix
-    BLOCK: constexpr = PACKING[0]
-    SCALE_BLOCK: constexpr = PACKING[1]
-    NESTED: constexpr = PACKING[2]
-    ALIGNED: constexpr = PACKING[3]
-    live_OJ = (row_O < out)[:, None] & (byte_J < width // 2)[None, :]
-    at_OJ = row_O.to(tl.int64)[:, None] * (width // 2) + byte_J[None, :]
-    pair_OJ = tl.load(codes + at_OJ, mask=live_OJ, other=0).to(tl.int32)
-    if ALIGNED:
-        inside = tl.minimum(first, width // 2 - 1)  # the last step may lie beyond the row
-        block = ((row_O.to(tl.int64) * width + 2 * inside) // BLOCK)[:, None]
-        live = (row_O < out)[:, None]
-    else:
-        block = at_OJ * 2 // BLOCK
-        live = live_OJ
-    scale = tl.load(scales + block, mask=live, other=0)
-    if NESTED:
-        own = tl.load(scale_scales + block // SCALE_BLOCK, mask=live, other=0.0)
-        scale = tl.load(scale_levels + scale.to(tl.int32)) * own + tl.load(offset)
-    even_OJ = tl.load(levels + (pair_OJ >> 4)) * scale
-    odd_OJ = tl.load(levels + (pair_OJ & 15)) * scale
-    return even_OJ.to(ROUND).to(DOT), odd_OJ.to(ROUND).to(DOT)
-
-
-def _single(  # type: ignore[no-untyped-def]
-    x,
-    y,
-    matrix,
-    rows,
-    out,
-    width,
-    x_n,
-    x_i,
-    y_p,
-    y_n,
-    steps,
-    PACKING: constexpr,
-    ROUND: constexpr,
-    DOT: constexpr,
-    BLOCK_O: constexpr,
-    BLOCK_J: constexpr,
-):
-    """`y[part, 0] = x W^T` for one row, without tensor cores: sums stay apart until the end.
-
-    Grid: (blocks of rows of the matrix, parts of its columns).
-    """
-    row_O = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    part = tl.program_id(1)
-    sum_OJ = tl.zeros((BLOCK_O, BLOCK_J), dtype=tl.float32)
-    for step in range(steps):
-        first = (part * steps + step) * BLOCK_J
-        byte_J = first + tl.arange(0, BLOCK_J)
-        even_OJ, odd_OJ = _tile(
-            matrix, out, width, row_O, byte_J, first, PACKING, ROUND, tl.float32
-        )
-        live_J = byte_J < width // 2
-        even_J = tl.load(x + 2 * byte_J * x_i, mask=live_J, other=0.0).to(tl.float32)
-        odd_J = tl.load(x + (2 * byte_J + 1) * x_i, mask=live_J, other=0.0).to(tl.float32)
-        sum_OJ += even_OJ * even_J[None, :] + odd_OJ * odd_J[None, :]
-    result_O = tl.sum(sum_OJ, axis=1).to(y.dtype.element_ty)
-    tl.store(y + part * y_p + row_O, result_O, mask=row_O < out)
-
-
-def _forward(  # type: ignore[no-untyped-def]
-    x,
-    y,
-    matrix,
-    rows,
-    out,
-    width,
-    x_n,
-    x_i,
-    y_p,
-    y_n,
-    steps,
-    PACKING: constexpr,
-    ROUND: constexpr,
-    DOT: constexpr,
-    BLOCK_O: constexpr,
-    BLOCK_J: constexpr,
-    BLOCK_N: constexpr,
-):
-    """`y[part] = x W^T` for a block of rows.
-
-    Grid: (blocks of rows of the matrix, parts of its columns, blocks of rows of `x`).
-    """
-    row_O = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    part = tl.program_id(1)
-    row_N = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_N = x + row_N.to(tl.int64)[:, None] * x_n
-    sum_NO = tl.zeros((BLOCK_N, BLOCK_O), dtype=tl.float32)
-    for step in range(steps):
-        first = (part * steps + step) * BLOCK_J
-        byte_J = first + tl.arange(0, BLOCK_J)
-        even_OJ, odd_OJ = _tile(matrix, out, width, row_O, byte_J, first, PACKING, ROUND, DOT)
-        live_NJ = (row_N < rows)[:, None] & (byte_J < width // 2)[None, :]
-        even_NJ = tl.load(x_N + 2 * byte_J[None, :] * x_i, mask=live_NJ, other=0.0)
-        odd_NJ = tl.load(x_N + (2 * byte_J[None, :] + 1) * x_i, mask=live_NJ, other=0.0)
-        sum_NO = tl.dot(even_NJ.to(DOT), tl.trans(even_OJ), sum_NO, input_precision="ieee")
-        sum_NO = tl.dot(odd_NJ.to(DOT), tl.trans(odd_OJ), sum_NO, input_precision="ieee")
-    at_NO = y + part * y_p + row_N.to(tl.int64)[:, None] * y_n + row_O[None, :]
-    live_NO = (row_N < rows)[:, None] & (row_O < out)[None, :]
-    tl.store(at_NO, sum_NO.to(y.dtype.element_ty), mask=live_NO)
-
-
-def _backward(  # type: ignore[no-untyped-def]
-    dy,
-    dx,
-    matrix,
-    rows,
-    out,
-    width,
-    dy_n,
-    dy_o,
-    dx_p,
-    dx_n,
-    steps,
-    PACKING: constexpr,
-    ROUND: constexpr,
-    DOT: constexpr,
-    BLOCK_O: constexpr,
-    BLOCK_J: constexpr,
-    BLOCK_N: constexpr,
-):
-    """`dx[part] = dy W` for a block of rows.
-
-    Grid: (blocks of bytes of the matrix's rows, parts of its rows, blocks of rows of `dy`).
-    """
-    first = tl.program_id(0) * BLOCK_J
-    byte_J = first + tl.arange(0, BLOCK_J)
-    part = tl.program_id(1)
-    row_N = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    even_NJ = tl.zeros((BLOCK_N, BLOCK_J), dtype=tl.float32)
-    odd_NJ = tl.zeros((BLOCK_N, BLOCK_J), dtype=tl.float32)
-    for step in range(steps):
-        row_O = (part * steps + step) * BLOCK_O + tl.arange(0, BLOCK_O)
-        even_OJ, odd_OJ = _tile(matrix, out, width, row_O, byte_J, first, PACKING, ROUND, DOT)
-        dy_NO = tl.load(
-            dy + row_N.to(tl.int64)[:, None] * dy_n + row_O[None, :] * dy_o,
-            mask=(row_N < rows)[:, None] & (row_O < out)[None, :],
-            other=0.0,
-        ).to(DOT)
-        even_NJ = tl.dot(dy_NO, even_OJ, even_NJ, input_precision="ieee")
-        odd_NJ = tl.dot(dy_NO, odd_OJ, odd_NJ, input_precision="ieee")
-    at_NJ = dx + part * dx_p + row_N.to(tl.int64)[:, None] * dx_n + 2 * byte_J[None, :]
-    live_NJ = (row_N < rows)[:, None] & (byte_J < width // 2)[None, :]
-    tl.store(at_NJ, even_NJ.to(dx.dtype.element_ty), mask=live_NJ)
-    tl.store(at_NJ + 1, odd_NJ.to(dx.dtype.element_ty), mask=live_NJ)
+def _constants(x: Tensor, packed: Packed, tile: tuple[int, int]) -> tuple[Any, ...]:
+    """How the matrix is packed, the dtypes numbers are rounded to and multiplied in, the tile."""
+    begins = packed.shape[1] % packed.block == 0 and tile[1] % (packed.block // 2) == 0
+    packing = packed.block, packed.scale_block, packed.offset is not None, begins
+    return packing, language_dtype(x.dtype), language_dtype(dot_dtype(x.dtype)), *tile

@@ -123,6 +123,12 @@ def _check(y_NO: Tensor, x_NI: Tensor, A_SI: Tensor, B_SO: Tensor, tiles: Tiles)
         raise RoutingError("a routed product cannot be taken", faults=faults)
 
 
+def shape_class(y_NO: Tensor, x_NI: Tensor, tiles: Tiles) -> tuple[int, ...]:
+    """What one agreement with the plain path vouches for: these widths, at these block sizes."""
+    blocks = tiles.block, power_of_two(tiles.rank, 16, 64)
+    return (x_NI.shape[1], y_NO.shape[1], *blocks)
+
+
 def _launch_shrink(x_NI: Tensor, A_SI: Tensor, tiles: Tiles) -> Tensor:
     """`h` in float32, in parts that sum to it, at each token's place in the order."""
     width, count = x_NI.shape[1], len(tiles.tiles_T4)
@@ -133,7 +139,8 @@ def _launch_shrink(x_NI: Tensor, A_SI: Tensor, tiles: Tiles) -> Tensor:
         parts, len(tiles.order_N), tiles.rank, dtype=torch.float32, device=x_NI.device
     )
     _, dot, precision = _precision(x_NI, A_SI)
-    _shrink[count, chunks, parts](  # type: ignore[index]
+    kernel: Any = _shrink
+    kernel[count, chunks, parts](
         *(x_NI, A_SI, hidden_PNR, tiles.order_N, tiles.tiles_T4),
         *(width, x_NI.stride(0), x_NI.stride(1), A_SI.stride(0), A_SI.stride(1)),
         *(hidden_PNR.stride(0), hidden_PNR.stride(1), steps),
@@ -146,7 +153,8 @@ def _launch_shrink(x_NI: Tensor, A_SI: Tensor, tiles: Tiles) -> Tensor:
 def _launch_expand(y_NO: Tensor, hidden_PNR: Tensor, B_SO: Tensor, tiles: Tiles) -> None:
     width, count = y_NO.shape[1], len(tiles.tiles_T4)
     rounded, dot, precision = _precision(y_NO, B_SO)
-    _expand[count, -(-width // OUTPUTS)](  # type: ignore[index]
+    kernel: Any = _expand
+    kernel[count, -(-width // OUTPUTS)](
         *(y_NO, B_SO, hidden_PNR, tiles.order_N, tiles.tiles_T4, tiles.scalings_T),
         *(width, y_NO.stride(0), y_NO.stride(1), B_SO.stride(0), B_SO.stride(1)),
         *(hidden_PNR.stride(0), hidden_PNR.stride(1), len(hidden_PNR)),

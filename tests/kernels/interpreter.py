@@ -1,8 +1,8 @@
 """Where the bodies of tests of Triton kernels run: here on a GPU; else in Triton's interpreter.
 
-The interpreter has to be asked for before Triton is imported, and here it may have been: bitsandbytes
-imports it. So the bodies run in one process of their own, started with the environment it needs and
-kept until the end; `on_triton` sends the test's name and arguments there.
+The interpreter has to be asked for before Triton is imported, and here it may have been (by
+bitsandbytes, for one). So the bodies run in one process of their own, started with the environment
+it needs and kept until the end; `on_triton` sends the test's name and arguments there.
 """
 
 from __future__ import annotations

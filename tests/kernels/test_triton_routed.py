@@ -30,8 +30,9 @@ DTYPES = {
     "float32 beside bfloat16": (torch.bfloat16, torch.float32),
     "float32 beside float16": (torch.float16, torch.float32),
 }
-TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Over the greatest number there is; on a GPU float32 beside 16 bits is multiplied in TF32."""
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+"""Over the greatest number there is. Twice the bound for rounding to nearest: the interpreter cuts
+bfloat16 off. On a GPU float32 beside 16 bits is multiplied in TF32, which stays within it."""
 
 
 @dataclasses.dataclass

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from sidepath.errors import KernelNotice, RoutingError
-from sidepath.kernels.checked import (
-    TOLERANCES,
-    TRIALS,
-    Key,
-    Trials,
-    Verdict,
-    compare,
-    eligible,
-)
+from sidepath.kernels.checked import TOLERANCES, TRIALS, Key, Trials, Verdict, compare, eligible
+from sidepath.kernels.tiles import tiles_of
+from sidepath.kernels.triton_nf4 import packed_of, product
+from sidepath.kernels.triton_nf4 import shape_class as nf4_shape_class
+from sidepath.kernels.triton_routed import add_routed_, shape_class
+from tests.kernels.interpreter import on_triton
+from tests.kernels.test_triton_nf4 import quantised, unpacked
+from tests.kernels.test_triton_routed import DTYPES, MIXED, Case, case
 
 KEY = Key("fake", (torch.float32,), (3, 4))
 ANSWER = torch.arange(12.0).view(3, 4)
@@ -246,6 +247,49 @@ def test_what_says_nothing_and_what_says_no() -> None:
     assert compare(one, zeros)[0] is False
     assert compare(one.half(), one)[0] is False
     assert compare(torch.ones(3, 2), one)[0] is False
+
+
+# -- the real kernels -----------------------------------------------------------------------------
+
+
+def _arguments(case: Case) -> tuple[Any, ...]:
+    return case.x, case.A, case.B, case.starts, case.scalings, case.slots
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@on_triton
+def test_the_routed_kernel_passes(dtypes: str) -> None:
+    made = case(dtypes, slots=MIXED, ranks=[8, 5, 1, 3], width=64, out=64)
+    tiles = tiles_of(made.slots, made.starts, made.scalings, made.x.device)
+    trials, y = Trials(no_timer), made.y.clone()
+    key = Key("routed", (made.x.dtype, made.A.dtype), shape_class(y, made.x, tiles))
+
+    def fast(y: Tensor) -> None:
+        add_routed_(y, *_arguments(made), tiles=tiles)
+
+    def loop(y: Tensor) -> None:
+        y += dataclasses.replace(made, y=torch.zeros_like(y)).expected().to(y.dtype)
+
+    trials.add_(key, y, fast, loop)
+    assert trials.verdicts == {key: Verdict.FAST}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KernelNotice)
+        other = dataclasses.replace(made, scalings=(1.0,) * 4)
+        trials = Trials(no_timer)
+        trials.add_(key, y, fast, lambda y: add_routed_(y, *_arguments(other)))
+    assert not trials.verdicts, "with other scalings the two disagree"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@on_triton
+def test_the_4_bit_kernel_passes(dtype: torch.dtype) -> None:
+    codes, state = quantised(48, 192)
+    packed, x = packed_of(codes, state), torch.randn(3, 192, device=codes.device).to(dtype)
+    W_OI = unpacked(codes, state).to(dtype)
+    key = Key("nf4", (dtype,), nf4_shape_class(x, packed))
+    trials = Trials(no_timer)
+    trials.run(key, lambda: product(x, packed), lambda: x @ W_OI.T)
+    assert trials.verdicts == {key: Verdict.FAST}
 
 
 def test_plain_tensors_are_not_eligible() -> None:

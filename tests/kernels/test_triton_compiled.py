@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from sidepath.kernels import nf4_kernels, triton_routed
+from sidepath.kernels import nf4_kernels, triton_nf4, triton_routed
 from sidepath.kernels.triton_load import ALWAYS, bind, interpreting
 from sidepath.kernels.triton_nf4 import SINGLE, TILE
 from sidepath.kernels.triton_routed import COLUMNS, OUTPUTS
@@ -123,3 +124,63 @@ def test_products_with_a_4_bit_matrix(kind: str) -> None:
         assert "tf32" not in code
         vector = kernel is nf4_kernels.single or kind == "*fp32"
         assert re.search(r"fma\.rn\.f32" if vector else r"mma.*f16\.b?f16", code)
+
+
+class _AbsentGPU:
+    """What Triton's launch asks its driver for, where nothing is launched."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of kernels as they are launched: bound to arguments, compiled, and not run."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: launches are tested by launching")
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    names: list[str] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        names.append(self.__name__)
+        assert all(size >= 1 for size in grid)
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(driver, "_active", _AbsentGPU())
+    monkeypatch.setattr(triton_nf4, "runs_on", lambda tensor: True)
+    monkeypatch.setattr(triton_routed, "runs_on", lambda tensor: True)
+    return names
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_arguments_of_a_launch_fit(launched: list[str], dtype: torch.dtype) -> None:
+    """The interpreter takes arguments its own way; this is the way of a GPU, up to the launch."""
+    y, x = torch.zeros(50, 64, dtype=dtype), torch.zeros(50, 128, dtype=dtype)
+    for of_factors in {dtype, torch.float32}:
+        A, B = torch.zeros(12, 128, dtype=of_factors), torch.zeros(12, 64, dtype=of_factors)
+        slots = torch.arange(50) % 3 - 1
+        triton_routed.add_routed_(y, x, A, B, (0, 4, 12), (1.0, 2.0), slots)
+        assert launched[-2:] == ["_shrink", "_expand"]
+    codes, levels = torch.zeros(64 * 64, 1, dtype=torch.uint8), torch.zeros(256)
+    plain = triton_nf4.Packed(codes, levels[:16], torch.zeros(128), (64, 128), 64)
+    nested = triton_nf4.Packed(
+        codes, levels[:16], codes[:128, 0], (64, 128), 64, levels, levels[:1], 256, levels[0]
+    )
+    for packed in (plain, nested):
+        for rows, name in ((1, "single"), (50, "forward")):
+            triton_nf4.product(x[:rows], packed)
+            assert launched[-1] == name
+        triton_nf4.gradient(y, packed)
+        assert launched[-1] == "backward"

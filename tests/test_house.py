@@ -116,13 +116,13 @@ def test_import_sidepath_loads_nothing_heavy() -> None:
     """No server, plotting, dataset or metric library; torch and transformers on first use only."""
     heavy = (
         "torch transformers datasets matplotlib starlette uvicorn sklearn sacrebleu rouge_score "
-        "pandas scipy bitsandbytes peft"
+        "pandas scipy bitsandbytes peft triton"
     )
     assert (
         run(f"import sidepath, sys; print([m for m in '{heavy}'.split() if m in sys.modules])")
         == "[]"
     )
-    lazily = "starlette uvicorn matplotlib datasets sklearn sacrebleu rouge_score peft"
+    lazily = "starlette uvicorn matplotlib datasets sklearn sacrebleu rouge_score peft triton"
     code = (
         "import sidepath, sys; [getattr(sidepath, n) for n in sidepath.__all__];"
         f"print([m for m in '{lazily}'.split() if m in sys.modules])"
@@ -170,4 +170,4 @@ def test_every_exception_is_drawn_in_the_tree() -> None:
     for name, value in vars(errors).items():
         if isinstance(value, type) and issubclass(value, Exception):
             assert name in tree
-            assert issubclass(value, errors.SidepathError)
+            assert issubclass(value, (errors.SidepathError, Warning))

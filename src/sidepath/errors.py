@@ -25,6 +25,10 @@ do next. Faults of one operation are collected and raised once.
     ├── ResumeError                a checkpoint that does not belong to this run
     ├── MissingExtra               an optional dependency is not installed
     └── ParityError                exit code 1: merged and un-merged model disagree
+
+One warning stands beside them:
+
+    KernelNotice                   a fast kernel failed or was wrong: the plain path is used
 """
 
 from __future__ import annotations
@@ -159,6 +163,10 @@ class ParityError(SidepathError):
     """The merged model does not give the un-merged model's outputs."""
 
     exit_code: ClassVar[int] = 1
+
+
+class KernelNotice(UserWarning):
+    """A fast kernel will not be used in this process; results are right, and slower to come."""
 
 
 def closest(name: str, known: Iterable[str], count: int = 3) -> list[str]:

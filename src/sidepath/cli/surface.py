@@ -14,7 +14,16 @@ from dataclasses import dataclass
 
 from sidepath.cli.options import Parser, Sections, add_flags, flags_of, parse_value
 from sidepath.cli.output import Report
-from sidepath.cli.runs import DemoRun, EvalRun, GenerateRun, InspectRun, MergeRun, PlanRun, TrainRun
+from sidepath.cli.runs import (
+    BenchRun,
+    DemoRun,
+    EvalRun,
+    GenerateRun,
+    InspectRun,
+    MergeRun,
+    PlanRun,
+    TrainRun,
+)
 from sidepath.cli.settings import Settings, read_file, read_tables
 from sidepath.config import TrainConfig
 from sidepath.errors import ConfigError, nearest
@@ -35,7 +44,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Verb:
-    """One command. `places` are its arguments without a flag: NAME, NAME... or [NAME]."""
+    """One command. `places` are its arguments without a flag: NAME, [NAME], NAME... or
+    [NAME]... .
+    """
 
     summary: str
     table: str
@@ -103,6 +114,13 @@ VERBS: Mapping[str, Verb] = {
         MergeRun,
         "sidepath.cli.verbs:merge",
         places=("BASE", "ADAPTER...", "OUT"),
+    ),
+    "bench": Verb(
+        "measure training, memory, decoding, routing and switching beside PEFT",
+        "bench",
+        BenchRun,
+        "sidepath.cli.verbs:bench",
+        places=("[FIGURE]...",),
     ),
     "config": Verb(
         "print each setting that train would use, and where it came from",

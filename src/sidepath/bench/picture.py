@@ -1,0 +1,134 @@
+"""The picture of the figures: a line for each, ours and PEFT's on it, and the target."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sidepath.bench.figure import OURS, PEER, Figure
+from sidepath.bench.timing import Spread
+
+COLOURS = {OURS: "#0072b2", PEER: "#d55e00"}
+OTHERS = "#8a8a94"
+TARGET = "#0b6e4f"
+LINE_INCHES, FRAME_INCHES, WIDTH_INCHES = 0.34, 1.25, 9.0
+Points = dict[str, Spread]
+
+
+def panels(figures: Sequence[Figure]) -> dict[str, list[tuple[str, Points, float | None]]]:
+    """By the axis they stand on: each figure's name, the points on its line, and its target.
+
+    A figure of times with a reference stands on the axis of ratios to it; all others on their
+    unit's. A target that is a ratio to another way becomes a value by that way's median.
+    """
+    found: dict[str, list[tuple[str, Points, float | None]]] = {}
+    for figure in figures:
+        if figure.unit == "seconds" and figure.reference is not None:
+            axis, points = "times the reference: floor, base or copy (log)", over_reference(figure)
+        else:
+            axis, scale = AXES[figure.unit]
+            points = {way: _scaled(spread, scale) for way, spread in figure.ways.items()}
+        found.setdefault(axis, []).append((figure.name, points, target_of(figure, points)))
+    return found
+
+
+AXES = {"seconds": ("ms (log)", 1e3), "bytes": ("MiB (log)", 2.0**-20), "calls": ("calls (log)", 1)}
+
+
+def over_reference(figure: Figure) -> Points:
+    """Each way's value over the reference's: of neighbouring runs where they were compared."""
+    reference = figure.reference
+    assert reference is not None
+    compared = {one.of: one.spread for one in figure.comparisons}
+    below = figure.ways[reference].median
+    return {
+        way: compared.get(f"{way} / {reference}", _alone(spread.median / below))
+        for way, spread in figure.ways.items()
+        if way != reference
+    }
+
+
+def target_of(figure: Figure, points: Mapping[str, Spread]) -> float | None:
+    """Where ours should come to on the figure's line; None without such a target."""
+    for one in figure.comparisons:
+        top, _, bottom = one.of.partition(" / ")
+        if one.target is None or top != OURS:
+            continue
+        if not bottom:
+            return one.target.limit * points[OURS].median / figure.ways[OURS].median
+        if bottom == figure.reference and bottom not in points:
+            return one.target.limit
+        if bottom in points:
+            return one.target.limit * points[bottom].median
+    return None
+
+
+def picture(figures: Sequence[Figure], caption: str, ending: str) -> bytes:
+    """The picture as a PNG's or an SVG's bytes; the same bytes for the same figures."""
+    import matplotlib
+
+    matplotlib.use("agg" if ending == "png" else "svg")
+    from matplotlib.figure import Figure as Drawn
+
+    found = panels(figures)
+    sizes = [len(lines) * LINE_INCHES + FRAME_INCHES for lines in found.values()]
+    drawn = Drawn(figsize=(WIDTH_INCHES, sum(sizes) + 0.6), layout="constrained")
+    axes = drawn.subplots(len(found), 1, squeeze=False, height_ratios=sizes)[:, 0]
+    for axis, (label, lines) in zip(axes, found.items(), strict=True):
+        _panel(axis, label, lines)
+    drawn.suptitle(caption, fontsize=9, color="#444")
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "sidepath"}):
+        facts: dict[str, Any] = {"Date": None} if ending == "svg" else {"Software": None}
+        drawn.savefig(buffer, format=ending, dpi=130, metadata=facts)
+    return buffer.getvalue()
+
+
+def _panel(axis: Any, label: str, lines: Sequence[tuple[str, Points, float | None]]) -> None:
+    seen: set[str] = set()
+    for height, (_, points, target) in enumerate(reversed(lines)):
+        for way, spread in sorted(points.items(), key=lambda one: one[0] == OURS):
+            colour, known = COLOURS.get(way, OTHERS), way in COLOURS
+            axis.plot([spread.min, spread.max], [height] * 2, color=colour, linewidth=2, alpha=0.5)
+            mark = {OURS: "o", PEER: "s"}.get(way, "d")
+            name = way if known and way not in seen else None
+            axis.plot(spread.median, height, mark, color=colour, markersize=6, label=name)
+            if not known:
+                axis.annotate(
+                    way,
+                    (spread.median, height),
+                    (0, 6),
+                    textcoords="offset points",
+                    fontsize=6.5,
+                    color=OTHERS,
+                    ha="center",
+                )
+            seen.add(way)
+        if target is not None:
+            name = None if "to reach" in seen else "to reach"
+            axis.plot(target, height, "|", color=TARGET, ms=15, mew=2.2, label=name)
+            seen.add("to reach")
+    _frame(axis, label, [name for name, _, _ in reversed(lines)])
+
+
+def _frame(axis: Any, label: str, names: Sequence[str]) -> None:
+    axis.set_yticks(range(len(names)), names, fontsize=8.5)
+    axis.set_ylim(-0.6, len(names) - 0.3)
+    axis.set_xscale("log")
+    axis.set_xlabel(label, fontsize=9)
+    if label.startswith("times"):
+        axis.axvline(1, color="#1b1b1f", linewidth=0.8)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    axis.tick_params(axis="x", which="both", labelsize=7.5)
+    axis.grid(alpha=0.25, which="major")
+    axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+
+
+def _scaled(spread: Spread, by: float) -> Spread:
+    return Spread(spread.median * by, spread.min * by, spread.max * by)
+
+
+def _alone(value: float) -> Spread:
+    return Spread(value, value, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ from sidepath.bench.timing import Action
 from sidepath.injection.merging import merge
 
 PROJECTION = "q_proj"
+PACKAGES = {OURS: "sidepath", PEER: "peft"}
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,19 @@ class MergedOperators:
 
 @dataclass(frozen=True)
 class PythonCalls:
-    """Calls of Python functions that one adapted linear layer adds to a plain one's forward."""
+    """Calls of Python functions, torch's too, that an adapter adds to a linear layer's forward."""
 
     targets: Targets = field(default_factory=dict)
 
     def __call__(self, name: str, bench: Bench) -> Figure:
         models = answering("llama", "float32", bench)
         calls = {way: python_calls(*_layer_of(model)) for way, model in models.items()}
-        plain = calls.pop(BASE)
-        samples = {way: [float(count - plain)] for way, count in calls.items()}
-        what = "Python calls an adapter adds to one linear layer's forward pass"
-        plains = f"the plain layer's own: {plain}"
-        return figure_of(name, what, samples, self.targets, unit="calls", notes=[plains])
+        plain = calls.pop(BASE).total()
+        samples = {way: [float(count.total() - plain)] for way, count in calls.items()}
+        what = "Python calls that an adapter adds to one linear layer's forward pass"
+        own = ", ".join(f"{way} {count[PACKAGES[way]]}" for way, count in calls.items())
+        notes = [f"the plain layer's own {plain} left out", f"of the library's own code: {own}"]
+        return figure_of(name, what, samples, self.targets, unit="calls", notes=notes)
 
 
 def operator_calls(action: Action) -> int:
@@ -65,13 +68,13 @@ def operator_calls(action: Action) -> int:
     return counter.count
 
 
-def python_calls(layer: nn.Module, x: Tensor) -> int:
-    """How many Python functions a layer's forward pass enters, its own call included."""
-    count = 0
+def python_calls(layer: nn.Module, x: Tensor) -> Counter[str]:
+    """How many Python functions of each package a layer's forward pass enters."""
+    count: Counter[str] = Counter()
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
-        nonlocal count
-        count += event == "call"
+        if event == "call":
+            count[str(frame.f_globals.get("__name__")).partition(".")[0]] += 1
 
     with torch.no_grad():
         layer(x)

@@ -9,9 +9,11 @@ from typing import Any
 from sidepath.bench.figure import OURS, PEER, Figure
 from sidepath.bench.timing import Spread
 
-COLOURS = {OURS: "#0072b2", PEER: "#d55e00"}
+STYLES = {OURS: ("#0072b2", "o"), PEER: ("#d55e00", "s")}
 OTHERS = "#8a8a94"
-TARGET = "#0b6e4f"
+TARGET, REACH = "#0b6e4f", "to reach"
+LINEAR_BELOW = 4.0
+"""Values nearer together than this factor stand on a linear axis."""
 LINE_INCHES, FRAME_INCHES, WIDTH_INCHES = 0.34, 1.25, 9.0
 Points = dict[str, Spread]
 
@@ -25,7 +27,7 @@ def panels(figures: Sequence[Figure]) -> dict[str, list[tuple[str, Points, float
     found: dict[str, list[tuple[str, Points, float | None]]] = {}
     for figure in figures:
         if figure.unit == "seconds" and figure.reference is not None:
-            axis, points = "times the reference: floor, base or copy (log)", over_reference(figure)
+            axis, points = "times the reference: floor, base or copy", over_reference(figure)
         else:
             axis, scale = AXES[figure.unit]
             points = {way: _scaled(spread, scale) for way, spread in figure.ways.items()}
@@ -33,7 +35,7 @@ def panels(figures: Sequence[Figure]) -> dict[str, list[tuple[str, Points, float
     return found
 
 
-AXES = {"seconds": ("ms (log)", 1e3), "bytes": ("MiB (log)", 2.0**-20), "calls": ("calls (log)", 1)}
+AXES = {"seconds": ("ms", 1e3), "bytes": ("MiB", 2.0**-20), "calls": ("calls", 1)}
 
 
 def over_reference(figure: Figure) -> Points:
@@ -86,44 +88,60 @@ def picture(figures: Sequence[Figure], caption: str, ending: str) -> bytes:
 
 
 def _panel(axis: Any, label: str, lines: Sequence[tuple[str, Points, float | None]]) -> None:
-    seen: set[str] = set()
     for height, (_, points, target) in enumerate(reversed(lines)):
+        # Ours is drawn last, above all others.
         for way, spread in sorted(points.items(), key=lambda one: one[0] == OURS):
-            colour, known = COLOURS.get(way, OTHERS), way in COLOURS
-            axis.plot([spread.min, spread.max], [height] * 2, color=colour, linewidth=2, alpha=0.5)
-            mark = {OURS: "o", PEER: "s"}.get(way, "d")
-            name = way if known and way not in seen else None
-            axis.plot(spread.median, height, mark, color=colour, markersize=6, label=name)
-            if not known:
-                axis.annotate(
-                    way,
-                    (spread.median, height),
-                    (0, 6),
-                    textcoords="offset points",
-                    fontsize=6.5,
-                    color=OTHERS,
-                    ha="center",
-                )
-            seen.add(way)
+            _point(axis, way, spread, height)
         if target is not None:
-            name = None if "to reach" in seen else "to reach"
-            axis.plot(target, height, "|", color=TARGET, ms=15, mew=2.2, label=name)
-            seen.add("to reach")
+            axis.plot(target, height, "|", color=TARGET, ms=15, mew=2.2, label=REACH)
     _frame(axis, label, [name for name, _, _ in reversed(lines)])
+
+
+def _point(axis: Any, way: str, spread: Spread, height: int) -> None:
+    """A way's median with its range; one that has no colour of its own is named beside it."""
+    colour, mark = STYLES.get(way, (OTHERS, "d"))
+    axis.plot([spread.min, spread.max], [height] * 2, color=colour, linewidth=2, alpha=0.5)
+    axis.plot(spread.median, height, mark, color=colour, markersize=6, label=way)
+    if way not in STYLES:
+        place = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
+        axis.annotate(way, (spread.median, height), fontsize=6.5, color=OTHERS, **place)
 
 
 def _frame(axis: Any, label: str, names: Sequence[str]) -> None:
     axis.set_yticks(range(len(names)), names, fontsize=8.5)
     axis.set_ylim(-0.6, len(names) - 0.3)
-    axis.set_xscale("log")
     axis.set_xlabel(label, fontsize=9)
     if label.startswith("times"):
         axis.axvline(1, color="#1b1b1f", linewidth=0.8)
+    _scale(axis)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}")
-    axis.tick_params(axis="x", which="both", labelsize=7.5)
-    axis.grid(alpha=0.25, which="major")
-    axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    axis.tick_params(axis="x", labelsize=7.5)
+    axis.grid(alpha=0.25)
+    known = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    shown = [label for label in (OURS, PEER, REACH) if label in known]
+    axis.legend(
+        [known[label] for label in shown],
+        shown,
+        frameon=False,
+        fontsize=8,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=3,
+    )
+
+
+def _scale(axis: Any) -> None:
+    """Logarithmic where the values are far apart, with few enough numbers to be read."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    low, high = axis.dataLim.intervalx
+    widest = high / max(low, 1e-9)
+    if widest < LINEAR_BELOW:
+        return
+    axis.set_xscale("log")
+    subs = (1.0,) if widest > 1e3 else (1.0, 2.0, 5.0)
+    axis.xaxis.set_major_locator(LogLocator(subs=subs))
+    axis.xaxis.set_minor_locator(NullLocator())
 
 
 def _scaled(spread: Spread, by: float) -> Spread:

@@ -62,7 +62,7 @@ class Load:
                 actions[PEER] = lambda: peft.load_adapter(folder, "next")
                 after[PEER] = lambda: peft.delete_adapter("next")
             samples, peaks = bench.timed(actions, after=after)
-        what = f"load one adapter beside {held.count} others, {PLACE}"
+        what = f"load one adapter where {held.count} are loaded already, {PLACE}"
         return figure_of(name, what, samples, self.targets, notes=held.notes, peak_bytes=peaks)
 
 

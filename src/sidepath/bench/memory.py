@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sidepath.bench.figure import Figure, Targets, figure_of
+from sidepath.bench.figure import PEER, Figure, Targets, figure_of
 from sidepath.bench.models import DType, Shape
 from sidepath.bench.setting import Bench
 from sidepath.bench.step import FLOOR, Loss, Step, losses_of
 from sidepath.store.live import LiveBytes, held_tensors
+from sidepath.store.memory import switch_checkpointing
 
 Counted = Literal["saved", "peak"]
 NOTES: dict[Counted, str] = {
@@ -41,7 +42,8 @@ class Memory:
         samples, kept = {}, []
         for way, loss in losses.items():
             if self.checkpointing:
-                _checkpoint_(models[way])
+                inner: Any = models[way]
+                switch_checkpointing(inner.get_base_model() if way == PEER else inner, on=True)
             samples[way] = [float(bytes_of(models[way], loss))]
             if self.counted == "saved":
                 kept.append(f"{way} {alive_between(models[way], loss) / 2**20:.0f}")
@@ -126,10 +128,6 @@ def _peak_on_gpu(device: torch.device, run: Callable[[], None]) -> int:
 
 def _backward(loss: Loss) -> None:
     loss().backward()  # type: ignore[no-untyped-call]
-
-
-def _checkpoint_(model: Any) -> None:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -63,21 +63,23 @@ TINY: dict[Shape, dict[str, Any]] = {
 """The same, tiny: what `--quick` runs."""
 
 
-def make(shape: Shape, dtype: DType, device: torch.device, *, quick: bool = False) -> nn.Module:
-    """A random model, the same at each call: transformers' class, in training mode, frozen.
-
-    Dropout is off wherever the class has it (GPT-2), so that all ways compute the same.
-    """
-    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+def config_of(shape: Shape, *, quick: bool = False) -> Any:
+    """The transformers config of a shape. GPT-2's dropout is off: all ways compute the same."""
+    from transformers import GPT2Config, LlamaConfig
 
     settings = {**SHAPES[shape], **(TINY[shape] if quick else {})}
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config: Any
     if shape == "gpt2":
-        quiet = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        config = GPT2Config(**settings, **special, **quiet)
-    else:
-        config = LlamaConfig(**settings, **special, max_position_embeddings=2048)
+        off = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        return GPT2Config(**settings, **special, **off)
+    return LlamaConfig(**settings, **special, max_position_embeddings=2048)
+
+
+def make(shape: Shape, dtype: DType, device: torch.device, *, quick: bool = False) -> nn.Module:
+    """A random model, the same at each call: transformers' class, in training mode, frozen."""
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(shape, quick=quick)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -58,6 +59,21 @@ def with_peft(
 
     PEFT must be installed (`has_peft`). The model is wrapped, as PEFT does.
     """
+    with warnings.catch_warnings():
+        # PEFT asks transformers under a deprecated name, and bitsandbytes for a kernel on import.
+        warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing`|Failed to load CPU")
+        made = _peft_model(model, names, as_base)
+    modules = dict(made.base_model.model.named_modules())
+    for name in names:
+        for path, module in modules.items():
+            if "lora_A" in module._modules and name in module.lora_A:
+                factors = (module.lora_A[name].weight, module.lora_B[name].weight)
+                draw_(factors, f"{name} {path}")
+    result: nn.Module = made
+    return result
+
+
+def _peft_model(model: Any, names: Sequence[str], as_base: bool) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -72,14 +88,7 @@ def with_peft(
     made: Any = get_peft_model(model, config, adapter_name=first, **options)  # type: ignore[arg-type]
     for name in others:
         made.add_adapter(name, config, **options)
-    modules = dict(made.base_model.model.named_modules())
-    for name in names:
-        for path, module in modules.items():
-            if "lora_A" in module._modules and name in module.lora_A:
-                factors = (module.lora_A[name].weight, module.lora_B[name].weight)
-                draw_(factors, f"{name} {path}")
-    result: nn.Module = made
-    return result
+    return made
 
 
 def _has_conv1d(model: nn.Module) -> bool:

@@ -58,7 +58,9 @@ def shown(value: float, unit: Unit) -> str:
         return readable(round(value))
     if unit == "calls":
         return f"{value:,.0f}"
-    return f"{value * 1000:.3g} ms" if value < 10 else f"{value:.1f} s"
+    if value >= 10:
+        return f"{value:.1f} s"
+    return f"{value * 1000:,.0f} ms" if value >= 0.1 else f"{value * 1000:.3g} ms"
 
 
 def notes(figures: Sequence[Figure], document: Mapping[str, Any]) -> list[str]:

@@ -38,8 +38,6 @@ class Routed:
     targets: Targets = field(default_factory=dict)
     tokens: int | None = None
     """Tokens of each row in one forward pass; None: tokens are decoded, one at a time."""
-    peer_rounds: int | None = None
-    """Rounds that PEFT takes part in, where each takes it minutes."""
     shape: Shape = "llama"
 
     def __call__(self, name: str, bench: Bench) -> Figure:
@@ -48,8 +46,7 @@ class Routed:
         models = answering(self.shape, self.dtype, bench, names=tuple(names))
         rows = [names[row % adapters] for row in range(bench.rows(self.rows))]
         measured = self._decoded if self.tokens is None else self._forward
-        fewer = {} if self.peer_rounds is None else {PEER: self.peer_rounds}
-        samples, peaks, notes = measured(bench, models, rows, fewer)
+        samples, peaks, notes = measured(bench, models, rows)
         return figure_of(
             name,
             self.described(len(rows), adapters, bench),
@@ -57,7 +54,7 @@ class Routed:
             self.targets,
             reference=BASE,
             bound=memory_bound(models[OURS]) if self.tokens is None else None,
-            notes=[*notes, *(f"{way} in {count} round only" for way, count in fewer.items())],
+            notes=notes,
             peak_bytes=peaks,
         )
 
@@ -71,7 +68,7 @@ class Routed:
         return f"{what} of {adapters} adapters, {self.shape} {self.dtype}"
 
     def _forward(
-        self, bench: Bench, models: dict[str, nn.Module], rows: list[str], fewer: dict[str, int]
+        self, bench: Bench, models: dict[str, nn.Module], rows: list[str]
     ) -> tuple[dict[str, list[float]], dict[str, int], list[str]]:
         ids_BT = token_ids(models[BASE], len(rows), bench.tokens(self.tokens or 0))
         options: dict[str, dict[str, Any]] = {PEER: {"adapter_names": rows}}
@@ -79,13 +76,12 @@ class Routed:
             way: forward_of(model, ids_BT, **options.get(way, {})) for way, model in models.items()
         }
         actions[OURS] = in_block(models[OURS], rows, actions[OURS])
-        if not fewer:
-            require_same_logits(models, ids_BT, self.dtype, actions)
-        samples, peaks = bench.timed(actions, fewer=fewer)
+        require_same_logits(models, ids_BT, self.dtype, actions)
+        samples, peaks = bench.timed(actions)
         return samples, peaks, ["entering `route` is part of ours"]
 
     def _decoded(
-        self, bench: Bench, models: dict[str, nn.Module], rows: list[str], fewer: dict[str, int]
+        self, bench: Bench, models: dict[str, nn.Module], rows: list[str]
     ) -> tuple[dict[str, list[float]], dict[str, int], list[str]]:
         ids_BT = token_ids(models[BASE], len(rows), bench.tokens(PROMPT))
         options: dict[str, dict[str, Any]] = {PEER: {"adapter_names": rows}}
@@ -96,7 +92,6 @@ class Routed:
             samples, peaks = bench.timed(
                 {way: decoder.run for way, decoder in decoders.items()},
                 before={way: decoder.reset for way, decoder in decoders.items()},
-                fewer=fewer,
             )
         bound = "the bound counts bytes alone: base weights and factors are each read once a token"
         cached = f"{STEPS} tokens a row after {ids_BT.shape[1]} in the cache, in one `route` block"

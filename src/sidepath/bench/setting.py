@@ -48,7 +48,6 @@ class Bench:
         warmup: int = 2,
         before: Mapping[str, Action] | None = None,
         after: Mapping[str, Action] | None = None,
-        fewer: Mapping[str, int] | None = None,
     ) -> tuple[dict[str, list[float]], dict[str, int]]:
         """`interleaved` on this device: seconds of each way, and its peak bytes on a GPU."""
         clock = Clock(self.device)
@@ -59,7 +58,6 @@ class Bench:
             warmup=warmup,
             before=before,
             after=after,
-            fewer=fewer,
             clock=clock,
         )
         return seconds, clock.peak_bytes

@@ -53,9 +53,7 @@ FIGURES: Mapping[str, Measure] = {
     "routed-decode-64-f32": Routed("float32", 64, 64, {"ours / base": at_most(1.45)}),
     "routed-decode-64-bf16": Routed("bfloat16", 64, 64, {"ours / base": at_most(1.5)}),
     "routed-forward-64-f32": Routed("float32", 64, 64, {"ours / base": at_most(1.1)}, 16),
-    "routed-forward-64-bf16": Routed(
-        "bfloat16", 64, 64, {"ours / base": at_most(1.15)}, 16, peer_rounds=1
-    ),
+    "routed-forward-64-bf16": Routed("bfloat16", 64, 64, {"ours / base": at_most(1.15)}, 16),
     "switching-merged": MergedOperators({"ours / base": at_most(1.0)}),
     "switching-python-calls": PythonCalls({"ours": at_most(6)}),
     "switching-inject": Inject({"ours": at_most(20 * MS)}),

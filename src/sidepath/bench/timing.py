@@ -75,22 +75,17 @@ def interleaved(
     warmup: int = 2,
     before: Mapping[str, Action] | None = None,
     after: Mapping[str, Action] | None = None,
-    fewer: Mapping[str, int] | None = None,
     clock: Clock | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each action, A B C A B C ...: `rounds` of each, after `warmup` that do not count.
 
     `before` and `after` hold what is done around each call of an action without being timed.
-    `fewer`: actions that take part in so many rounds only, the first ones that count, without
-    warming up: one that takes a hundred times as long as the others.
     """
-    before, after, fewer, clock = before or {}, after or {}, fewer or {}, clock or Clock()
+    before, after, clock = before or {}, after or {}, clock or Clock()
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     gc.collect()
     for number in range(warmup + rounds):
         for name, action in actions.items():
-            if name in fewer and not warmup <= number < warmup + fewer[name]:
-                continue
             before.get(name, _nothing)()
             spent = clock.seconds(name, action)
             after.get(name, _nothing)()
@@ -100,8 +95,8 @@ def interleaved(
 
 
 def quotients(one: Sequence[float], other: Sequence[float]) -> Spread:
-    """`one / other` for each pair of neighbouring runs; of the first ones where one has fewer."""
-    return Spread.of([a / b for a, b in zip(one, other, strict=False)])
+    """`one / other` for each pair of neighbouring runs."""
+    return Spread.of([a / b for a, b in zip(one, other, strict=True)])
 
 
 def ratios(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:

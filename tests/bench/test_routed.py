@@ -13,7 +13,7 @@ from sidepath.bench.setting import Bench
 from sidepath.errors import ParityError
 from sidepath.injection.surgery import activate, route
 
-NAMES = ("a", "b")
+NAMES = ("first", "second")
 
 
 def test_each_row_is_its_adapters(quick: Bench) -> None:
@@ -21,14 +21,14 @@ def test_each_row_is_its_adapters(quick: Bench) -> None:
     model = answering("llama", "float32", quick, names=NAMES)["ours"]
     ids_BT = token_ids(model, 3, 8)
     with torch.no_grad():
-        with route(model, ["a", "b", "a"]):
+        with route(model, [NAMES[0], NAMES[1], NAMES[0]]):
             mixed = model(input_ids=ids_BT).logits
-        for row, name in enumerate("aba"):
-            activate(model, name)
+        for row in range(3):
+            activate(model, NAMES[row % 2])
             torch.testing.assert_close(
                 mixed[row], model(input_ids=ids_BT).logits[row], rtol=1e-4, atol=1e-5
             )
-        activate(model, "b")
+        activate(model, NAMES[1])
         assert not torch.allclose(mixed[0], model(input_ids=ids_BT).logits[0], atol=1e-3)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,13 @@ from sidepath.errors import ConfigError
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-@pytest.mark.parametrize("name", FIGURES)
+def _cases() -> list[Any]:
+    """Each figure; of the compiled training steps, which take longest, one goes with the slow."""
+    slow = "compiled-step-bf16"
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name == slow)) for name in FIGURES]
+
+
+@pytest.mark.parametrize("name", _cases())
 def test_every_figure_runs(name: str, quick: Bench) -> None:
     (figure,), document = measured([name], quick, threads=1)
     json.dumps(document, allow_nan=False)

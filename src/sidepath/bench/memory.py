@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sidepath.bench.figure import PEER, Figure, Targets, figure_of
+from sidepath.bench.figure import OURS, PEER, Figure, Targets, figure_of
 from sidepath.bench.models import DType, Shape
 from sidepath.bench.setting import Bench
 from sidepath.bench.step import FLOOR, Loss, Step, losses_of
@@ -17,6 +17,8 @@ from sidepath.store.live import LiveBytes, held_tensors
 from sidepath.store.memory import switch_checkpointing
 
 Counted = Literal["saved", "peak"]
+PLAIN_PEER = f"{PEER} without"
+"""The peer's step without gradient checkpointing, beside those with."""
 NOTES: dict[Counted, str] = {
     "saved": "tensors autograd packs for backward, each storage once; the model's own left out",
     "peak": "most bytes alive at once over the resident weights, gradients included",
@@ -40,6 +42,8 @@ class Memory:
         losses, models = losses_of(step, bench)
         bytes_of = saved_bytes if self.counted == "saved" else peak_bytes
         samples, kept = {}, []
+        if self.checkpointing and PEER in losses:
+            samples[PLAIN_PEER] = [float(bytes_of(models[PEER], losses[PEER]))]
         for way, loss in losses.items():
             if self.checkpointing:
                 inner: Any = models[way]
@@ -61,6 +65,7 @@ class Memory:
             unit="bytes",
             reference=FLOOR,
             notes=notes,
+            also=[f"{OURS} / {PLAIN_PEER}"],
         )
 
 

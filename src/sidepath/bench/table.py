@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from sidepath.bench.compiled import Compiled
 from sidepath.bench.counted import MergedOperators, PythonCalls
+from sidepath.bench.crowd import watched_crowd
 from sidepath.bench.decode import Decode, Prefill
 from sidepath.bench.figure import Figure, at_least, at_most
 from sidepath.bench.memory import Memory
@@ -123,7 +124,7 @@ def measured(
     """The figures of these names, and the JSON document that holds them."""
     began, found = time.perf_counter(), []
     # A library's advice on models as tiny or as bare as these is of no use to anybody.
-    with pinned_threads(threads), warnings.catch_warnings():
+    with pinned_threads(threads), watched_crowd() as crowd, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         where = machine(bench.device)
         for done, name in enumerate(names, start=1):
@@ -139,7 +140,8 @@ def measured(
         "threads": threads,
         "rounds": bench.counted_rounds,
         "quick": bench.quick,
-        "notes": notes_of(bench),
+        "others_share": crowd.share,
+        "notes": [*notes_of(bench), *([crowd.note] if crowd.note else [])],
         "seconds": time.perf_counter() - began,
     }
     return found, document

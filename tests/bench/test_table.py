@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from sidepath.bench.crowd import Crowd
 from sidepath.bench.figure import OURS
 from sidepath.bench.peers import PEER_MISSING, has_peft
 from sidepath.bench.setting import NOT_A_MEASUREMENT, Bench
-from sidepath.bench.table import ASKED_FOR, FIGURES, chosen, family, measured
+from sidepath.bench.table import ASKED_FOR, FIGURES, chosen, family, measured, notes_of
 from sidepath.errors import ConfigError
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -54,6 +55,13 @@ def test_without_the_peer_the_output_says_what_to_install(quick: Bench) -> None:
     assert PEER_MISSING in document["notes"]
     assert all(set(figure.ways) <= {OURS, "base"} for figure in figures)
     assert all(found["peer"] is None for found in document["figures"])
+
+
+def test_others_on_the_machine_are_told_of_at_full_size_only() -> None:
+    crowded = Crowd(0.5)
+    assert notes_of(Bench(), crowded)[0] == crowded.note
+    assert crowded.note not in notes_of(Bench(quick=True), crowded)
+    assert NOT_A_MEASUREMENT not in notes_of(Bench(), Crowd(0.0))
 
 
 def test_progress_is_told_after_each_figure(quick: Bench) -> None:

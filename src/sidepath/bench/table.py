@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from sidepath.bench.compiled import Compiled
 from sidepath.bench.counted import MergedOperators, PythonCalls
-from sidepath.bench.crowd import watched_crowd
+from sidepath.bench.crowd import Crowd, watched_crowd
 from sidepath.bench.decode import Decode, Prefill
 from sidepath.bench.figure import Figure, at_least, at_most
 from sidepath.bench.memory import Memory
@@ -49,6 +49,7 @@ FIGURES: Mapping[str, Measure] = {
     "decode-prefill-1x128": Prefill("bfloat16", 1, 128, OVER_BASE),
     "routed-forward-4-f32": Routed("float32", 8, 4, {"ours / base": at_most(1.06)}, 32),
     "routed-forward-4-bf16": Routed("bfloat16", 8, 4, {"ours / base": at_most(1.06)}, 32),
+    "routed-forward-4-mixed-f32": Routed("float32", 8, 4, tokens=32, mixed=True),
     "routed-decode-4-f32": Routed("float32", 8, 4, {"ours / base": at_most(1.12)}),
     "routed-decode-4-bf16": Routed("bfloat16", 8, 4, {"ours / base": at_most(1.12)}),
     "routed-decode-64-f32": Routed("float32", 64, 64, {"ours / base": at_most(1.45)}),
@@ -141,13 +142,14 @@ def measured(
         "rounds": bench.counted_rounds,
         "quick": bench.quick,
         "others_share": crowd.share,
-        "notes": [*notes_of(bench), *([crowd.note] if crowd.note else [])],
+        "notes": notes_of(bench, crowd),
         "seconds": time.perf_counter() - began,
     }
     return found, document
 
 
-def notes_of(bench: Bench) -> list[str]:
+def notes_of(bench: Bench, crowd: Crowd) -> list[str]:
     """What a reader of the figures has to know."""
-    said = [NOT_A_MEASUREMENT] if bench.quick else []
-    return said if has_peft() else [*said, PEER_MISSING]
+    said = [NOT_A_MEASUREMENT] if bench.quick else [crowd.note]
+    missing = None if has_peft() else PEER_MISSING
+    return [note for note in (*said, missing) if note is not None]

@@ -28,6 +28,14 @@ def test_the_document(run: Run) -> None:
     assert "figures 1/2, memory-saved done" in ran.err
 
 
+def test_the_help_names_every_family(run: Run) -> None:
+    from sidepath.bench.table import FIGURES, family
+
+    text = " ".join(run("bench", "--help").out.split())
+    families = ", ".join(dict.fromkeys(map(family, FIGURES)))
+    assert f"FIGURE is a family ({families})" in text
+
+
 def test_for_people(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     folder = tmp_path / "out"

@@ -54,6 +54,8 @@ class Verb:
     code: str
     """Where its function is, `module:function`; imported when the verb is called."""
     places: tuple[str, ...] = ()
+    details: str = ""
+    """What the help says beside the summary."""
     method: bool = False
     """Whether a method's settings are flags as well."""
     training: bool = False
@@ -121,6 +123,8 @@ VERBS: Mapping[str, Verb] = {
         BenchRun,
         "sidepath.cli.verbs:bench",
         places=("[FIGURE]...",),
+        details="FIGURE is a family (step, memory, decode, routed, switching, compiled) or one of "
+        "its figures, as in step-llama-bf16; without any, all that do not take minutes.",
     ),
     "config": Verb(
         "print each setting that train would use, and where it came from",
@@ -158,7 +162,7 @@ def parser_of(name: str, sections: Sections) -> Parser:
     parser = Parser(
         prog=f"sidepath {name}",
         usage=usage,
-        description=f"{verb.summary[0].upper()}{verb.summary[1:]}.",
+        description=f"{verb.summary[0].upper()}{verb.summary[1:]}. {verb.details}".rstrip(),
         epilog="A flag wins over the settings file, the file over the default.",
         allow_abbrev=False,
         add_help=False,

@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 
 
 def test_times_with_a_reference_stand_over_it(figures: list[Figure]) -> None:
-    found = panels(figures)
+    found = panels(figures[::-1])
     assert list(found) == ["times the reference: floor, base or copy", "MiB", "ms"]
     ((name, points, target),) = found["times the reference: floor, base or copy"]
     assert (name, target) == ("step-x", 0.95)

@@ -24,18 +24,20 @@ def panels(figures: Sequence[Figure]) -> dict[str, list[tuple[str, Points, float
     A figure of times with a reference stands on the axis of ratios to it; all others on their
     unit's. A target that is a ratio to another way becomes a value by that way's median.
     """
-    found: dict[str, list[tuple[str, Points, float | None]]] = {}
+    order = [OVER_REFERENCE, *(label for label, _ in AXES.values())]
+    found: dict[str, list[tuple[str, Points, float | None]]] = {label: [] for label in order}
     for figure in figures:
         if figure.unit == "seconds" and figure.reference is not None:
-            axis, points = "times the reference: floor, base or copy", over_reference(figure)
+            axis, points = OVER_REFERENCE, over_reference(figure)
         else:
             axis, scale = AXES[figure.unit]
             points = {way: _scaled(spread, scale) for way, spread in figure.ways.items()}
-        found.setdefault(axis, []).append((figure.name, points, target_of(figure, points)))
-    return found
+        found[axis].append((figure.name, points, target_of(figure, points)))
+    return {label: lines for label, lines in found.items() if lines}
 
 
-AXES = {"seconds": ("ms", 1e3), "bytes": ("MiB", 2.0**-20), "calls": ("calls", 1)}
+OVER_REFERENCE = "times the reference: floor, base or copy"
+AXES = {"bytes": ("MiB", 2.0**-20), "seconds": ("ms", 1e3), "calls": ("calls", 1)}
 
 
 def over_reference(figure: Figure) -> Points:
@@ -111,7 +113,7 @@ def _frame(axis: Any, label: str, names: Sequence[str]) -> None:
     axis.set_yticks(range(len(names)), names, fontsize=8.5)
     axis.set_ylim(-0.6, len(names) - 0.3)
     axis.set_xlabel(label, fontsize=9)
-    if label.startswith("times"):
+    if label == OVER_REFERENCE:
         axis.axvline(1, color="#1b1b1f", linewidth=0.8)
     _scale(axis)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -27,6 +27,7 @@ FLOORS = {
     "analyse": 5,
     "serve": 5,
     "demo": 6,
+    "bench": 6,
     "cli": 7,
 }
 APART = {"training", "analyse", "serve"}
@@ -86,6 +87,8 @@ def test_every_import_goes_down() -> None:
         ("kernels", "from sidepath.core import views"),
         ("store", "import sidepath"),
         ("store", "from . import folder"),
+        ("training", "from sidepath.bench.timing import Clock"),
+        ("demo", "from sidepath.bench.timing import Clock"),
         ("errors", "from sidepath.config import TrainConfig"),
     ],
 )

@@ -45,12 +45,14 @@ SURFACE = {
     ),
     "inspect": "--base",
     "merge": "--skip-parity --dtype --quantise --allow-other-base --overwrite",
+    "bench": "--rounds --threads --device --output --quick",
     "config": f"{RUN} {LORA} --lora-dtype {TRAIN}",
 }
 PLACES = {
     "plan": ("MODEL",),
     "inspect": ("ADAPTER", "[OTHER]"),
     "merge": ("BASE", "ADAPTER...", "OUT"),
+    "bench": ("[FIGURE]...",),
 }
 
 

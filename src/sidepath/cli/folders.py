@@ -16,13 +16,30 @@ def require_output(output: Path, *, overwrite: bool) -> None:
     Errors: `StoreError` for a file, for a folder of someone else's, and for one of ours without
     `overwrite`; `WriteFailed` when nothing can be written there.
     """
+    _refuse_file(output)
+    if output.is_dir() and any(output.iterdir()):
+        _require_ours(output, overwrite)
+    _require_writable(next(path for path in output.absolute().parents if path.exists()), output)
+
+
+def require_place(output: Path) -> None:
+    """Raise unless files can be put into the folder `output`, which may be there already.
+
+    Errors: `StoreError` for a file; `WriteFailed` when nothing can be written there.
+    """
+    _refuse_file(output)
+    place = output.absolute()
+    _require_writable(next(path for path in (place, *place.parents) if path.exists()), output)
+
+
+def _refuse_file(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise StoreError(
             "the output exists and is not a folder", where=output, hint="choose another path"
         )
-    if output.is_dir() and any(output.iterdir()):
-        _require_ours(output, overwrite)
-    above = next(path for path in output.absolute().parents if path.exists())
+
+
+def _require_writable(above: Path, output: Path) -> None:
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".sidepath-", dir=above))
     except OSError as error:

@@ -219,3 +219,23 @@ class DemoRun:
 
     def __post_init__(self) -> None:
         check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRun:
+    """How `bench` measures."""
+
+    rounds: int = 7
+    """Runs of each way that count, after a warm-up."""
+    threads: int = 2
+    """Threads that torch computes with, ours and the peer alike."""
+    device: Device = "auto"
+    """Where to measure; `auto` takes the GPU when there is one."""
+    output: str | None = None
+    """Folder for bench.json, bench.md and a picture; files of these names are replaced."""
+    quick: bool = False
+    """Tiny shapes that show in seconds that every figure runs; not a measurement."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        require(self, {"rounds": self.rounds >= 1, "threads": self.threads >= 1})

@@ -14,7 +14,16 @@ from dataclasses import dataclass
 
 from sidepath.cli.options import Parser, Sections, add_flags, flags_of, parse_value
 from sidepath.cli.output import Report
-from sidepath.cli.runs import DemoRun, EvalRun, GenerateRun, InspectRun, MergeRun, PlanRun, TrainRun
+from sidepath.cli.runs import (
+    BenchRun,
+    DemoRun,
+    EvalRun,
+    GenerateRun,
+    InspectRun,
+    MergeRun,
+    PlanRun,
+    TrainRun,
+)
 from sidepath.cli.settings import Settings, read_file, read_tables
 from sidepath.config import TrainConfig
 from sidepath.errors import ConfigError, nearest
@@ -35,7 +44,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Verb:
-    """One command. `places` are its arguments without a flag: NAME, NAME... or [NAME]."""
+    """One command. `places` are its arguments without a flag: NAME, [NAME], NAME... or
+    [NAME]... .
+    """
 
     summary: str
     table: str
@@ -43,6 +54,8 @@ class Verb:
     code: str
     """Where its function is, `module:function`; imported when the verb is called."""
     places: tuple[str, ...] = ()
+    details: str = ""
+    """What the help says beside the summary."""
     method: bool = False
     """Whether a method's settings are flags as well."""
     training: bool = False
@@ -104,6 +117,15 @@ VERBS: Mapping[str, Verb] = {
         "sidepath.cli.verbs:merge",
         places=("BASE", "ADAPTER...", "OUT"),
     ),
+    "bench": Verb(
+        "measure training, memory, decoding, routing and switching beside PEFT",
+        "bench",
+        BenchRun,
+        "sidepath.cli.verbs:bench",
+        places=("[FIGURE]...",),
+        details="FIGURE is a family (step, memory, decode, routed, switching, compiled) or one of "
+        "its figures, as in step-llama-bf16; without any, all that do not take minutes.",
+    ),
     "config": Verb(
         "print each setting that train would use, and where it came from",
         "run",
@@ -140,7 +162,7 @@ def parser_of(name: str, sections: Sections) -> Parser:
     parser = Parser(
         prog=f"sidepath {name}",
         usage=usage,
-        description=f"{verb.summary[0].upper()}{verb.summary[1:]}.",
+        description=f"{verb.summary[0].upper()}{verb.summary[1:]}. {verb.details}".rstrip(),
         epilog="A flag wins over the settings file, the file over the default.",
         allow_abbrev=False,
         add_help=False,

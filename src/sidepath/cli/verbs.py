@@ -1,4 +1,4 @@
-"""The short verbs: plan, merge, config, demo (floor 7)."""
+"""The short verbs: plan, merge, config, bench, demo (floor 7)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sidepath.cli.output import Report, Table, note, progress
-from sidepath.cli.runs import DemoRun, MergeRun, PlanRun
+from sidepath.cli.runs import BenchRun, DemoRun, MergeRun, PlanRun
 from sidepath.cli.settings import toml
 from sidepath.cli.surface import Call
 
@@ -66,6 +66,38 @@ def config(call: Call) -> Report:
         if not call.settings.missing(section):
             call.settings.build(section, cls)
     return Report(call.settings.as_dict(), [toml(call.settings).rstrip("\n")])
+
+
+def bench(call: Call) -> Report:
+    """Every figure, or those named, beside its peer and what it is to reach."""
+    from sidepath.bench.report import (
+        HEAD,
+        PICTURE_MISSING,
+        has_matplotlib,
+        notes,
+        table_rows,
+        write,
+    )
+    from sidepath.bench.setting import Bench
+    from sidepath.bench.table import chosen, measured
+    from sidepath.cli.bases import device_of, quiet
+    from sidepath.cli.folders import require_place
+
+    run = call.settings.build("bench", BenchRun)
+    names = chosen(call.places)
+    folder = None if run.output is None else Path(run.output)
+    if folder is not None:
+        require_place(folder)
+    quiet()
+    setting = Bench(run.rounds, device_of(run.device), run.quick)
+    with progress("figures") as advance:
+        found, document = measured(names, setting, threads=run.threads, progress=advance)
+    told: list[str | Table] = [Table("", HEAD, table_rows(found)), "", *notes(found, document)]
+    if folder is not None:
+        told.append(f"in {folder}: {', '.join(write(folder, found, document))}")
+        if not has_matplotlib():
+            told.append(PICTURE_MISSING)
+    return Report(document, told)
 
 
 def demo(call: Call) -> Report:

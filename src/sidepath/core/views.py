@@ -97,7 +97,7 @@ class LinearView(DenseView):
     def layer(
         self, A_RI: Tensor | None = None, B_OR: Tensor | None = None, scaling: float = 1.0
     ) -> Layer | None:
-        """This layer with a side path, for kernels that give its weights no gradient; None where
+        """The layer with a side path, for kernels that give its weights no gradient; None where
         they have one, or where the layer is not called as its class says.
         """
         parameters = self.module._parameters

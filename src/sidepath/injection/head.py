@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sidepath.core.adapted import CHILD
@@ -57,7 +56,12 @@ def fused_head(model: nn.Module) -> Head | None:
     """
     registry = registry_of(model)
     name = BODIES.get(qualified(type(model)))
-    if registry is None or name is None or not registry.routing.fused or _compiled_or_autocast(model):
+    if (
+        registry is None
+        or name is None
+        or not registry.routing.fused
+        or _compiled_or_autocast(model)
+    ):
         return None
     body, layer = model.get_submodule(name), model.get_output_embeddings()  # type: ignore[operator]
     plain = type(layer) is nn.Linear and CHILD not in layer._modules
@@ -74,6 +78,9 @@ def _compiled_or_autocast(model: nn.Module) -> bool:
 
 def _called_by_others(module: nn.Module) -> bool:
     return bool(
-        "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
-        or module._backward_hooks or module._backward_pre_hooks
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )

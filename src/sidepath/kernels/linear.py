@@ -127,7 +127,9 @@ def back(
     gradients: list[Tensor | None] = [None] * (2 * len(layers))
     for number, g_RN in zip(sided, g_SN.split(ranks), strict=True):
         B_OR = layers[number].B_OR
-        torch.mm(B_OR.to(dtype).T.contiguous(), dys[number].T, out=g_RN).mul_(layers[number].scaling)
+        torch.mm(B_OR.to(dtype).T.contiguous(), dys[number].T, out=g_RN).mul_(
+            layers[number].scaling
+        )
         if B_OR.requires_grad:
             gradients[2 * number + 1] = (hiddens[number] @ dys[number]).T.to(B_OR.dtype)
     if any(layers[number].A_RI.requires_grad for number in sided):

@@ -99,9 +99,10 @@ def alive_between(model: nn.Module, loss: Loss) -> int:
         made = loss()
         found = torch.cuda.memory_allocated(_device(model)) - before
     else:
-        with LiveBytes() as count:
+        with LiveBytes(held_tensors(model)) as count:
+            before = count.live
             made = loss()
-            found = count.live
+            found = count.live - before
     del made
     return int(found)
 
@@ -115,9 +116,10 @@ def peak_bytes(model: nn.Module, loss: Loss) -> int:
     if _device(model).type == "cuda":
         found = _peak_on_gpu(_device(model), lambda: _backward(loss))
     else:
-        with LiveBytes() as count:
+        with LiveBytes(held_tensors(model)) as count:
+            before = count.live
             _backward(loss)
-        found = count.peak
+        found = count.peak - before
     model.zero_grad(set_to_none=True)
     return found
 

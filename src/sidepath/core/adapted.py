@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, is_autocast_enabled, nn
+from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
 from sidepath.core.delta import Delta
@@ -58,10 +58,11 @@ class Adapted(nn.Module):
                 return routed(side, routing.rows, x, *args, **kwargs)
             delta: Any = side._modules.get(routing.key)
             if delta is not None:
+                y: Tensor | None = None
                 if not routing.fused or is_compiling() or is_autocast_enabled(x.device.type):
-                    return delta.forward(x, side.view, *args, **kwargs)  # type: ignore[no-any-return]
-                siblings = self.__dict__.get(SIBLINGS)
-                y = None if siblings is None else siblings.answer(self, x)
+                    y = delta.forward(x, side.view, *args, **kwargs)
+                elif (siblings := self.__dict__.get(SIBLINGS)) is not None and is_grad_enabled():
+                    y = siblings.answer(self, x)
                 return delta.fused(x, side.view, *args, **kwargs) if y is None else y
         return side.view(x, *args, **kwargs)
 

@@ -48,7 +48,7 @@ class Block:
         routing = self.routing
         return (
             routing.fused
-            and (routing.key is not None or routing.rows is not None)
+            and (routing.active is not None or routing.rows is not None)
             and not routing.silent
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
@@ -113,7 +113,7 @@ class _Linears(Block):
 
     def _layer(self, view: LinearView) -> Layer | None:
         side = view.module._modules.get(CHILD)
-        delta = None if side is None else side._modules.get(self.routing.key)  # type: ignore[arg-type]
+        delta = None if side is None else side._modules.get(self.routing.key)
         if delta is None:
             return view.layer()
         assert isinstance(delta, Delta)
@@ -139,7 +139,10 @@ class GatedMLP(_MLP):
 
     def fused(self, x: Tensor) -> Tensor | None:
         layers = None if self.act is None else self.layers()
-        return None if layers is None or self.act is None else gated_mlp(x, *layers, self.act)
+        if layers is None or self.act is None:
+            return None
+        gate, up, down = layers
+        return gated_mlp(x, gate, up, down, self.act)
 
 
 class PhiMLP(_MLP):
@@ -150,7 +153,10 @@ class PhiMLP(_MLP):
 
     def fused(self, x: Tensor) -> Tensor | None:
         layers = None if self.act is None else self.layers()
-        return None if layers is None or self.act is None else plain_mlp(x, *layers, self.act)
+        if layers is None or self.act is None:
+            return None
+        up, down = layers
+        return plain_mlp(x, up, down, self.act)
 
 
 class GPT2MLP(PhiMLP):
@@ -185,7 +191,7 @@ class Projections(_Linears):
                 self._seen = None
             return y
         self._seen, self._ready = None, {}
-        if asked is not self.module._modules[self.names[0]] or not torch.is_grad_enabled():
+        if asked is not self.module._modules[self.names[0]]:
             return None
         layers = self.layers()
         if layers is None or any(layer.A_RI is None for layer in layers):

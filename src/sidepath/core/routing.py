@@ -73,8 +73,9 @@ class Routing:
     @active.setter
     def active(self, name: str | None) -> None:
         self._active = name
-        self.key = None if name is None else key_of(name)
-        """The module key of the active adapter's deltas, worked out once and not in each layer."""
+        self.key = "" if name is None else key_of(name)
+        """The module key of the active adapter's deltas, worked out once and not in each layer;
+        empty for the base, whose deltas nobody has."""
 
 
 def key_of(name: str) -> str:

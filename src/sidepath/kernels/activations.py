@@ -31,11 +31,13 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 def _gelu_tanh_back(d: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(d, x, approximate="tanh")
+    result: Tensor = torch.ops.aten.gelu_backward(d, x, approximate="tanh")
+    return result
 
 
 def _gelu_back(d: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(d, x)
+    result: Tensor = torch.ops.aten.gelu_backward(d, x)
+    return result
 
 
 SILU = Activation(F.silu, torch.ops.aten.silu_backward)

@@ -64,6 +64,7 @@ class _HeadLoss(torch.autograd.Function):
             losses.append(_to_gradient_(logits_CV, targets_N[own], smoothing))
             if dh_ND is not None:
                 torch.mm(logits_CV, weight_VD, out=dh_ND[own])
+            del logits_CV  # before the next ones are made
         if dh_ND is not None:
             ctx.save_for_backward(dh_ND)
         return torch.stack(losses).sum()

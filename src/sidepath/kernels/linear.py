@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -66,13 +67,21 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def beside(x: Tensor, layer: Layer) -> Tensor:
+FEW = 32
+"""Rows up to which thin products run in float32 beside a 16-bit layer on a CPU: there a product
+of two 16-bit matrices costs some 17 us a call, of float32 ones 7, and casting few rows little."""
+
+
+def beside(x: Tensor, base: Frozen, A_RI: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
     """`W0 x + b + s B (A x)` where no gradient is recorded: few operations, for few rows."""
-    base, _, _, A_RI, B_OR, scaling = layer
     y = base(x).contiguous()
-    if A_RI is not None and B_OR is not None:
-        hidden_NR = x.reshape(-1, x.shape[-1]) @ A_RI.to(x.dtype).T
-        y.view(-1, y.shape[-1]).addmm_(hidden_NR, B_OR.to(x.dtype).T, alpha=scaling)
+    x_NI, y_NO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    if x.dtype.itemsize == 2 and len(x_NI) <= FEW and not x.is_cuda:
+        h_NR = F.linear(x_NI.float(), A_RI.float())
+        y_NO.add_(F.linear(h_NR, B_OR.float()), alpha=scaling)
+    else:
+        h_NR = F.linear(x_NI, A_RI.to(x.dtype))
+        y_NO.addmm_(h_NR, B_OR.to(x.dtype).T, alpha=scaling)
     return y
 
 
@@ -87,7 +96,7 @@ def forth(x: Tensor, layers: Sequence[Layer], mask: Mask | None = None) -> Outpu
     if As:
         seen_NI = x_NI if mask is None else mask.on(x_NI)
         hidden_SN = (As[0] if len(As) == 1 else torch.cat(As)) @ seen_NI.T
-        parts = iter(hidden_SN.split([*map(len, As)]))
+        parts = iter(torch.split(hidden_SN, [*map(len, As)]))
     ys: list[Tensor] = []
     hiddens: list[Tensor | None] = []
     for base, W_OI, bias_O, A_RI, B_OR, scaling in layers:
@@ -120,30 +129,40 @@ def back(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """`dx` (N, I) of layers that saw one input, if it is wanted, and `dA, dB` of each."""
     dtype = x_NI.dtype
-    sided = [number for number, layer in enumerate(layers) if layer.A_RI is not None]
-    As = [layers[number].A_RI.to(dtype) for number in sided]
+    there = [number for number, hidden_RN in enumerate(hiddens) if hidden_RN is not None]
+    As = [A_RI.to(dtype) for layer in layers if (A_RI := layer.A_RI) is not None]
     ranks = [len(A_RI) for A_RI in As]
     g_SN = x_NI.new_empty(sum(ranks), len(x_NI))
     gradients: list[Tensor | None] = [None] * (2 * len(layers))
-    for number, g_RN in zip(sided, g_SN.split(ranks), strict=True):
-        B_OR = layers[number].B_OR
-        torch.mm(B_OR.to(dtype).T.contiguous(), dys[number].T, out=g_RN).mul_(
-            layers[number].scaling
-        )
+    for number, g_RN in zip(there, _rows(g_SN, ranks), strict=True):
+        _, _, _, _, B_OR, scaling = layers[number]
+        dy_NO, hidden_RN = dys[number], hiddens[number]
+        assert B_OR is not None
+        assert hidden_RN is not None
+        torch.mm(B_OR.to(dtype).T.contiguous(), dy_NO.T, out=g_RN).mul_(scaling)
         if B_OR.requires_grad:
-            gradients[2 * number + 1] = (hiddens[number] @ dys[number]).T.to(B_OR.dtype)
-    if any(layers[number].A_RI.requires_grad for number in sided):
+            gradients[2 * number + 1] = (hidden_RN @ dy_NO).T.to(B_OR.dtype)
+    trained = [number for number in there if _trains(layers[number].A_RI)]
+    if trained:
         dA_SI = g_SN @ (x_NI if mask is None else mask.on(x_NI))
-        for number, dA_RI in zip(sided, dA_SI.split(ranks), strict=True):
-            gradients[2 * number] = dA_RI.to(layers[number].A_RI.dtype)
+        for number, dA_RI in zip(there, _rows(dA_SI, ranks), strict=True):
+            A_RI = layers[number].A_RI
+            gradients[2 * number] = dA_RI if A_RI is None else dA_RI.to(A_RI.dtype)
     if not wanted:
         return None, gradients
     dx_NI = g_SN.T @ (As[0] if len(As) == 1 else torch.cat(As)) if As else torch.zeros_like(x_NI)
     dx_NI = dx_NI if mask is None else mask.on(dx_NI)
     for layer, dy_NO in zip(layers, dys, strict=True):
-        W_OI = layer.base.matrix_as(dtype) if layer.W_OI is None else layer.W_OI
-        dx_NI.addmm_(dy_NO, W_OI)
+        dx_NI.addmm_(dy_NO, layer.base.matrix_as(dtype) if layer.W_OI is None else layer.W_OI)
     return dx_NI, gradients
+
+
+def _rows(stacked_SN: Tensor, ranks: Sequence[int]) -> tuple[Tensor, ...]:
+    return torch.split(stacked_SN, list(ranks))
+
+
+def _trains(factor: Tensor | None) -> bool:
+    return factor is not None and factor.requires_grad
 
 
 class SidePathLinears(torch.autograd.Function):
@@ -196,7 +215,7 @@ def saved(ctx: Any) -> tuple[list[Layer], Sequence[Tensor | None], Sequence[Tens
     """What `save` kept."""
     count, tensors = len(ctx.frozen), ctx.saved_tensors
     layers = [
-        Layer(base, *tensors[4 * number : 4 * number + 4], scaling)
+        Layer(base, *tensors[4 * number : 4 * number + 4], scaling=scaling)
         for number, (base, scaling) in enumerate(ctx.frozen)
     ]
     return layers, tensors[4 * count : 5 * count], tensors[5 * count :]

@@ -211,17 +211,21 @@ class LowRank(WeightDelta):
         self.B.copy_(torch.cat([B_OR for _, B_OR in factors]))
 
     def fused(self, x: Tensor, base: View, *args: Any, **kwargs: Any) -> Tensor:
-        if not (self.whole_linear and isinstance(base, LinearView)):
+        if not self.whole_linear:
             return self.forward(x, base, *args, **kwargs)
-        layer = base.layer(self.A, self.B, self.scaling)
-        if layer is None:
-            return self.forward(x, base, *args, **kwargs)
+        assert isinstance(base, LinearView)
+        A_RI, B_OR = self._parameters["A"], self._parameters["B"]
+        assert A_RI is not None
+        assert B_OR is not None
         dropout = self.dropout if self.training else 0.0
         if not (dropout or torch.is_grad_enabled()):
-            return beside(x, layer)
+            return beside(x, base, A_RI, B_OR, self.scaling)
+        layer = base.layer(A_RI, B_OR, self.scaling)
+        if layer is None:
+            return self.forward(x, base, *args, **kwargs)
         mask = Mask.drawn(dropout) if dropout else None
-        (y,) = SidePathLinears.apply(x, (layer,), mask, self.A, self.B)  # type: ignore[no-untyped-call]
-        return y  # type: ignore[no-any-return]
+        ys = SidePathLinears.apply(x, (layer,), mask, A_RI, B_OR)  # type: ignore[no-untyped-call]
+        return ys[0]  # type: ignore[no-any-return]
 
     def onto(self, y: Tensor, x: Tensor, base: View) -> Tensor:
         assert isinstance(base, DenseView)

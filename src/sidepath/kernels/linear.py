@@ -215,7 +215,7 @@ def saved(ctx: Any) -> tuple[list[Layer], Sequence[Tensor | None], Sequence[Tens
     """What `save` kept."""
     count, tensors = len(ctx.frozen), ctx.saved_tensors
     layers = [
-        Layer(base, *tensors[4 * number : 4 * number + 4], scaling=scaling)
+        Layer._make((base, *tensors[4 * number : 4 * number + 4], scaling))
         for number, (base, scaling) in enumerate(ctx.frozen)
     ]
     return layers, tensors[4 * count : 5 * count], tensors[5 * count :]

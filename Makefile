@@ -26,7 +26,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/side_path.py
+	$(BIN)/sidepath bench --output bench-output
 	$(BIN)/python benchmarks/qlora.py
 	$(BIN)/python benchmarks/together.py
 
@@ -40,4 +40,4 @@ $(INSTALLED): pyproject.toml constraints.txt scripts/make_venv.sh
 	PYTHON="$(PYTHON)" sh scripts/make_venv.sh
 
 clean:
-	rm -rf .venv demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

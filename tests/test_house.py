@@ -161,6 +161,7 @@ def test_the_public_names() -> None:
         "train",
         "train_together",
         "unmerge",
+        "use_kernels",
     ]
     assert callable(sidepath.inject)
     assert callable(sidepath.train), "no package hides a verb of the same name"

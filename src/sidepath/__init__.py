@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sidepath.injection.surgery import disabled as disabled
     from sidepath.injection.surgery import remove as remove
     from sidepath.injection.surgery import route as route
+    from sidepath.injection.surgery import use_kernels as use_kernels
     from sidepath.methods.lora import LoRA as LoRA
     from sidepath.store.adapter import Adapter as Adapter
     from sidepath.store.adapter import inject as inject
@@ -67,6 +68,7 @@ _HOMES = {
     "train": "sidepath.training.loop",
     "train_together": "sidepath.training.together",
     "unmerge": "sidepath.injection.merging",
+    "use_kernels": "sidepath.injection.surgery",
 }
 
 __all__ = [
@@ -96,6 +98,7 @@ __all__ = [
     "train",
     "train_together",
     "unmerge",
+    "use_kernels",
 ]
 
 

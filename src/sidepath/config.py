@@ -60,6 +60,9 @@ class TrainConfig:
     """Seed of the data order, of dropout and of the adapter's start."""
     autocast: Literal["off", "bfloat16"] = "off"
     """Run the forward pass under autocast in this dtype."""
+    kernels: Literal["fused", "plain"] = "fused"
+    """Compute layers with side paths, known blocks and the loss in one piece each (faster, less
+    memory, equal up to rounding), or everything as written."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass to save memory."""
     eval_share: float = 0.0

@@ -50,7 +50,7 @@ def steps_of(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    with opened([trained], gradient_checkpointing=checkpointing):
+    with opened([trained], TrainConfig(gradient_checkpointing=checkpointing)):
         yield step
 
 

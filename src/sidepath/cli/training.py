@@ -164,6 +164,7 @@ def _planned(model: nn.Module, method: Method, data: Data, config: TrainConfig) 
         supervised=batch.weight / (rows * tokens) if data.task == "causal" else 1.0,
         padded=mask is not None and not bool(mask.all()),
         autocast=config.autocast == "bfloat16",
+        fused=config.kernels == "fused",
         logits=tokens - 1 - batch.first_target if data.task == "causal" else None,
         packed=config.packing,
     )

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sidepath.errors import MissingExtra, UnsupportedModule
+from sidepath.kernels import on_gpu
 
 LINEAR = "bitsandbytes.nn.modules.Linear4bit"
 """Qualified name of the layer that this module reads and makes."""
@@ -230,6 +231,14 @@ def base_product(x: Tensor, module: Any, forward: Callable[[Tensor], Tensor]) ->
         weight = module.weight
         own = None if bias is None else bias.to(weight.dtype)
         return F.linear(x.to(weight.dtype), weight, own).to(x.dtype)
+    state = state_of(module.weight)
+    if (
+        bias is None
+        and state is not None
+        and on_gpu.may_run(x)
+        and x.dtype == compute_dtype(module)
+    ):
+        return on_gpu.packed_product(x, module.weight.data, state, lambda: forward(x))
     held = None if bias is None else bias.data
     y = forward(x)
     if held is not None and bias.dtype != held.dtype:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sidepath.core.routing import Layer, Placed, Rows, first_row
 from sidepath.core.views import View
 from sidepath.errors import RoutingError
+from sidepath.kernels import on_gpu
 from sidepath.kernels.routed import (
     RowPlan,
     Stack,
@@ -55,10 +56,23 @@ def routed(side: SidePaths, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) ->
         y, y_BTO, x_BTI = _flat(y, x)
         plan, A, B = _arranged(layer, layer.stack, rows, y_BTO, x_BTI)
         if plan is not None:
-            add_arranged_(y_BTO, x_BTI, plan, A, B)
+            _add_(rows, layer.stack, y_BTO, x_BTI, plan, A, B)
     for delta, index in layer.others:
         y[index] = delta.onto(y[index], x[index], side.view)
     return y
+
+
+def _add_(
+    rows: Rows, stack: Stack, y_BTO: Tensor, x_BTI: Tensor, plan: RowPlan, A: Tensor, B: Tensor
+) -> None:
+    if on_gpu.may_run(y_BTO):
+
+        def plain(y_BTO: Tensor) -> None:
+            add_arranged_(y_BTO, x_BTI, plan, A, B)
+
+        on_gpu.add_stack_(y_BTO, x_BTI, stack, rows.slots, rows.tiles, plain)
+    else:
+        add_arranged_(y_BTO, x_BTI, plan, A, B)
 
 
 def _arranged(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ class Rows:
     layers: dict[object, Layer] = field(default_factory=dict, compare=False)
     """By layer and dtype: its adapters, as they were when it first answered without gradients.
     With gradients nothing is kept of them."""
+    tiles: dict[object, Any] = field(default_factory=dict, compare=False)
+    """The rows as a GPU's kernels take them (`kernels/on_gpu.py`)."""
     plans: dict[object, RowPlan | None] = field(default_factory=dict, compare=False)
     """By the stack's ranks and the input's size: how its rows are multiplied."""
 

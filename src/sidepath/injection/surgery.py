@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -118,6 +119,17 @@ def activate(model: nn.Module, name: str | None) -> None:
         registry.adapter(name)
     refuse_merged(registry, "the active adapter cannot change")
     registry.routing.active = name
+
+
+def use_kernels(model: nn.Module, kernels: Literal["fused", "plain"]) -> None:
+    """Compute layers with side paths and known blocks of a model in one piece each, or as written.
+
+    "fused" is what a model starts with; the two are equal up to rounding. Nothing happens to a
+    model without adapters.
+    """
+    registry = registry_of(model)
+    if registry is not None:
+        registry.routing.fused = kernels == "fused"
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch.nn import functional
 from sidepath.core.adapted import CHILD
 from sidepath.injection.head import fused_head
 from sidepath.injection.registry import registry_of
-from sidepath.injection.surgery import activate, put_in, remove
+from sidepath.injection.surgery import activate, put_in, remove, use_kernels
 from sidepath.methods.base import Method, Site
 from sidepath.store.live import LiveBytes, held_tensors, quantisation_tensors, storage_bytes
 
@@ -96,6 +96,8 @@ class Shape:
     """Positions of each row, at its end, that get logits; those of the targets when not given."""
     packed: bool = False
     """Several examples in a row, told apart by their positions."""
+    fused: bool = True
+    """With fused kernels, where there are such."""
 
 
 class Twin:
@@ -143,6 +145,7 @@ class Twin:
         None where a forward pass of token ids does not run on the model.
         """
         self.model.train().zero_grad(set_to_none=True)
+        use_kernels(self.model, "fused" if shape.fused else "plain")
         held = list(held_tensors(self.model))
         try:
             with self._mode, warnings.catch_warnings(), LiveBytes(held) as count:

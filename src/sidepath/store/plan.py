@@ -105,6 +105,7 @@ def plan(
     autocast: bool = False,
     logits: int | None = None,
     packed: bool = False,
+    fused: bool = True,
 ) -> Plan:
     """What `inject(model, config)` would adapt, and what training it would hold. Changes nothing.
 
@@ -113,8 +114,8 @@ def plan(
     `supervised` targets, `padded` (rows of several lengths) or full, or `packed`, with `logits` of
     the last so many positions of each row (those of the targets by default), with AdamW, whose two
     moments have the trained parameters' dtype; with gradient `checkpointing` or without, with
-    `autocast` to bfloat16 or without. Over several forward passes a step (accumulation) it is
-    higher by at most the gradients.
+    `autocast` to bfloat16 or without, by `fused` kernels or plain ones. Over several forward
+    passes a step (accumulation) it is higher by at most the gradients.
     Held against the bytes of real steps on CPU it is within 15 % (`tests/store/test_memory.py`).
     Raises what `inject` would raise.
     """
@@ -123,7 +124,7 @@ def plan(
     twin = Twin(model, config, sites)
     installed = twin.installed
     base = [parameter for _, parameter in base_parameters(model)]
-    shape = Shape(batch_size, tokens, supervised, padded, autocast, logits, packed)
+    shape = Shape(batch_size, tokens, supervised, padded, autocast, logits, packed, fused)
     return Plan(
         method=config.method,
         trainable=sum(parameter.numel() for parameter in installed.parameters()),

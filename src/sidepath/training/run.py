@@ -102,8 +102,7 @@ class Run(state.Standing):
     @contextlib.contextmanager
     def prepared(self) -> Iterator[Iterator[list[Batch]]]:
         """Open the model for training and give the batches of each step to come."""
-        checkpointing = self.config.gradient_checkpointing
-        with opened([self.trained], gradient_checkpointing=checkpointing):
+        with opened([self.trained], self.config):
             if self.order.capacity is not None:
                 require_packable(self.trained.model, self.data)
             self.processes.require_equal("the trained tensors", self.trained.tensors)

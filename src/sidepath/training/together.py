@@ -33,7 +33,7 @@ from sidepath.training.report import StepReport
 from sidepath.training.run import Run, Step
 from sidepath.training.trained import opened, require_fit, trained_of
 
-SHARED = ("autocast", "gradient_checkpointing")
+SHARED = ("autocast", "gradient_checkpointing", "kernels")
 """Settings of the one forward pass, which all runs must have in common."""
 
 
@@ -96,7 +96,7 @@ def _reports(model: nn.Module, runs: Mapping[str, Run]) -> Generator[dict[str, S
     shared = next(iter(runs.values())).config
     trained = [run.trained for run in runs.values()]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(opened(trained, gradient_checkpointing=shared.gradient_checkpointing))
+        stack.enter_context(opened(trained, shared))
         for run in runs.values():
             run.processes.require_equal("the trained tensors", run.trained.tensors)
         feeds = {

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sidepath.config import TrainConfig
 from sidepath.data.dataset import Data
 from sidepath.errors import DataError, TrainError
 from sidepath.injection.registry import Installed, registry_of
@@ -131,23 +132,26 @@ def _persistent(module: nn.Module, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def opened(trained: Sequence[Trained], *, gradient_checkpointing: bool) -> Iterator[None]:
+def opened(trained: Sequence[Trained], config: TrainConfig) -> Iterator[None]:
     """Open one model for training these parts of it, the first of which is active.
 
-    Afterwards every mode, `requires_grad` and the active adapter are what they were.
+    Afterwards every mode, `requires_grad`, the active adapter and the kernels in use are what
+    they were.
     """
     model: Any = trained[0].model
     registry = registry_of(model)
     needed = {id(parameter) for part in trained for parameter in part.parameters.values()}
     kept = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = None if registry is None else registry.routing.active
-    checkpointed = gradient_checkpointing and not _is_checkpointing(model)
+    fused = registry is not None and registry.routing.fused
+    checkpointed = config.gradient_checkpointing and not _is_checkpointing(model)
     with modes_kept(model):
         try:
             for parameter, _ in kept:
                 parameter.requires_grad_(id(parameter) in needed)
             if registry is not None and trained[0].adapter is not None:
                 registry.routing.active = trained[0].adapter.name
+                registry.routing.fused = fused and config.kernels == "fused"
             if checkpointed:
                 switch_checkpointing(model, on=True)
             model.train()
@@ -157,6 +161,7 @@ def opened(trained: Sequence[Trained], *, gradient_checkpointing: bool) -> Itera
                 switch_checkpointing(model, on=False)
             if registry is not None:
                 registry.routing.active = active
+                registry.routing.fused = fused
             for parameter, required in kept:
                 parameter.requires_grad_(required)
                 if id(parameter) in needed:

@@ -54,6 +54,7 @@ def test_the_commands_run_as_printed(here: Path, capsys: pytest.CaptureFixture[s
         "inspect",
         "merge",
         "config",
+        "bench",
     ]
     for line in lines:
         words = [word if word != "MODEL" else str(embedded_base()) for word in shlex.split(line)]

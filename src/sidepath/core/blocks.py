@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sidepath.core.adapted import CHILD, SIBLINGS
+from sidepath.core.adapted import CHILD, SIBLINGS, SidePaths
 from sidepath.core.delta import Delta
 from sidepath.core.quant import qualified
 from sidepath.core.routing import Routing
-from sidepath.core.views import LinearView, view_of
+from sidepath.core.views import LinearView, View, view_of
 from sidepath.kernels import activations
 from sidepath.kernels.activations import Activation
 from sidepath.kernels.linear import Layer, SidePathLinears
@@ -54,6 +54,14 @@ class Block:
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled(x.device.type)
         )
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's forward gives: in one piece where that is possible."""
+        if len(args) == 1 and not kwargs and self.wanted(args[0]):
+            y = self.fused(args[0])
+            if y is not None:
+                return y
+        return self.base_class.forward(self.module, *args, **kwargs)
 
     def fused(self, x: Tensor) -> Tensor | None:
         """The module's output, or None where its own forward pass has to run."""
@@ -94,7 +102,7 @@ class _Linears(Block):
 
     def __init__(self, module: nn.Module, routing: Routing) -> None:
         super().__init__(module, routing)
-        self.views = [view_of(module.get_submodule(name)) for name in self.names]
+        self.views = [_view(module.get_submodule(name)) for name in self.names]
 
     def layers(self) -> list[Layer] | None:
         """The linear layers with their side paths, where all are frozen and plain."""
@@ -121,6 +129,12 @@ class _Linears(Block):
         return None if factors is None else view.layer(*factors)
 
 
+def _view(module: nn.Module) -> View | None:
+    """The module as it was before side paths stood beside it, which they may do already."""
+    side = module._modules.get(CHILD)
+    return side.view if isinstance(side, SidePaths) else view_of(module)
+
+
 class _MLP(_Linears):
     """Linear layers with an activation between them."""
 
@@ -128,7 +142,14 @@ class _MLP(_Linears):
 
     def __init__(self, module: nn.Module, routing: Routing) -> None:
         super().__init__(module, routing)
-        self.act = ACTIVATIONS.get(qualified(type(module.get_submodule(self.activation))))
+        self.act_module = module.get_submodule(self.activation)
+        self.act = ACTIVATIONS.get(qualified(type(self.act_module)))
+
+    def layers(self) -> list[Layer] | None:
+        act = self.module._modules.get(self.activation)
+        if self.act is None or act is not self.act_module or _watched(act):
+            return None
+        return super().layers()
 
 
 class GatedMLP(_MLP):
@@ -138,7 +159,7 @@ class GatedMLP(_MLP):
     activation = "act_fn"
 
     def fused(self, x: Tensor) -> Tensor | None:
-        layers = None if self.act is None else self.layers()
+        layers = self.layers()
         if layers is None or self.act is None:
             return None
         gate, up, down = layers
@@ -152,7 +173,7 @@ class PhiMLP(_MLP):
     activation = "activation_fn"
 
     def fused(self, x: Tensor) -> Tensor | None:
-        layers = None if self.act is None else self.layers()
+        layers = self.layers()
         if layers is None or self.act is None:
             return None
         up, down = layers
@@ -173,15 +194,26 @@ class GPT2MLP(PhiMLP):
 class Projections(_Linears):
     """Queries, keys and values: three layers that are called one after another on one input.
 
-    The first one called computes all three, the others take what is there for them.
+    The first one called computes all three, the others take what is there for them. Only while
+    their module runs: nothing stays behind it, and who asks one of them alone is told of it alone.
     """
 
     names = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, module: nn.Module, routing: Routing) -> None:
         super().__init__(module, routing)
+        self._running = False
         self._seen: Tensor | None = None
         self._ready: dict[nn.Module, Tensor] = {}
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.base_class.forward(self.module, *args, **kwargs)
+        self._running = True
+        try:
+            return self.base_class.forward(self.module, *args, **kwargs)
+        finally:
+            self._running, self._seen, self._ready = False, None, {}
 
     def answer(self, asked: nn.Module, x: Tensor) -> Tensor | None:
         """What `asked` makes of `x`, or None where it is to be computed by itself."""
@@ -191,7 +223,7 @@ class Projections(_Linears):
                 self._seen = None
             return y
         self._seen, self._ready = None, {}
-        if asked is not self.module._modules[self.names[0]]:
+        if not self._running or asked is not self.module._modules[self.names[0]]:
             return None
         layers = self.layers()
         if layers is None or any(layer.A_RI is None for layer in layers):
@@ -204,12 +236,12 @@ class Projections(_Linears):
         return ys[0]  # type: ignore[no-any-return]
 
     def take(self) -> None:
-        self.module.__dict__[_BLOCK] = self
+        super().take()
         for name in self.names:
             self.module.get_submodule(name).__dict__[SIBLINGS] = self
 
     def give_back(self) -> None:
-        del self.module.__dict__[_BLOCK]
+        super().give_back()
         for name in self.names:
             del self.module.get_submodule(name).__dict__[SIBLINGS]
 
@@ -245,14 +277,8 @@ BLOCKS: dict[str, type[Block]] = {
 class FusedBlock(nn.Module):
     """Mixed in before a module's own class: one piece where that is possible."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        block: Block = self.__dict__[_BLOCK]
-        if not (args or kwargs) and block.wanted(x):
-            y = block.fused(x)
-            if y is not None:
-                return y
-        result: Tensor = block.base_class.forward(self, x, *args, **kwargs)
-        return result
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__[_BLOCK].run(*args, **kwargs)
 
 
 _fused_classes: dict[type[nn.Module], type[nn.Module]] = {}

@@ -9,6 +9,7 @@ input channels of a group times the kernel), R rank, G groups.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -101,11 +102,12 @@ class LinearView(DenseView):
         they have one, or where the layer is not called as its class says.
         """
         parameters = self.module._parameters
+        # A parametrised weight is no parameter of its module.
+        if self.own_forward is not None or "weight" not in parameters or not _as_known(self):
+            return None
         for parameter in parameters.values():
             if parameter is not None and parameter.requires_grad:
                 return None
-        if self.own_forward is not None:
-            return None
         return Layer(self, parameters["weight"], parameters.get("bias"), A_RI, B_OR, scaling)
 
     def matrix_as(self, dtype: torch.dtype) -> Tensor:
@@ -209,8 +211,8 @@ class PackedView(LinearView):
     def layer(
         self, A_RI: Tensor | None = None, B_OR: Tensor | None = None, scaling: float = 1.0
     ) -> Layer | None:
-        if self.weight.is_floating_point():
-            return None  # an adapter is merged into it
+        if self.weight.is_floating_point() or not _as_known(self):
+            return None  # an adapter is merged into it, or its class has a way of its own
         return Layer(self, None, None, A_RI, B_OR, scaling)
 
     def matrix_as(self, dtype: torch.dtype) -> Tensor:
@@ -263,6 +265,18 @@ def _search(cls: type[nn.Module]) -> type[DenseView] | None:
         if name in VIEWS:
             return VIEWS[name]
     return None
+
+
+def _as_known(view: View) -> bool:
+    """Whether the module computes what the class in the table does, and not something more."""
+    return view.base_class.forward is _known_forward(view.base_class)
+
+
+@functools.cache
+def _known_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
+    known = next(base for base in cls.__mro__ if quant.qualified(base) in VIEWS)
+    forward: Callable[..., Tensor] = known.forward
+    return forward
 
 
 def _plain_weight(module: nn.Module) -> bool:

@@ -57,7 +57,8 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         needed = ctx.needs_input_grad[0]
         dh_ND = torch.empty_like(hidden_ND) if needed else None
-        losses = []
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        losses = [torch.zeros((), dtype=wide, device=hidden_ND.device)]  # of no rows, too
         for start in range(0, len(hidden_ND), rows):
             own = slice(start, start + rows)
             logits_CV = F.linear(hidden_ND[own], weight_VD, bias_V)

@@ -101,7 +101,9 @@ def forth(x: Tensor, layers: Sequence[Layer], mask: Mask | None = None) -> Outpu
     hiddens: list[Tensor | None] = []
     for base, W_OI, bias_O, A_RI, B_OR, scaling in layers:
         if A_RI is None or B_OR is None:
+            # Of three dimensions torch's linear gives a view, which nobody could write into.
             y, hidden_RN = base(x), None
+            y = torch.ops.aten._unsafe_view(y, y.shape)
         else:
             hidden_RN = next(parts).mul_(scaling)
             h_NR, B_RO = hidden_RN.T, B_OR.to(x.dtype).T

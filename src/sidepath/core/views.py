@@ -269,12 +269,12 @@ def _search(cls: type[nn.Module]) -> type[DenseView] | None:
 
 def _as_known(view: View) -> bool:
     """Whether the module computes what the class in the table does, and not something more."""
-    return view.base_class.forward is _known_forward(view.base_class)
+    return view.base_class.forward is _known_forward(view.base_class)  # type: ignore[arg-type]
 
 
 @functools.cache
 def _known_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
-    known = next(base for base in cls.__mro__ if quant.qualified(base) in VIEWS)
+    known: Any = next(base for base in cls.__mro__ if quant.qualified(base) in VIEWS)
     forward: Callable[..., Tensor] = known.forward
     return forward
 

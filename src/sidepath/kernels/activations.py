@@ -16,8 +16,8 @@ class Activation(NamedTuple):
 
     forward: Callable[[Tensor], Tensor]
     """`f(x)`, a new tensor: number for number what the module it stands for gives."""
-    back: Callable[[Tensor, Tensor], Tensor]
-    """`d f'(x)` of `(d, x)`, a new tensor."""
+    back_: Callable[[Tensor, Tensor], Tensor]
+    """`d f'(x)` of `(d, x)`, in the place of `d`."""
 
 
 def _gelu_new(x: Tensor) -> Tensor:
@@ -30,17 +30,22 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def _gelu_tanh_back(d: Tensor, x: Tensor) -> Tensor:
-    result: Tensor = torch.ops.aten.gelu_backward(d, x, approximate="tanh")
+def _silu_back_(d: Tensor, x: Tensor) -> Tensor:
+    result: Tensor = torch.ops.aten.silu_backward.grad_input(d, x, grad_input=d)
     return result
 
 
-def _gelu_back(d: Tensor, x: Tensor) -> Tensor:
-    result: Tensor = torch.ops.aten.gelu_backward(d, x)
+def _gelu_tanh_back_(d: Tensor, x: Tensor) -> Tensor:
+    result: Tensor = torch.ops.aten.gelu_backward.grad_input(d, x, approximate="tanh", grad_input=d)
     return result
 
 
-SILU = Activation(F.silu, torch.ops.aten.silu_backward)
-GELU = Activation(F.gelu, _gelu_back)
-GELU_TANH = Activation(_gelu_tanh, _gelu_tanh_back)
-GELU_NEW = Activation(_gelu_new, _gelu_tanh_back)
+def _gelu_back_(d: Tensor, x: Tensor) -> Tensor:
+    result: Tensor = torch.ops.aten.gelu_backward.grad_input(d, x, grad_input=d)
+    return result
+
+
+SILU = Activation(F.silu, _silu_back_)
+GELU = Activation(F.gelu, _gelu_back_)
+GELU_TANH = Activation(_gelu_tanh, _gelu_tanh_back_)
+GELU_NEW = Activation(_gelu_new, _gelu_tanh_back_)

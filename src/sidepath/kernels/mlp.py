@@ -58,11 +58,11 @@ class _GatedMLP(torch.autograd.Function):
         layers, hiddens, (gate, up, *kept) = saved(ctx)
         act, x, gate_NH, up_NH = ctx.act, ctx.again(kept), flat(gate), flat(up)
         acted_NH = act.forward(gate_NH)
-        d_NH, of_down = back(layers[2:], [flat(dy)], acted_NH * up_NH, hiddens[2:], wanted=True)
+        into_NH = acted_NH * up_NH
+        d_NH, of_down = back(layers[2:], [flat(dy)], into_NH, hiddens[2:], wanted=True, over=True)
         assert d_NH is not None
         dup_NH = acted_NH.mul_(d_NH)
-        dgate_NH = act.back(d_NH.mul_(up_NH), gate_NH)
-        del d_NH, act
+        dgate_NH = act.back_(d_NH.mul_(up_NH), gate_NH)
         dx_NI, of_first = back(
             layers[:2], [dgate_NH, dup_NH], flat(x), hiddens[:2], wanted=ctx.needs_input_grad[0]
         )
@@ -87,10 +87,10 @@ class _PlainMLP(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         layers, hiddens, (inner, *kept) = saved(ctx)
         act, x, inner_NH = ctx.act, ctx.again(kept), flat(inner)
-        d_NH, of_down = back(
-            layers[1:], [flat(dy)], act.forward(inner_NH), hiddens[1:], wanted=True
-        )
-        d_NH = act.back(d_NH, inner_NH)
+        acted_NH = act.forward(inner_NH)
+        d_NH, of_down = back(layers[1:], [flat(dy)], acted_NH, hiddens[1:], wanted=True, over=True)
+        assert d_NH is not None
+        d_NH = act.back_(d_NH, inner_NH)
         dx_NI, of_up = back(
             layers[:1], [d_NH], flat(x), hiddens[:1], wanted=ctx.needs_input_grad[0]
         )

@@ -151,6 +151,15 @@ class _MLP(_Linears):
             return None
         return super().layers()
 
+    def fused(self, x: Tensor) -> Tensor | None:
+        layers, act = self.layers(), self.act
+        if layers is None or act is None:
+            return None
+        *first, down = layers
+        if len(first) == 2:
+            return gated_mlp(x, first[0], first[1], down, act)
+        return plain_mlp(x, first[0], down, act)
+
 
 class GatedMLP(_MLP):
     """`down(act(gate(x)) * up(x))`: Llama and its relatives."""
@@ -158,26 +167,12 @@ class GatedMLP(_MLP):
     names = ("gate_proj", "up_proj", "down_proj")
     activation = "act_fn"
 
-    def fused(self, x: Tensor) -> Tensor | None:
-        layers = self.layers()
-        if layers is None or self.act is None:
-            return None
-        gate, up, down = layers
-        return gated_mlp(x, gate, up, down, self.act)
-
 
 class PhiMLP(_MLP):
     """`fc2(activation_fn(fc1(x)))`: Phi."""
 
     names = ("fc1", "fc2")
     activation = "activation_fn"
-
-    def fused(self, x: Tensor) -> Tensor | None:
-        layers = self.layers()
-        if layers is None or self.act is None:
-            return None
-        up, down = layers
-        return plain_mlp(x, up, down, self.act)
 
 
 class GPT2MLP(PhiMLP):
@@ -278,7 +273,8 @@ class FusedBlock(nn.Module):
     """Mixed in before a module's own class: one piece where that is possible."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[_BLOCK].run(*args, **kwargs)
+        block: Block = self.__dict__[_BLOCK]
+        return block.run(*args, **kwargs)
 
 
 _fused_classes: dict[type[nn.Module], type[nn.Module]] = {}

@@ -95,6 +95,11 @@ class LinearView(DenseView):
 
     kind: ClassVar[Kind] = "linear"
 
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.as_known = self.base_class.forward is _known_forward(self.base_class)
+        """Whether the module computes what the class in the table does, and not something more."""
+
     def layer(
         self, A_RI: Tensor | None = None, B_OR: Tensor | None = None, scaling: float = 1.0
     ) -> Layer | None:
@@ -103,7 +108,7 @@ class LinearView(DenseView):
         """
         parameters = self.module._parameters
         # A parametrised weight is no parameter of its module.
-        if self.own_forward is not None or "weight" not in parameters or not _as_known(self):
+        if self.own_forward is not None or "weight" not in parameters or not self.as_known:
             return None
         for parameter in parameters.values():
             if parameter is not None and parameter.requires_grad:
@@ -211,7 +216,7 @@ class PackedView(LinearView):
     def layer(
         self, A_RI: Tensor | None = None, B_OR: Tensor | None = None, scaling: float = 1.0
     ) -> Layer | None:
-        if self.weight.is_floating_point() or not _as_known(self):
+        if self.weight.is_floating_point() or not self.as_known:
             return None  # an adapter is merged into it, or its class has a way of its own
         return Layer(self, None, None, A_RI, B_OR, scaling)
 
@@ -267,11 +272,14 @@ def _search(cls: type[nn.Module]) -> type[DenseView] | None:
     return None
 
 
+<<<<<<< HEAD
 def _as_known(view: View) -> bool:
     """Whether the module computes what the class in the table does, and not something more."""
     return view.base_class.forward is _known_forward(view.base_class)  # type: ignore[arg-type]
 
 
+=======
+>>>>>>> ftests
 @functools.cache
 def _known_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
     known: Any = next(base for base in cls.__mro__ if quant.qualified(base) in VIEWS)

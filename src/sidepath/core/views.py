@@ -272,14 +272,6 @@ def _search(cls: type[nn.Module]) -> type[DenseView] | None:
     return None
 
 
-<<<<<<< HEAD
-def _as_known(view: View) -> bool:
-    """Whether the module computes what the class in the table does, and not something more."""
-    return view.base_class.forward is _known_forward(view.base_class)  # type: ignore[arg-type]
-
-
-=======
->>>>>>> ftests
 @functools.cache
 def _known_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
     known: Any = next(base for base in cls.__mro__ if quant.qualified(base) in VIEWS)

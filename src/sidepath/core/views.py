@@ -97,7 +97,7 @@ class LinearView(DenseView):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.as_known = self.base_class.forward is _known_forward(self.base_class)
+        self.as_known = self.base_class.forward is _known_forward(self.base_class)  # type: ignore[arg-type]
         """Whether the module computes what the class in the table does, and not something more."""
 
     def layer(

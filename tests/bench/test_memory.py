@@ -85,5 +85,6 @@ def test_checkpointing_saves_memory(quick: Bench) -> None:
 def test_saved_bytes_are_told_beside_all_that_is_alive(quick: Bench) -> None:
     found = Memory("saved", "llama", "float32", 3, 8)("x", quick)
     assert found.unit == "bytes"
-    assert found.ways["ours"].median > found.ways["floor"].median > 0
+    assert min(spread.median for spread in found.ways.values()) > 0
+    assert found.ways["PEFT" if "PEFT" in found.ways else "full"].median > found.ways["ours"].median
     assert "alive between forward and backward" in found.notes[1]

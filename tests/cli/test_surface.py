@@ -23,7 +23,7 @@ LORA = (
 )
 TRAIN = (
     "--steps --epochs --batch-size --accumulate --packing --workers --optimizer --learning-rate"
-    " --schedule --warmup --weight-decay --beta1 --beta2 --clip --seed --autocast"
+    " --schedule --warmup --weight-decay --beta1 --beta2 --clip --seed --autocast --kernels"
     " --gradient-checkpointing --eval-share --eval-every --patience"
     " --checkpoint-every --keep-checkpoints --label-smoothing"
 )

@@ -113,7 +113,10 @@ class LinearView(DenseView):
         for parameter in parameters.values():
             if parameter is not None and parameter.requires_grad:
                 return None
-        return Layer(self, parameters["weight"], parameters.get("bias"), A_RI, B_OR, scaling)
+        weight = parameters["weight"]
+        if weight is not None and self.kind != "linear":
+            weight = weight.T  # type: ignore[assignment]
+        return Layer(self, weight, parameters.get("bias"), A_RI, B_OR, scaling)
 
     def matrix_as(self, dtype: torch.dtype) -> Tensor:
         """`W0` in another dtype; itself where it has that one."""
@@ -133,12 +136,6 @@ class TransposedView(LinearView):
     """transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored (I, O)."""
 
     kind: ClassVar[Kind] = "conv1d_transposed"
-
-    def layer(
-        self, A_RI: Tensor | None = None, B_OR: Tensor | None = None, scaling: float = 1.0
-    ) -> Layer | None:
-        found = super().layer(A_RI, B_OR, scaling)
-        return None if found is None else found._replace(W_OI=self.matrix())
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.T

@@ -404,7 +404,7 @@ def test_a_deep_copy_is_independent() -> None:
     assert_steps_equal(step(other), expected, 1e-4)
     randomise(require_registry(other).adapters["x"].parameters(), 0.5)
     assert not torch.allclose(step(other)[0], expected[0])
-    assert_fused_is_plain(other)
+    assert_fused_is_plain(other, 1e-3)  # larger factors: gradients cancel more
     activate(other, None)
     assert_steps_equal(step(model), expected, 1e-4)
     blocks = {module.__dict__.get(_BLOCK) for module in model.modules()} - {None}

@@ -155,10 +155,9 @@ class _MLP(_Linears):
         layers, act = self.layers(), self.act
         if layers is None or act is None:
             return None
-        *first, down = layers
-        if len(first) == 2:
-            return gated_mlp(x, first[0], first[1], down, act)
-        return plain_mlp(x, first[0], down, act)
+        if len(layers) == 2:
+            return plain_mlp(x, layers[0], layers[1], act)
+        return gated_mlp(x, layers[0], layers[1], layers[2], act)
 
 
 class GatedMLP(_MLP):

@@ -9,7 +9,6 @@ input channels of a group times the kernel), R rank, G groups.
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -97,7 +96,7 @@ class LinearView(DenseView):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.as_known = self.base_class.forward is _known_forward(self.base_class)  # type: ignore[arg-type]
+        self.as_known = _as_known(self.base_class)
         """Whether the module computes what the class in the table does, and not something more."""
 
     def layer(
@@ -113,7 +112,10 @@ class LinearView(DenseView):
         for parameter in parameters.values():
             if parameter is not None and parameter.requires_grad:
                 return None
-        return Layer(self, parameters["weight"], parameters.get("bias"), A_RI, B_OR, scaling)
+        weight = parameters["weight"]
+        if weight is not None and self.kind != "linear":
+            weight = weight.T  # type: ignore[assignment]
+        return Layer(self, weight, parameters.get("bias"), A_RI, B_OR, scaling)
 
     def matrix_as(self, dtype: torch.dtype) -> Tensor:
         """`W0` in another dtype; itself where it has that one."""
@@ -133,12 +135,6 @@ class TransposedView(LinearView):
     """transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored (I, O)."""
 
     kind: ClassVar[Kind] = "conv1d_transposed"
-
-    def layer(
-        self, A_RI: Tensor | None = None, B_OR: Tensor | None = None, scaling: float = 1.0
-    ) -> Layer | None:
-        found = super().layer(A_RI, B_OR, scaling)
-        return None if found is None else found._replace(W_OI=self.matrix())
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.T
@@ -272,11 +268,9 @@ def _search(cls: type[nn.Module]) -> type[DenseView] | None:
     return None
 
 
-@functools.cache
-def _known_forward(cls: type[nn.Module]) -> Callable[..., Tensor]:
-    known: Any = next(base for base in cls.__mro__ if quant.qualified(base) in VIEWS)
-    forward: Callable[..., Tensor] = known.forward
-    return forward
+def _as_known(cls: type[nn.Module]) -> bool:
+    known = next(base for base in cls.__mro__ if quant.qualified(base) in VIEWS)
+    return getattr(cls, "forward") is getattr(known, "forward")  # noqa: B009 - mypy
 
 
 def _plain_weight(module: nn.Module) -> bool:

@@ -358,7 +358,7 @@ def test_nothing_is_allocated_for_a_file_that_does_not_fit(
     def allocate(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("tensors were loaded")
 
-    monkeypatch.setattr("sidepath.store.contents.load_tensors", allocate)
+    monkeypatch.setattr("sidepath.store.contents.loading", allocate)
     with pytest.raises(WrongBase):
         load(model, folder)
 

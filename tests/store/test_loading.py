@@ -103,17 +103,45 @@ def test_the_digest_is_of_the_bytes_that_are_loaded(tmp_path: Path) -> None:
     save_file({"a": torch.randn(7), "b": torch.randn(3, 3).half()}, path)
     header, head = read_head(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert set(load_tensors(path, header, digest=(head, digest))) == {"a", "b"}
+    with loading.loading(path, header, (head, digest)) as loaded:
+        assert set(loaded.tensors) == {"a", "b"}
+        loaded.settle()
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DamagedAdapter, match="not those that were saved"):
-        load_tensors(path, header, digest=(head, digest))
-    with pytest.raises(DamagedAdapter, match="not those that were saved"):
-        load_tensors(path, header, digest=(head[:-1] + b"x", digest))
+    for first in (head, head[:-1] + b"x"):
+        with (
+            pytest.raises(DamagedAdapter, match="not those that were saved"),
+            loading.loading(path, header, (first, digest)) as loaded,
+        ):
+            loaded.settle()
     path.write_bytes(data[:-2])
     with pytest.raises(DamagedAdapter, match="became shorter"):
         load_tensors(path, header)
+
+
+def test_wrong_bytes_are_the_reason_for_whatever_else_goes_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    save_file({"a": torch.tensor([1.0, float("nan")])}, path)
+    header, head = read_head(path)
+    right = hashlib.sha256(path.read_bytes()).hexdigest()
+    wrong = "0" * 64
+    with pytest.raises(DamagedAdapter, match="NaN"):
+        loading.loading(path, header, (head, right)).__enter__()
+    with pytest.raises(DamagedAdapter, match="not those that were saved"):
+        loading.loading(path, header, (head, wrong)).__enter__()
+    save_file({"a": torch.ones(2)}, path)
+    header, head = read_head(path)
+    with (
+        pytest.raises(DamagedAdapter, match="not those that were saved"),
+        loading.loading(path, header, (head, wrong)),
+    ):
+        raise ValueError("of what the wrong bytes led to")
+    with (
+        pytest.raises(DamagedAdapter, match="not those that were saved"),
+        loading.loading(path, header, (head, wrong)),
+    ):
+        pass  # nobody asked, and it is said all the same
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -34,12 +34,14 @@ def put_in(
     *,
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
     trainable: bool = True,
+    settle: Callable[[], None] | None = None,
 ) -> Installed:
     """Stand an adapter beside the modules at `sites`: a fresh one, or one made of `tensors`.
 
     Changes `model` in place. `tensors` holds those of each delta, by the path of its module; they
     are kept, not copied, where dtype and device allow, and nothing random is drawn. The base is
     frozen; its parameters keep their names and values. Which adapter is active does not change.
+    `settle` is called when the deltas are made and nothing has changed yet: it may raise.
     Raises `NameTaken`, `BadName`, or `MergeError` while one is merged in.
     """
     check_name(registry_of(model), name)
@@ -53,7 +55,9 @@ def put_in(
             delta = config.delta(site, views[path], None if tensors is None else tensors[path])
             _as_the_module(delta, views[path].module.training, trainable)
             deltas[path] = delta
-    except BaseException:  # no memory, say: nothing stands on the model yet
+        if settle is not None:
+            settle()
+    except BaseException:  # no memory, or wrong bytes: nothing stands on the model yet
         if not registry.adapters:
             close_registry(model, registry)
         raise

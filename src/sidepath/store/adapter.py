@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,9 +133,9 @@ def load(
     digest and those of the other files, header, settings, keys, shapes, dtypes, sizes, then the
     base's fingerprint (read afresh each time; `allow_other_base` skips it). The weights' digest
     and that every value is finite are checked on the bytes that were loaded, which then are the
-    adapter's memory: each byte is read once. The cost does not grow with what is loaded.
-    `name` is the folder's own by default. The first adapter on a model becomes active. Its
-    parameters require gradients if `trainable`.
+    adapter's memory: each byte is read once, and another core takes the digest while the deltas
+    are made. The cost does not grow with what is loaded. `name` is the folder's own by default.
+    The first adapter on a model becomes active. Its parameters require gradients if `trainable`.
 
     A PEFT folder has no fingerprint: one `SidepathNotice` says so.
 
@@ -150,8 +150,11 @@ def load(
     contents = read_folder(model, folder)
     _refuse_merged_base(model, contents)
     _check_base(model, contents, folder, allow_other_base)
-    tensors = unpack(contents.load(model), contents.sites, contents.modules, contents.slots)
-    adapter = stand_up(model, contents.config, name, contents.sites, tensors, trainable)
+    with contents.loading(model) as loaded:
+        tensors = unpack(loaded.tensors, contents.sites, contents.modules, contents.slots)
+        adapter = stand_up(
+            model, contents.config, name, contents.sites, tensors, trainable, loaded.settle
+        )
     if contents.manifest is not None:
         adapter.installed.record = dict(contents.manifest.record)
     return adapter
@@ -164,13 +167,14 @@ def stand_up(
     sites: Sequence[Site],
     tensors: Mapping[str, Mapping[str, Tensor]],
     trainable: bool,
+    settle: Callable[[], None] | None = None,
 ) -> Adapter:
     """Put in an adapter made of `tensors` (by module path; kept, not copied, where they fit).
 
     The first adapter on a model becomes active. Nothing random is drawn.
     """
     first = registry_of(model) is None
-    put_in(model, config, name, sites, tensors=tensors, trainable=trainable)
+    put_in(model, config, name, sites, tensors=tensors, trainable=trainable, settle=settle)
     if first:
         activate(model, name)
     return Adapter(name, model)

@@ -6,7 +6,8 @@ A folder with a manifest is ours; one without is read as PEFT's, with the same s
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from sidepath.injection.registry import base_parameters
 from sidepath.methods.base import Site
 from sidepath.methods.lora import LoRA, name_matches
 from sidepath.store import manifest as manifests
-from sidepath.store.loading import load_tensors
+from sidepath.store.loading import Loaded, loading
 from sidepath.store.manifest import Manifest, check_file, check_tensors, read_manifest
 from sidepath.store.peft_config import PeftSettings, commonest, read_settings
 from sidepath.store.peft_format import (
@@ -66,13 +67,18 @@ class Contents:
     head: bytes = b""
     """The bytes of the file that `header` was read from."""
 
-    def load(self, model: nn.Module) -> dict[str, Tensor]:
-        """The tensors, on the CPU, all finite; the file's digest is taken of the bytes loaded.
+    @contextmanager
+    def loading(self, model: nn.Module) -> Iterator[Loaded]:
+        """The tensors, on the CPU, all finite; the digest of the bytes loaded is taken meanwhile.
 
         Errors: `DamagedAdapter`.
         """
         digest = (self.head, self.manifest.files[WEIGHTS][1]) if self.manifest else None
-        tensors = load_tensors(self.path, self.header, digest=digest)
+        with loading(self.path, self.header, digest) as loaded:
+            self._check_copies(model, loaded.tensors)
+            yield loaded
+
+    def _check_copies(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         parameters = dict(base_parameters(model)) if self.copies else {}
         faults = [
             f"{key}: differs from the base's {name}: another base, or an embedding trained whole "
@@ -84,7 +90,6 @@ class Contents:
             raise DamagedAdapter(
                 "the adapter does not fit the base", where=self.path, faults=faults
             )
-        return tensors
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -6,8 +6,10 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from io import FileIO
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from sidepath.store.tensors import FLOATING, TensorInfo, damaged
 
 Named = tuple[str, TensorInfo]
 _PIECE = 2**18
-"""Bytes read at a time: few enough to be hashed out of the processor's cache."""
+"""Bytes looked at at a time: few enough for the processor's cache."""
 _EXPONENTS = {
     torch.float64: np.uint64(0x7FF0_0000_0000_0000),
     torch.float32: np.uint32(0x7F80_0000),
@@ -27,41 +29,80 @@ _EXPONENTS = {
 
 
 def load_tensors(
-    path: str | os.PathLike[str],
-    header: Mapping[str, TensorInfo],
-    *,
-    digest: tuple[bytes, str] | None = None,
+    path: str | os.PathLike[str], header: Mapping[str, TensorInfo]
 ) -> dict[str, Tensor]:
     """Load the tensors of a checked header onto the CPU, and check that all are finite.
 
     Tensors that lie one after the other in the file are read at once, each byte once, into one
-    storage that they share. `digest`: the file's bytes before the first tensor, as `read_head`
-    gave them, and the SHA-256 (hexadecimal) that these and the loaded bytes must have together;
-    then `header` is all of the file's.
+    storage that they share.
 
-    Errors: `DamagedAdapter` when the digest is another; or one that names every tensor with a NaN
-    or Inf and their number.
+    Errors: one `DamagedAdapter` that names every tensor with a NaN or Inf and their number.
     """
-    hashed = hashlib.sha256(digest[0]) if digest else None
-    stretches: list[tuple[list[Named], Tensor]] = []
+    with loading(path, header) as loaded:
+        return loaded.tensors
+
+
+class Loaded(NamedTuple):
+    """Tensors whose bytes are in memory, and may not yet be known to be the right ones."""
+
+    tensors: dict[str, Tensor]
+    settle: Callable[[], None]
+    """Returns once the bytes are known to be those that were saved, or raises `DamagedAdapter`."""
+
+
+@contextmanager
+def loading(
+    path: str | os.PathLike[str],
+    header: Mapping[str, TensorInfo],
+    digest: tuple[bytes, str] | None = None,
+) -> Iterator[Loaded]:
+    """`load_tensors`, with a digest that another core takes while this one goes on.
+
+    `digest`: the file's bytes before the first tensor, as `read_head` gave them, and the SHA-256
+    (hexadecimal) that these and the loaded bytes must have together; then `header` is all of the
+    file's. It is settled at the end of the block at the latest; a wrong one takes the place of
+    whatever else was raised in the block, since wrong bytes are the reason.
+    """
+    runs = _runs(header, lambda last, info: last.stop == info.start)
     with open(path, "rb", buffering=0) as file:
-        for run in _runs(header, lambda last, info: last.stop == info.start):
-            bytes_ = _read(file, run[0][1].start, run[-1][1].stop, hashed, path)
-            alike = _runs(dict(run), lambda last, info: last.dtype == info.dtype)
-            stretches += [(stretch, _numbers(bytes_, stretch, run)) for stretch in alike]
-    if hashed is not None and digest is not None and hashed.hexdigest() != digest[1]:
-        raise damaged(path, ["its bytes are not those that were saved"])
+        read = [_read(file, run[0][1].start, run[-1][1].stop, path) for run in runs]
+    with ThreadPoolExecutor(1) as worker:
+        found = worker.submit(_sha256, digest[0], read) if digest else None
+
+        def settle() -> None:
+            if found is not None and digest is not None and found.result() != digest[1]:
+                raise damaged(path, ["its bytes are not those that were saved"])
+
+        try:
+            tensors, faults = _tensors(runs, read)
+            if faults:
+                raise damaged(path, faults)
+            yield Loaded({name: tensors[name] for name in header}, settle)
+        finally:
+            settle()
+
+
+def _tensors(runs: list[list[Named]], read: list[Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of runs whose bytes were read, and which of them are not finite."""
     tensors: dict[str, Tensor] = {}
     faults: list[str] = []
-    for stretch, numbers in stretches:
-        pieces = numbers.split_with_sizes([math.prod(info.shape) for _, info in stretch])
-        if not _finite(numbers):
-            faults += _not_finite(stretch, pieces)
-        for (name, info), piece in zip(stretch, pieces, strict=True):
-            tensors[name] = piece.view(info.shape)
-    if faults:
-        raise damaged(path, faults)
-    return {name: tensors[name] for name in header}
+    for run, bytes_ in zip(runs, read, strict=True):
+        for stretch in _runs(dict(run), lambda last, info: last.dtype == info.dtype):
+            numbers = _numbers(bytes_, stretch, run)
+            pieces = numbers.split_with_sizes([math.prod(info.shape) for _, info in stretch])
+            if not _finite(numbers):
+                faults += _not_finite(stretch, pieces)
+            for (name, info), piece in zip(stretch, pieces, strict=True):
+                tensors[name] = piece.view(info.shape)
+    return tensors, faults
+
+
+def _sha256(head: bytes, read: list[Tensor]) -> str:
+    """The digest of a file's first bytes and those that follow, the GIL free meanwhile."""
+    hashed = hashlib.sha256(head)
+    for bytes_ in read:
+        hashed.update(memoryview(bytes_.numpy()))  # type: ignore[arg-type]
+    return hashed.hexdigest()
 
 
 def _runs(
@@ -77,17 +118,15 @@ def _runs(
     return runs
 
 
-def _read(file: FileIO, start: int, stop: int, hashed: Any, path: str | os.PathLike[str]) -> Tensor:
-    """Bytes [start, stop) of a file; each piece is hashed while it is still in the cache."""
+def _read(file: FileIO, start: int, stop: int, path: str | os.PathLike[str]) -> Tensor:
+    """Bytes [start, stop) of a file."""
     bytes_ = torch.empty(stop - start, dtype=torch.uint8)
     view, at = memoryview(bytes_.numpy()), 0  # type: ignore[arg-type]
     file.seek(start)
     while at < len(view):
-        size = file.readinto(view[at : at + _PIECE])
+        size = file.readinto(view[at:])
         if not size:
             raise damaged(path, ["the file became shorter while it was read"])
-        if hashed is not None:
-            hashed.update(view[at : at + size])
         at += size
     return bytes_
 

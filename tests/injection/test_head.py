@@ -18,7 +18,7 @@ from sidepath.injection.surgery import remove, route
 from sidepath.training.batching import Batch, collate, collate_packed
 from sidepath.training.loss import batch_loss
 from tests.conftest import tiny_llama
-from tests.core.test_blocks import FAMILIES, put, tiny
+from tests.core.kit import FAMILIES, put, tiny
 
 LENGTHS = (5, 9, 3, 12)
 
@@ -181,6 +181,16 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_where_it_is_not_used(case: str) -> None:
     assert fused_head(REFUSED[case]()) is None
+
+
+def test_not_while_somebody_waits_for_every_modules_call() -> None:
+    model = put(tiny())
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        assert fused_head(model) is None
+    finally:
+        handle.remove()
+    assert fused_head(model) is not None
 
 
 def test_not_under_autocast_and_again_after_it() -> None:

@@ -18,7 +18,7 @@ from sidepath.core.views import View
 
 CHILD = "sidepath"
 SIBLINGS = "_sidepath_siblings"
-"""Where a layer finds those that see its input too (`core/blocks.py`)."""
+"""Where a layer finds those that see its input too (`core/siblings.py`)."""
 
 
 class SidePaths(nn.Module):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sidepath.core.adapted import CHILD
+from sidepath.core.fused import all_watched, watched
 from sidepath.core.quant import qualified
 from sidepath.injection.registry import registry_of
 from sidepath.kernels.head import head_loss
@@ -65,7 +66,9 @@ def fused_head(model: nn.Module) -> Head | None:
         return None
     body, layer = model.get_submodule(name), model.get_output_embeddings()  # type: ignore[operator]
     plain = type(layer) is nn.Linear and CHILD not in layer._modules
-    if not plain or any(_called_by_others(module) for module in (model, layer)):
+    if not plain or all_watched():
+        return None
+    if any("forward" in module.__dict__ or watched(module) for module in (model, layer)):
         return None
     trained = any(parameter.requires_grad for parameter in layer.parameters())
     return None if trained else Head(body, layer)
@@ -74,13 +77,3 @@ def fused_head(model: nn.Module) -> Head | None:
 def _compiled_or_autocast(model: nn.Module) -> bool:
     device = next(model.parameters()).device.type
     return torch.compiler.is_compiling() or torch.is_autocast_enabled(device)
-
-
-def _called_by_others(module: nn.Module) -> bool:
-    return bool(
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )

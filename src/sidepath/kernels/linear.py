@@ -149,8 +149,7 @@ def back(
         torch.mm(B_OR.to(dtype).T.contiguous(), dy_NO.T, out=g_RN).mul_(scaling)
         if B_OR.requires_grad:
             gradients[2 * number + 1] = (hidden_RN @ dy_NO).T.to(B_OR.dtype)
-    trained = [number for number in there if _trains(layers[number].A_RI)]
-    if trained:
+    if any(_trains(layers[number].A_RI) for number in there):
         dA_SI = g_SN @ (x_NI if mask is None else mask.on(x_NI))
         for number, dA_RI in zip(there, _rows(dA_SI, ranks), strict=True):
             A_RI = layers[number].A_RI
@@ -158,14 +157,27 @@ def back(
     if not wanted:
         return None, gradients
     dx_NI = x_NI if over else torch.empty_like(x_NI)
+    return _input_gradient(layers, dys, As, g_SN, mask, dx_NI), gradients
+
+
+def _input_gradient(
+    layers: Sequence[Layer],
+    dys: Sequence[Tensor],
+    As: Sequence[Tensor],
+    g_SN: Tensor,
+    mask: Mask | None,
+    dx_NI: Tensor,
+) -> Tensor:
+    """`dx = dy W0 + g A` over all layers, written into `dx_NI`."""
     if As:
-        torch.mm(g_SN.T, As[0] if len(As) == 1 else torch.cat(As), out=dx_NI)
+        torch.mm(g_SN.T, As[0] if len(As) == 1 else torch.cat(list(As)), out=dx_NI)
     else:
         dx_NI.zero_()
     dx_NI = dx_NI if mask is None else mask.on(dx_NI)
     for layer, dy_NO in zip(layers, dys, strict=True):
-        dx_NI.addmm_(dy_NO, layer.base.matrix_as(dtype) if layer.W_OI is None else layer.W_OI)
-    return dx_NI, gradients
+        W_OI = layer.base.matrix_as(dx_NI.dtype) if layer.W_OI is None else layer.W_OI
+        dx_NI.addmm_(dy_NO, W_OI)
+    return dx_NI
 
 
 def _rows(stacked_SN: Tensor, ranks: Sequence[int]) -> tuple[Tensor, ...]:

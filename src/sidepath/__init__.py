@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from sidepath.injection.surgery import route as route
     from sidepath.injection.surgery import use_kernels as use_kernels
     from sidepath.methods.lora import LoRA as LoRA
+    from sidepath.methods.plain import BitFit as BitFit
+    from sidepath.methods.plain import FullFineTuning as FullFineTuning
+    from sidepath.methods.plain import LinearProbe as LinearProbe
     from sidepath.store.adapter import Adapter as Adapter
     from sidepath.store.adapter import inject as inject
     from sidepath.store.adapter import load as load
@@ -44,6 +47,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Adapter": "sidepath.store.adapter",
+    "BitFit": "sidepath.methods.plain",
+    "FullFineTuning": "sidepath.methods.plain",
+    "LinearProbe": "sidepath.methods.plain",
     "LoRA": "sidepath.methods.lora",
     "Plan": "sidepath.store.plan",
     "StepReport": "sidepath.training.loop",
@@ -73,6 +79,7 @@ _HOMES = {
 
 __all__ = [
     "Adapter",
+    "BitFit",
     "LoRA",
     "Plan",
     "StepReport",

@@ -227,7 +227,9 @@ def _method_and_file(verb: Verb, arguments: Sequence[str]) -> tuple[str | None, 
 
 def _other_tables(sections: Sections) -> list[str]:
     """Tables that only other verbs read. Another method's would be ignored: that is an error."""
-    tables = dict.fromkeys([*(verb.table for verb in VERBS.values()), "lora", "train"])
+    from sidepath.methods import METHODS
+
+    tables = dict.fromkeys([*(verb.table for verb in VERBS.values()), *METHODS, "train"])
     return [table for table in tables if table not in sections]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -25,11 +24,9 @@ from sidepath.cli.settings import toml
 from sidepath.cli.surface import Call
 from sidepath.config import TrainConfig
 from sidepath.data.dataset import Data, load_data
-from sidepath.errors import ConfigError
 from sidepath.injection.registry import check_name
 from sidepath.methods import METHODS
 from sidepath.methods.base import Method
-from sidepath.methods.lora import LoRA
 from sidepath.store.adapter import Adapter, inject
 from sidepath.store.plan import Plan, plan, readable
 from sidepath.training.evaluate import CAUSAL, GENERATED, evaluate
@@ -144,10 +141,7 @@ def _base_for(run: TrainRun, method: Method, data: Data, folder: Path) -> tuple[
     model, fresh = load_classifier(
         folder, data.labels, data.pad_id, run.dtype, run.device, run.quantise
     )
-    if not isinstance(method, LoRA):
-        raise ConfigError(f"method {method.method} cannot learn text with labels")
-    whole = (*method.train_whole, *(head for head in fresh if head not in method.train_whole))
-    return model, dataclasses.replace(method, train_whole=whole)
+    return model, method.with_heads(fresh)
 
 
 def _planned(model: nn.Module, method: Method, data: Data, config: TrainConfig) -> Plan:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sidepath.core.views import DenseView, View
+from sidepath.errors import MergeError
 from sidepath.kernels.routed import Factors
 
 
@@ -60,6 +61,20 @@ class Delta(nn.Module, ABC):
         own = self.tensors()
         for local, tensor in tensors.items():
             own[local].copy_(tensor)
+
+
+class LayerDelta(Delta):
+    """A delta with layers of its own beside or behind the module: no weight of the base can take
+    it in, so it stays apart in inference too.
+    """
+
+    def folded(self, base: View, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Errors: `MergeError`, always."""
+        raise MergeError(
+            f"{type(self).__name__} has layers of its own, which no weight of the base can take in",
+            found=type(base.module).__name__,
+            hint="keep the adapter apart: load it beside the base, or route rows to it",
+        )
 
 
 class WeightDelta(Delta):

@@ -79,6 +79,12 @@ def head_paths(model: nn.Module) -> list[str]:
     ]
 
 
+def heads_of(model: nn.Module) -> list[str]:
+    """The task's heads; of a language model the layer that makes its logits."""
+    last = output_embedding(model)
+    return head_paths(model) or [path for path, module in modules_of(model) if module is last]
+
+
 def preset_paths(model: nn.Module, preset: str) -> list[str]:
     """The dense layers a preset names: linear layers of the body, without head or embeddings."""
     last = output_embedding(model)

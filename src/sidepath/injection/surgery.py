@@ -50,11 +50,9 @@ def put_in(
     places = {site.path: site for site in sites}
     try:
         views = {path: _view_at(model, registry, path) for path in places}
-        deltas = {}
-        for path, site in places.items():
-            delta = config.delta(site, views[path], None if tensors is None else tensors[path])
+        deltas = config.deltas(places.values(), views, tensors)
+        for path, delta in deltas.items():
             _as_the_module(delta, views[path].module.training, trainable)
-            deltas[path] = delta
         if settle is not None:
             settle()
     except BaseException:  # no memory, or wrong bytes: nothing stands on the model yet

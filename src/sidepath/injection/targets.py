@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -14,11 +14,12 @@ from sidepath.injection.architecture import (
     PRESETS,
     block_index,
     fused_parts,
+    heads_of,
     modules_of,
     preset_paths,
 )
 from sidepath.kernels.lowrank import Part
-from sidepath.methods.base import Method, Selection, Site
+from sidepath.methods.base import HEAD, Method, Selection, Site
 from sidepath.methods.lora import name_matches
 
 
@@ -30,11 +31,14 @@ def resolve(model: nn.Module, config: Method) -> list[Site]:
     """
     selection = config.selection()
     modules = dict(modules_of(model))
-    whole = _whole_paths(modules, selection.train_whole)
-    dense = _dense_sites(model, modules, selection)
-    dense = _narrowed(dense, selection, whole)
+    whole = _whole_paths(model, modules, selection.train_whole)
+    dense: list[Site] = []
+    if selection.targets:
+        dense = _narrowed(_dense_sites(model, modules, selection), selection, whole)
     _check_patterns(selection.patterns, dense)
     sites = {site.path: site for site in dense}
+    if selection.own:
+        sites |= _own_sites(modules, selection, whole)
     sites |= {path: Site(path, "whole", pattern=pattern) for path, pattern in whole.items()}
     if selection.bias != "none":
         sites |= _bias_sites(modules, selection, sites)
@@ -86,6 +90,8 @@ def _narrowed(dense: list[Site], selection: Selection, whole: Mapping[str, str])
         if missing:
             faults.append(f"layers {', '.join(missing)} hold no target")
         kept = [site for site in kept if block_index(site.path) in selection.layers]
+    inside = _in_blocks([site.path for site in kept], selection.blocks)
+    kept = [site for site in kept if site.path in inside]
     if faults:
         raise TargetNotFound(_headline(faults), faults=faults[1:])
     roots = tuple(f"{path}." for path in whole)
@@ -95,12 +101,46 @@ def _narrowed(dense: list[Site], selection: Selection, whole: Mapping[str, str])
     return kept
 
 
-def _whole_paths(modules: Mapping[str, nn.Module], patterns: tuple[str, ...]) -> dict[str, str]:
+def _own_sites(
+    modules: Mapping[str, nn.Module], selection: Selection, whole: Mapping[str, str]
+) -> dict[str, Site]:
+    """Every module that holds parameters itself, in the blocks that are wanted."""
+    roots = tuple(f"{path}." for path in whole)
+    kept = [
+        path
+        for path, module in modules.items()
+        if any(parameter is not None for parameter in module._parameters.values())
+        and not f"{path}.".startswith(roots)
+    ]
+    kept = [path for path in kept if path in _in_blocks(kept, selection.blocks)]
+    _refuse_packed(modules, dict.fromkeys(kept, ""))
+    return {path: Site(path, "own", pattern="own") for path in kept}
+
+
+def _in_blocks(paths: Sequence[str], blocks: tuple[int | None, int | None]) -> set[str]:
+    """Those of the paths that lie in a slice of the repeated blocks; all of them for (None, None).
+
+    Errors: `TargetNotFound` where the slice is empty or longer than the model.
+    """
+    if blocks == (None, None):
+        return set(paths)
+    found = {path: number for path in paths if (number := block_index(path)) is not None}
+    count = 1 + max(found.values(), default=-1)
+    wanted = range(count)[slice(*blocks)]
+    if not wanted or any(abs(edge) > count for edge in blocks if edge is not None):
+        raise TargetNotFound(f"blocks {list(blocks)} are not there: the model has {count}")
+    return {path for path, number in found.items() if number in wanted}
+
+
+def _whole_paths(
+    model: nn.Module, modules: Mapping[str, nn.Module], patterns: tuple[str, ...]
+) -> dict[str, str]:
     """Modules trained whole, by path; one inside another counts with the outer one."""
     found: dict[str, str] = {}
     faults = []
     for pattern in patterns:
-        paths = [path for path in modules if name_matches(pattern, path)]
+        named = heads_of(model) if pattern == HEAD else []
+        paths = named or [path for path in modules if name_matches(pattern, path)]
         if not paths:
             faults.append(_not_found(pattern, modules))
         for path in paths:

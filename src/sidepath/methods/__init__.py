@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from sidepath.methods.base import Method
 from sidepath.methods.lora import LoRA
+from sidepath.methods.plain import BitFit, FullFineTuning, LinearProbe
 
-METHODS: dict[str, type[Method]] = {LoRA.method: LoRA}
+METHODS: dict[str, type[Method]] = {
+    LoRA.method: LoRA,
+    FullFineTuning.method: FullFineTuning,
+    LinearProbe.method: LinearProbe,
+    BitFit.method: BitFit,
+}
 """Every method by its name on the command line and in files."""

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from sidepath.core.delta import Delta
 from sidepath.core.views import DenseView, View
 from sidepath.kernels.lowrank import Part
 from sidepath.methods.bias import BiasOnly
+from sidepath.methods.own import Own, tie
 from sidepath.methods.whole import Whole
 
-SiteKind = Literal["dense", "bias", "whole"]
+HEAD = "head"
+"""Among modules trained whole: whatever heads the model has."""
+SiteKind = Literal["dense", "bias", "whole", "own"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,8 @@ class Site:
     path: str
     """Dotted name of the module."""
     kind: SiteKind
-    """A matrix is adapted, the bias alone is trained, or the module is trained whole."""
+    """A matrix is adapted, the bias alone is trained, the module is trained whole, or what it holds
+    itself, without its children."""
     parts: tuple[Part, ...] = ()
     """Rows of a fused projection that are adapted; empty means the whole matrix."""
     pattern: str = ""
@@ -43,6 +49,10 @@ class Selection:
     train_whole: tuple[str, ...] = ()
     patterns: tuple[str, ...] = ()
     """Keys of per-pattern settings; each must match an adapted module."""
+    own: bool = False
+    """Train the parameters that every module holds itself."""
+    blocks: tuple[int | None, int | None] = (None, None)
+    """Only the blocks of this slice, as Python counts: (-2, None) are the last two."""
 
 
 class Method(ABC):
@@ -55,23 +65,61 @@ class Method(ABC):
     def selection(self) -> Selection:
         """Where the method acts."""
 
-    @abstractmethod
+    def with_heads(self, heads: Sequence[str]) -> Method:
+        """These settings with the task's heads, which no checkpoint filled, trained whole."""
+        held: tuple[str, ...] = vars(self)["train_whole"]
+        missing = tuple(head for head in heads if head not in held)
+        return dataclasses.replace(self, train_whole=(*held, *missing))  # type: ignore[type-var]
+
     def dense_delta(
         self, site: Site, view: DenseView, tensors: Mapping[str, Tensor] | None = None
     ) -> Delta:
-        """The delta of a matrix: drawn from torch's random state, or made of its `tensors`."""
+        """The delta beside a matrix: drawn from torch's random state, or made of its `tensors`."""
+        raise NotImplementedError
 
     def delta(self, site: Site, view: View, tensors: Mapping[str, Tensor] | None = None) -> Delta:
         """The delta for a site, on the device of the module it stands beside.
 
         Fresh, or made of `tensors` (those that `Delta.tensors` names, in its shapes; a bias that
         is left out is the module's own): then nothing random is drawn, and a tensor that has the
-        right dtype and device is kept, not copied.
+        right dtype and device may be kept, not copied.
         """
         if site.kind == "dense":
             assert isinstance(view, DenseView)
             return self.dense_delta(site, view, tensors)
-        delta = Whole(view) if site.kind == "whole" else BiasOnly(view)
-        if tensors is not None:
-            delta.take_(tensors)
-        return delta
+        return filled(lambda: _BESIDE[site.kind](view), tensors)
+
+    def deltas(
+        self,
+        sites: Iterable[Site],
+        views: Mapping[str, View],
+        tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> dict[str, Delta]:
+        """The deltas of all sites, by path; `tensors` holds each one's, by path.
+
+        Parameters that are one in the base are one here, in the first delta that has them.
+        """
+        found: dict[str, Delta] = {}
+        for site in sites:
+            own = None if tensors is None else tensors.get(site.path, {})
+            found[site.path] = self.delta(site, views[site.path], own)
+        tie(found, views)
+        return found
+
+
+_BESIDE: Mapping[str, Callable[[View], Delta]] = {
+    "whole": Whole,
+    "bias": BiasOnly,
+    "own": Own,
+}
+"""What stands beside a module for the kinds of site that are the same for every method."""
+
+
+def filled(make: Callable[[], Delta], tensors: Mapping[str, Tensor] | None) -> Delta:
+    """What `make` makes; with `tensors` these are copied in, and nothing random is drawn."""
+    if tensors is None:
+        return make()
+    with torch.random.fork_rng(devices=[]):
+        delta = make()
+    delta.take_(tensors)
+    return delta

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sidepath.config import check, require
-from sidepath.core.delta import WeightDelta, accumulation_dtype, add_bias
+from sidepath.core.delta import Delta, WeightDelta, accumulation_dtype, add_bias
 from sidepath.core.views import DenseView, Kind, LinearView, View
 from sidepath.kernels.dropout import Mask
 from sidepath.kernels.folding import fold_parts
@@ -115,7 +115,7 @@ class LoRA(Method):
 
     def dense_delta(
         self, site: Site, view: DenseView, tensors: Mapping[str, Tensor] | None = None
-    ) -> LowRank:
+    ) -> Delta:
         rank, alpha = self.rank_of(site.path), self.alpha_of(site.path)
         delta = LowRank(
             view,

@@ -22,7 +22,7 @@ from sidepath.store.contents import Contents, read_folder
 from sidepath.store.fingerprint import fingerprint, same_base
 from sidepath.store.folder import publish, sha256_file
 from sidepath.store.originals import Originals, residual_source, start_at_residuals
-from sidepath.store.peft_format import WEIGHTS, unpack
+from sidepath.store.peft_format import WEIGHTS
 from sidepath.store.saving import base_name, merged_record, plain_peft, write_adapter
 from sidepath.store.tensors import strict_json
 
@@ -151,7 +151,7 @@ def load(
     _refuse_merged_base(model, contents)
     _check_base(model, contents, folder, allow_other_base)
     with contents.loading(model) as loaded:
-        tensors = unpack(loaded.tensors, contents.sites, contents.modules, contents.slots)
+        tensors = contents.placed(loaded.tensors)
         adapter = stand_up(
             model, contents.config, name, contents.sites, tensors, trainable, loaded.settle
         )

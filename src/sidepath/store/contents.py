@@ -19,7 +19,7 @@ from sidepath.core.views import view_of
 from sidepath.errors import ConfigError, DamagedAdapter, StoreError
 from sidepath.injection.architecture import modules_of
 from sidepath.injection.registry import base_parameters
-from sidepath.methods.base import Site
+from sidepath.methods.base import Method, Site
 from sidepath.methods.lora import LoRA, name_matches
 from sidepath.store import manifest as manifests
 from sidepath.store.loading import Loaded, loading
@@ -34,7 +34,9 @@ from sidepath.store.peft_format import (
     check_keys,
     groups_of,
     slots_of,
+    unpack,
 )
+from sidepath.store.plain_format import by_place, expected_slots
 from sidepath.store.tensors import (
     PICKLES,
     TensorInfo,
@@ -54,7 +56,7 @@ _LEFT_BY_PEFT = ("original_module.", "modules_to_save.")
 class Contents:
     """A checked adapter folder: where its deltas go and which tensors fill them."""
 
-    config: LoRA
+    config: Method
     sites: list[Site]
     modules: Mapping[str, nn.Module]
     """The base's modules by path."""
@@ -77,6 +79,15 @@ class Contents:
         with loading(self.path, self.header, digest) as loaded:
             self._check_copies(model, loaded.tensors)
             yield loaded
+
+    def placed(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """The file's tensors by module path and name within the delta.
+
+        Errors: `DamagedAdapter` for a form that PEFT's names cannot mean.
+        """
+        if isinstance(self.config, LoRA):
+            return unpack(tensors, self.sites, self.modules, self.slots)
+        return by_place(tensors, self.slots)
 
     def _check_copies(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         parameters = dict(base_parameters(model)) if self.copies else {}
@@ -112,7 +123,7 @@ def read_folder(model: nn.Module, folder: Path) -> Contents:
     except DamagedAdapter as error:
         faults += [f"{WEIGHTS}: {fault}" for fault in error.faults or [error.what]]
     if (folder / manifests.NAME).exists() or (folder / manifests.NAME).is_symlink():
-        contents, found = _ours(modules, folder, path, header)
+        contents, found = _ours(model, modules, folder, path, header)
     else:
         contents, found = _peft(modules, folder, path, header)
     faults += found
@@ -151,21 +162,28 @@ Read = tuple[Contents | None, list[str]]
 
 
 def _ours(
-    modules: Mapping[str, nn.Module], folder: Path, path: Path, header: Mapping[str, TensorInfo]
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    folder: Path,
+    path: Path,
+    header: Mapping[str, TensorInfo],
 ) -> Read:
     manifest, faults = read_manifest(folder, later=WEIGHTS)
     if manifest is None:
         return None, faults
-    missing = [name for name in (WEIGHTS, CONFIG) if name not in manifest.files]
+    config = manifest.config
+    needed = (WEIGHTS, CONFIG) if isinstance(config, LoRA) else (WEIGHTS,)
+    missing = [name for name in needed if name not in manifest.files]
     faults += [f"{name}: not listed in {manifests.NAME}" for name in missing]
-    if not isinstance(manifest.config, LoRA):
-        return None, [*faults, f"{manifest.config.method}: cannot be loaded"]
-    slots, more = slots_of(modules, manifest.config, manifest.sites)
+    if isinstance(config, LoRA):
+        slots, more = slots_of(modules, config, manifest.sites)
+    else:
+        slots, more = expected_slots(model, config, manifest.sites)
     faults += more
     if header:
         faults += check_tensors(manifest, header) or check_keys(slots, header)
     sites = list(manifest.sites)
-    return Contents(manifest.config, sites, modules, slots, path, header, manifest, {}), faults
+    return Contents(config, sites, modules, slots, path, header, manifest, {}), faults
 
 
 def _peft(

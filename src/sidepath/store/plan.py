@@ -20,9 +20,8 @@ from sidepath.injection.architecture import modules_of
 from sidepath.injection.registry import Installed, base_parameters
 from sidepath.injection.targets import resolve
 from sidepath.methods.base import Method, Site
-from sidepath.methods.lora import LoRA
 from sidepath.store.memory import Memory, Shape, Twin
-from sidepath.store.peft_format import slots_of
+from sidepath.store.plain_format import slots_of
 
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -140,12 +139,13 @@ def plan(
 
 def file_bytes(installed: Installed, modules: Mapping[str, nn.Module]) -> int:
     """Size of an adapter's safetensors file: eight bytes, its header and its tensors."""
-    assert isinstance(installed.config, LoRA)
-    slots, _ = slots_of(modules, installed.config, installed.sites.values())
+    slots = slots_of(installed, modules)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for slot in slots:
-        tensor = installed.deltas[slot.path].tensors()[slot.local]
+    tensors = {slot: installed.deltas[slot.path].tensors()[slot.local] for slot in slots}
+    # The library writes wide numbers first, and those of one width by name.
+    for slot in sorted(slots, key=lambda slot: (-tensors[slot].element_size(), slot.key)):
+        tensor = tensors[slot]
         end = offset + torch.Size(slot.shape).numel() * tensor.element_size()
         dtype = _SAFETENSORS_DTYPES.get(tensor.dtype, str(tensor.dtype))
         header[slot.key] = {

@@ -21,7 +21,8 @@ from sidepath.store import manifest as manifests
 from sidepath.store.fingerprint import fingerprint
 from sidepath.store.manifest import Manifest, model_card, write_manifest
 from sidepath.store.peft_config import write_settings
-from sidepath.store.peft_format import CONFIG, WEIGHTS, pack, slots_of
+from sidepath.store.peft_format import CONFIG, WEIGHTS, pack
+from sidepath.store.plain_format import slots_of
 from sidepath.store.tensors import DTYPE_NAMES
 
 CARD = "README.md"
@@ -36,19 +37,17 @@ def write_adapter(
     Errors: `StoreError` for a method or a tensor that the format cannot hold.
     """
     config = installed.config
-    if not isinstance(config, LoRA):
-        raise StoreError(f"an adapter of method {config.method} cannot be saved yet")
     sites = installed.sites
-    slots, faults = slots_of(dict(modules_of(model)), config, sites.values())
-    assert not faults, faults
+    slots = slots_of(installed, dict(modules_of(model)))
     tensors = pack(installed.deltas, views_of(model, installed), slots)
     for name, text in files.items():
         if Path(name).name != name or name in OWN_NAMES:
             raise StoreError("a file saved with an adapter cannot have this name", found=name)
         (folder / name).write_text(text, encoding="utf-8")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    settings = write_settings(model, config, sites, base_name(model))
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if isinstance(config, LoRA):  # the one method here that PEFT has a form for
+        settings = write_settings(model, config, sites, base_name(model))
+        (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     whole = [path for path, site in sites.items() if site.kind == "whole"]
     manifest = Manifest(
         config=config,

@@ -21,6 +21,7 @@ from sidepath.injection.architecture import (
 from sidepath.kernels.lowrank import Part
 from sidepath.methods.base import HEAD, Method, Selection, Site
 from sidepath.methods.lora import name_matches
+from sidepath.methods.own import read_by_parent
 
 
 def resolve(model: nn.Module, config: Method) -> list[Site]:
@@ -114,7 +115,13 @@ def _own_sites(
     ]
     kept = [path for path in kept if path in _in_blocks(kept, selection.blocks)]
     _refuse_packed(modules, dict.fromkeys(kept, ""))
-    return {path: Site(path, "own", pattern="own") for path in kept}
+    places = dict.fromkeys(_who_reads(path, modules[path]) for path in kept)
+    return {path: Site(path, "own", pattern="own") for path in places}
+
+
+def _who_reads(path: str, module: nn.Module) -> str:
+    parent, _, name = path.rpartition(".")
+    return parent if read_by_parent(name, module) else path
 
 
 def _in_blocks(paths: Sequence[str], blocks: tuple[int | None, int | None]) -> set[str]:

@@ -268,9 +268,14 @@ def _search(cls: type[nn.Module]) -> type[DenseView] | None:
     return None
 
 
+_as_is: dict[type[nn.Module], bool] = {}
+
+
 def _as_known(cls: type[nn.Module]) -> bool:
-    known = next(base for base in cls.__mro__ if quant.qualified(base) in VIEWS)
-    return getattr(cls, "forward") is getattr(known, "forward")  # noqa: B009 - mypy
+    if cls not in _as_is:
+        known = next(base for base in cls.__mro__ if quant.qualified(base) in VIEWS)
+        _as_is[cls] = getattr(cls, "forward") is getattr(known, "forward")  # noqa: B009 - mypy
+    return _as_is[cls]
 
 
 def _plain_weight(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from sidepath.core.adapted import CHILD
-from sidepath.core.views import view_of
+from sidepath.core.views import DenseView, view_of
 from sidepath.errors import TargetNotFound
 from sidepath.kernels.lowrank import Part
 
@@ -85,15 +85,27 @@ def heads_of(model: nn.Module) -> list[str]:
     return head_paths(model) or [path for path, module in modules_of(model) if module is last]
 
 
-def preset_paths(model: nn.Module, preset: str) -> list[str]:
-    """The dense layers a preset names: linear layers of the body, without head or embeddings."""
+def dense_views(model: nn.Module) -> dict[str, DenseView]:
+    """The views of all dense layers of the base, by path."""
+    return {path: view for path, module in modules_of(model) if (view := view_of(module))}
+
+
+def preset_paths(
+    model: nn.Module, preset: str, views: Mapping[str, DenseView] | None = None
+) -> list[str]:
+    """The dense layers a preset names: linear layers of the body, without head or embeddings.
+
+    `views`: what `dense_views` gives, where it is known already.
+    """
     last = output_embedding(model)
     heads = tuple(f"{path}." for path in head_paths(model))
-    linear = []
-    for path, module in modules_of(model):
-        view = None if module is last or f"{path}.".startswith(heads) else view_of(module)
-        if view is not None and view.kind in ("linear", "conv1d_transposed"):
-            linear.append(path)
+    linear = [
+        path
+        for path, view in (dense_views(model) if views is None else views).items()
+        if view.kind in ("linear", "conv1d_transposed")
+        and view.module is not last
+        and not f"{path}.".startswith(heads)
+    ]
     if preset == "all-linear":
         return linear
     repeated = [path for path in linear if block_index(path) is not None]

@@ -13,6 +13,7 @@ from sidepath.errors import TargetNotFound, UnsupportedModule, closest
 from sidepath.injection.architecture import (
     PRESETS,
     block_index,
+    dense_views,
     fused_parts,
     heads_of,
     modules_of,
@@ -49,7 +50,7 @@ def resolve(model: nn.Module, config: Method) -> list[Site]:
 def _dense_sites(
     model: nn.Module, modules: Mapping[str, nn.Module], selection: Selection
 ) -> list[Site]:
-    views = {path: view for path, module in modules.items() if (view := view_of(module))}
+    views = dense_views(model)
     sites: dict[str, Site] = {}
     faults: list[str] = []
     for pattern in selection.targets:
@@ -66,7 +67,7 @@ def _dense_sites(
 
 def _matches(model: nn.Module, pattern: str, views: Mapping[str, DenseView]) -> list[str]:
     if pattern in PRESETS:
-        return preset_paths(model, pattern)
+        return preset_paths(model, pattern, views)
     name = pattern.partition(":")[0]
     return [path for path in views if name_matches(name, path)]
 

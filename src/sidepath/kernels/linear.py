@@ -76,7 +76,7 @@ def beside(x: Tensor, base: Frozen, A_RI: Tensor, B_OR: Tensor, scaling: float) 
     """`W0 x + b + s B (A x)` where no gradient is recorded: few operations, for few rows."""
     y = base(x).contiguous()
     x_NI, y_NO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    if x.dtype.itemsize == 2 and len(x_NI) <= FEW and not x.is_cuda:
+    if x.dtype.itemsize == 2 and x_NI.shape[0] <= FEW and not x.is_cuda:
         h_NR = F.linear(x_NI.float(), A_RI.float())
         y_NO.add_(F.linear(h_NR, B_OR.float()), alpha=scaling)
     else:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sidepath.methods.plain import BitFit as BitFit
     from sidepath.methods.plain import FullFineTuning as FullFineTuning
     from sidepath.methods.plain import LinearProbe as LinearProbe
+    from sidepath.methods.prompt import PromptTuning as PromptTuning
     from sidepath.store.adapter import Adapter as Adapter
     from sidepath.store.adapter import inject as inject
     from sidepath.store.adapter import load as load
@@ -52,6 +53,7 @@ _HOMES = {
     "LinearProbe": "sidepath.methods.plain",
     "LoRA": "sidepath.methods.lora",
     "Plan": "sidepath.store.plan",
+    "PromptTuning": "sidepath.methods.prompt",
     "StepReport": "sidepath.training.loop",
     "TrainConfig": "sidepath.config",
     "activate": "sidepath.injection.surgery",
@@ -82,6 +84,7 @@ __all__ = [
     "BitFit",
     "LoRA",
     "Plan",
+    "PromptTuning",
     "StepReport",
     "TrainConfig",
     "__version__",

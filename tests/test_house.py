@@ -138,6 +138,7 @@ def test_the_public_names() -> None:
         "Adapter",
         "LoRA",
         "Plan",
+        "PrefixTuning",
         "PromptTuning",
         "StepReport",
         "TrainConfig",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sidepath.methods.base import Method
 from sidepath.methods.lora import LoRA
 from sidepath.methods.plain import BitFit, FullFineTuning, LinearProbe
+from sidepath.methods.prefix import PrefixTuning
 from sidepath.methods.prompt import PromptTuning
 
 METHODS: dict[str, type[Method]] = {
@@ -13,5 +14,6 @@ METHODS: dict[str, type[Method]] = {
     LinearProbe.method: LinearProbe,
     BitFit.method: BitFit,
     PromptTuning.method: PromptTuning,
+    PrefixTuning.method: PrefixTuning,
 }
 """Every method by its name on the command line and in files."""

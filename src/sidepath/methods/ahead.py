@@ -55,9 +55,9 @@ class Ahead(CallDelta):
         else:
             body.require_unpacked()
             out = self.begin(base, body)
-        cache = getattr(out, "past_key_values", None)
-        if cache is not None:
-            cache.__dict__[MARK] = self.mark
+        for begun in (cache, getattr(out, "past_key_values", None)):
+            if begun is not None:
+                begun.__dict__[MARK] = self.mark
         return out.to_tuple() if wants_tuple else out
 
     @abstractmethod

@@ -19,7 +19,10 @@ from sidepath.store.plan import plan
 from tests.conftest import randomise
 from tests.methods.architectures import ARCHITECTURES, inputs_of, logits_of
 
-OPTIONS: dict[str, dict[str, Any]] = {"prompt": {"tokens": 5}, "prefix": {"tokens": 5, "hidden": 24}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "prompt": {"tokens": 5},
+    "prefix": {"tokens": 5, "hidden": 24},
+}
 """Settings under which a method is tested, where its defaults are not for a model 32 wide."""
 
 IMPOSSIBLE = {

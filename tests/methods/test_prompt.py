@@ -11,20 +11,26 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from sidepath.config import TrainConfig
+from sidepath.data.dataset import load_data
 from sidepath.data.example import Example
-from sidepath.errors import ConfigError, MergeError, RoutingError, UnsupportedModule
+from sidepath.errors import ConfigError, DataError, MergeError, RoutingError, UnsupportedModule
 from sidepath.injection.merging import merge
 from sidepath.injection.registry import registry_of
 from sidepath.injection.surgery import disabled, route, use_kernels
+from sidepath.methods.base import Method
 from sidepath.methods.lora import LoRA
+from sidepath.methods.prefix import PrefixTuning
 from sidepath.methods.prompt import PromptTuning
-from sidepath.store.adapter import inject, load
+from sidepath.store.adapter import Adapter, inject, load
 from sidepath.store.memory import switch_checkpointing
 from sidepath.store.plan import plan
 from sidepath.training.batching import collate
+from sidepath.training.loop import train
 from sidepath.training.loss import batch_loss
 from tests.conftest import randomise
 from tests.methods.architectures import ARCHITECTURES
+from tests.training.kit import llama
 
 DECODERS = ["llama", "gpt2", "opt", "gemma", "mixture"]
 ENCODERS = ["bert", "roberta"]
@@ -159,10 +165,12 @@ def test_the_fused_head_sees_the_rows_own_positions() -> None:
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("every_layer", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_gradient_checkpointing_gives_the_same_gradient(name: str) -> None:
-    _, model, own_PD = prompted(name)
-    assert isinstance(own_PD, nn.Parameter)
+def test_gradient_checkpointing_gives_the_same_gradient(name: str, every_layer: bool) -> None:
+    model = ARCHITECTURES[name]()
+    adapter = inject(model, PromptTuning(tokens=COUNT, every_layer=every_layer), "p")
+    own_PD = list(adapter.parameters())[-1]
     found: list[Any] = []
     model.train()
     for module in model.modules():
@@ -213,7 +221,8 @@ def test_the_start_is_made_of_the_vocabularys_embeddings(name: str) -> None:
     apart = (own_PD.detach()[:, None] - table.detach()).abs().amax(dim=2)
     assert apart.min(dim=1).values.max() < 1e-6
     (drawn_PD,) = inject(model, PromptTuning(tokens=50, start="normal"), "n").parameters()
-    assert drawn_PD.std() == pytest.approx(float(table.std()), rel=0.1)
+    ratio = drawn_PD.detach().std() / table.detach().std()
+    assert 0.9 < float(ratio) < 1.1
 
 
 def test_a_cache_is_begun_once_and_never_guessed_at() -> None:
@@ -307,12 +316,113 @@ def test_the_counts_of_the_lora_papers_prefix_embedding(lp: int, printed: float)
 
 
 def test_saved_and_loaded_it_generates_alike(tmp_path: Path) -> None:
-    plain, model, own_PD = prompted("llama")
-    from sidepath.store.adapter import Adapter
-
+    plain, model, _ = prompted("llama")
     load(plain, Adapter("p", model).save(tmp_path / "p"), "again")
     ids = rows()[0][None]
     settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(ids, **settings), plain.generate(ids, **settings))
     with disabled(plain):
         assert not torch.equal(plain(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(("name", "refused"), [("gpt2", True), ("opt", True), ("llama", False)])
+def test_a_row_that_no_learned_position_is_left_for_is_refused(name: str, refused: bool) -> None:
+    _, model, _ = prompted(name)
+    ids = torch.full((1, 64 - COUNT), 5)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        if refused:
+            with pytest.raises(RoutingError, match="longer than the model's context"):
+                model(ids[:, :1], past_key_values=cache)
+            with pytest.raises(RoutingError) as error:
+                model(torch.full((1, 64), 5))
+            assert f"64 tokens behind {COUNT} trained positions" in str(error.value)
+        else:  # rotary positions go on, as they do without an adapter
+            model(torch.full((1, 64), 5))
+
+
+@pytest.mark.parametrize("method", [PromptTuning(tokens=6), PrefixTuning(tokens=6, hidden=32)])
+def test_training_lowers_the_loss(method: Method, tokenizer: Any, pairs: Any) -> None:
+    model = llama(context=64)
+    data = load_data(pairs, tokenizer, max_tokens=58)
+    inject(model, method, "p")
+    base = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    steps = list(train(model, data, TrainConfig(steps=30, learning_rate=0.03, warmup=0.0)))
+    first, last = (sum(s.loss for s in part) / 5 for part in (steps[:5], steps[-5:]))
+    assert last < first - 0.3
+    assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)
+    longer = load_data([{"prompt": "a" * 40, "completion": "b" * 40}], tokenizer, max_tokens=60)
+    with pytest.raises(DataError, match="context is 64, less 6 that the adapter takes"):
+        next(iter(train(model, longer, TrainConfig(steps=1))))
+
+
+def layer_by_layer(plain: Any, own_LPD: Tensor, ids_T: Tensor) -> Tensor:
+    """The plain model's logits (T, V), its layers called one by one on replaced activations."""
+    body, count = plain.base_model, own_LPD.shape[1]
+    places = torch.arange(count + len(ids_T))[None]
+    x_BTD = torch.cat([own_LPD[0], plain.get_input_embeddings()(ids_T)])[None]
+    gpt2 = body.config.model_type == "gpt2"
+    if gpt2:
+        x_BTD = x_BTD + body.wpe(places)
+        layers, norm, more = body.h, body.ln_f, {}
+    else:
+        layers, norm = body.layers, body.norm
+        more = {"position_embeddings": body.rotary_emb(x_BTD, position_ids=places)}
+    for at, layer in enumerate(layers):
+        if at:
+            x_BTD = torch.cat([own_LPD[at][None], x_BTD[:, count:]], dim=1)
+        x_BTD = layer(x_BTD, **more)
+    logits: Tensor = plain.lm_head(norm(x_BTD))[0, count:]
+    return logits
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_with_every_layer_it_is_the_papers_prefix_layer(name: str, tmp_path: Path) -> None:
+    plain, model = ARCHITECTURES[name](), ARCHITECTURES[name]()
+    adapter = inject(model, PromptTuning(tokens=COUNT, every_layer=True), "p")
+    randomise(adapter.parameters(), std=1.0)
+    embeddings_PD, later_NPD = adapter.parameters()
+    own_LPD = torch.cat([embeddings_PD[None], later_NPD])
+    assert own_LPD.shape == (2, COUNT, 32)
+    with torch.no_grad():
+        found = model(**left_padded()).logits
+        for row, ids_T in enumerate(rows()):
+            expected = layer_by_layer(plain, own_LPD, ids_T)
+            torch.testing.assert_close(found[row, -len(ids_T) :], expected)
+        without = by_hand(plain, embeddings_PD, rows()[0]).logits[0, COUNT:]
+        assert not torch.allclose(without, layer_by_layer(plain, own_LPD, rows()[0]), atol=1e-3)
+    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    slow = model.generate(**left_padded(), use_cache=False, **settings)
+    assert torch.equal(model.generate(**left_padded(), **settings), slow)
+    model(**left_padded()).logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapter.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    load(plain, adapter.save(tmp_path / "p"), "again")
+    with torch.no_grad():
+        assert torch.equal(plain(**left_padded()).logits, found)
+
+
+def test_the_printed_counts_of_the_papers_prefix_layer_are_above_its_formula() -> None:
+    """LoRA's Table 15: `L d (l_p + l_i)` is what section 5.1 says; printed are 0.8 to 8 % more."""
+    with torch.device("meta"):
+        config = transformers.GPT2Config(n_embd=12_288, n_layer=96, n_head=96, n_positions=2048)
+        model = transformers.GPT2LMHeadModel(config)
+    printed = {2 + 2: 5.1, 8 + 0: 10.1, 8 + 8: 20.2, 32 + 4: 44.1, 64 + 0: 76.1}
+    for tokens, millions in printed.items():
+        adapter = inject(model, PromptTuning(tokens=tokens, every_layer=True), f"p{tokens}")
+        count = sum(p.numel() for p in adapter.parameters())
+        assert count == 96 * 12_288 * tokens
+        assert 1.005 < millions / (count / 1e6) < 1.085
+
+
+def test_layers_of_another_width_than_the_embeddings_are_refused() -> None:
+    config = transformers.OPTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, vocab_size=64,
+        max_position_embeddings=64, word_embed_proj_dim=16, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config).eval()
+    with pytest.raises(UnsupportedModule, match="as wide as the embeddings"):
+        inject(model, PromptTuning(tokens=2, every_layer=True))
+    (own_PD,) = inject(model, PromptTuning(tokens=2)).parameters()
+    assert own_PD.shape == (2, 16)
+    model(rows()[0][None])

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
-from sidepath.core.calls import CallView, call_class
+from sidepath.core.around import CallView, call_class
 from sidepath.core.delta import Delta
 from sidepath.core.routed import routed
 from sidepath.core.routing import Routing, key_of

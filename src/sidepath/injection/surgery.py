@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from sidepath.core.adapted import adapt, restore
-from sidepath.core.calls import CallView
+from sidepath.core.around import CallView
 from sidepath.core.delta import Delta
 from sidepath.core.routing import group_rows
 from sidepath.core.views import View, view_of

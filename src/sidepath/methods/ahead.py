@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sidepath.core.calls import CallDelta
+from sidepath.core.around import CallDelta
 from sidepath.core.views import View
 from sidepath.errors import ConfigError, RoutingError, UnsupportedModule
 
@@ -35,6 +35,8 @@ class Ahead(CallDelta):
         self.first = first_position(base.module)
         context: int = getattr(settings, "max_position_embeddings", 0) or 0
         room = context - self.first
+        self.room = room if context > 0 and learned_positions(base.module, context) else None
+        """Positions that the body has a learned vector for; beyond it nothing can stand."""
         if context > 0 and count >= room:
             raise ConfigError(
                 f"{count} trained positions leave no room for a row",
@@ -48,10 +50,11 @@ class Ahead(CallDelta):
         body.options["return_dict"] = True
         cache = body.options.get("past_key_values")
         held = body.held()
+        self._require_room(body, held)
         if held:
             body.require_own(cache, self.mark, self.count, held)
             body.move(self.count, self.first)
-            out = base(**body.options)
+            out: Any = base(**body.options)
         else:
             body.require_unpacked()
             out = self.begin(base, body)
@@ -59,6 +62,17 @@ class Ahead(CallDelta):
             if begun is not None:
                 begun.__dict__[MARK] = self.mark
         return out.to_tuple() if wants_tuple else out
+
+    def _require_room(self, body: BodyCall, held: int) -> None:
+        wanted = body.tokens + (held or self.count)
+        if self.room is not None and wanted > self.room:
+            raise RoutingError(
+                "a row and the trained positions before it are longer than the model's context",
+                where=body.path,
+                found=f"{wanted - self.count} tokens behind {self.count} trained positions",
+                expected=f"at most {self.room} in all",
+                hint="shorten the row",
+            )
 
     @abstractmethod
     def begin(self, base: View, body: BodyCall) -> Any:
@@ -203,6 +217,18 @@ def word_embedding(body: nn.Module) -> nn.Module:
     if not isinstance(found, nn.Module) or not isinstance(getattr(found, "weight", None), Tensor):
         raise UnsupportedModule("a body without word embeddings", found=type(body).__name__)
     return found
+
+
+def learned_positions(body: nn.Module, context: int) -> bool:
+    """Whether the body looks its positions up in a table of learned vectors."""
+    words = word_embedding(body)
+    return any(
+        isinstance(module, nn.Embedding)
+        and module is not words
+        and module.num_embeddings >= context
+        and "rel_" not in name  # distances, which are clamped and have no end (DeBERTa)
+        for name, module in body.named_modules()
+    )
 
 
 def first_position(body: nn.Module) -> int:

@@ -41,7 +41,7 @@ class PrefixTuning(Method):
     """Trained positions before each row; they take as many of the model's context."""
     hidden: int | None = 512
     """While training, keys and values are made by a network with so many hidden features
-    (section 4.3), which is not saved; none: they are trained themselves. A loaded prefix has none."""
+    (section 4.3), which is neither saved nor loaded; none: they are trained themselves."""
     train_whole: tuple[str, ...] = ()
     """Modules trained whole beside them, such as a classification head."""
 
@@ -104,18 +104,18 @@ class Prefix(Ahead):
             )
         kept = options.get("use_cache")
         kept = getattr(config_of(module), "use_cache", False) if kept is None else kept
-        cache = options.get("past_key_values")
+        cache: Any = options.get("past_key_values")
         given = cache is not None
         if not given:
             from transformers import DynamicCache
 
-            cache = options["past_key_values"] = DynamicCache(config=module.config)  # type: ignore[arg-type]
+            cache = options["past_key_values"] = DynamicCache(config=config_of(module))
         keys, values = self.prefix()
         for layer in range(self.shape[0]):
             own = (part[layer].to(self.dtype) for part in (keys, values))
             cache.update(*(part.expand(body.rows, -1, -1, -1) for part in own), layer)
         body.move(self.count, self.first)
-        out = base(**options)
+        out: Any = base(**options)
         if not (kept or given):
             out.past_key_values = None
         return out

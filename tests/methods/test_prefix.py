@@ -18,11 +18,13 @@ from sidepath.errors import ConfigError, MergeError, RoutingError, TrainError
 from sidepath.injection.merging import merge
 from sidepath.injection.registry import registry_of
 from sidepath.injection.surgery import disabled, route, use_kernels
+from sidepath.methods.lora import LoRA
 from sidepath.methods.prefix import Prefix, PrefixTuning
 from sidepath.methods.prompt import PromptTuning
 from sidepath.store.adapter import Adapter, inject, load
 from sidepath.store.memory import switch_checkpointing
 from sidepath.store.plan import plan
+from sidepath.store.sums import add_up
 from sidepath.training.batching import collate
 from sidepath.training.loss import batch_loss
 from tests.conftest import randomise
@@ -245,3 +247,29 @@ def test_a_decoder_that_classifies_can_take_one() -> None:
         alone = torch.cat([model(ids_T[None]).logits for ids_T in rows()])
     torch.testing.assert_close(found, alone)
     assert not torch.allclose(found, before, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_base_of_less_precision_is_given_its_own_dtype(name: str) -> None:
+    plain, model, delta = prefixed(name)
+    with torch.no_grad():
+        exact = torch.stack([by_hand(plain, *delta.prefix(), i)[-1] for i in rows()])
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(**left_padded()).logits[:, -1]
+        torch.testing.assert_close(found.float(), exact, rtol=0.05, atol=0.05)
+        half = ARCHITECTURES[name]().to(torch.bfloat16)
+        inject(half, PrefixTuning(tokens=COUNT, hidden=None), "p")
+        (own,) = registry_of(half).adapter("p").deltas.values()
+        own.take_(delta.tensors())
+        out = half(**left_padded(), use_cache=True)
+    assert all(parameter.dtype == torch.float32 for parameter in own.parameters())
+    assert out.past_key_values.layers[0].keys.dtype == torch.bfloat16
+    torch.testing.assert_close(out.logits[:, -1].float(), exact, rtol=0.05, atol=0.05)
+
+
+def test_a_sum_with_another_adapter_is_refused_and_not_left_out() -> None:
+    _, model, _ = prefixed("llama")
+    inject(model, LoRA(), "l")
+    add_up(model, ["p", "l"])
+    with pytest.raises(RoutingError, match="cannot be put onto its output"):
+        model(rows()[0][None])

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from sidepath.base import embedded_base
 from sidepath.config import TrainConfig
 from sidepath.data.dataset import load_data
 from sidepath.data.example import Example
@@ -341,16 +342,29 @@ def test_a_row_that_no_learned_position_is_left_for_is_refused(name: str, refuse
             model(torch.full((1, 64), 5))
 
 
-@pytest.mark.parametrize("method", [PromptTuning(tokens=6), PrefixTuning(tokens=6, hidden=32)])
-def test_training_lowers_the_loss(method: Method, tokenizer: Any, pairs: Any) -> None:
-    model = llama(context=64)
-    data = load_data(pairs, tokenizer, max_tokens=58)
+@pytest.mark.parametrize(
+    ("method", "rate"),
+    [(PromptTuning(tokens=6), 0.03), (PrefixTuning(tokens=6, hidden=32), 0.01)],
+    ids=["prompt", "prefix"],
+)
+def test_training_lowers_the_loss_and_leaves_the_base(method: Method, rate: float) -> None:
+    folder = embedded_base()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    base = {name: p.clone() for name, p in model.named_parameters()}
     inject(model, method, "p")
-    base = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    steps = list(train(model, data, TrainConfig(steps=30, learning_rate=0.03, warmup=0.0)))
-    first, last = (sum(s.loss for s in part) / 5 for part in (steps[:5], steps[-5:]))
-    assert last < first - 0.3
-    assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)
+    pairs = [{"prompt": f"{n} and {n + 1}:", "completion": " zip zap zop"} for n in range(40)]
+    data = load_data(pairs, tokenizer, max_tokens=58)
+    config = TrainConfig(steps=25, learning_rate=rate, warmup=0.0)
+    steps = list(train(model, data, config))
+    assert steps[-1].loss < 0.7 * steps[0].loss
+    found = dict(model.named_parameters())
+    assert all(torch.equal(found[name], tensor) for name, tensor in base.items())
+
+
+def test_rows_must_fit_beside_the_prompt(tokenizer: Any) -> None:
+    model = llama(context=64)
+    inject(model, PromptTuning(tokens=6), "p")
     longer = load_data([{"prompt": "a" * 40, "completion": "b" * 40}], tokenizer, max_tokens=60)
     with pytest.raises(DataError, match="context is 64, less 6 that the adapter takes"):
         next(iter(train(model, longer, TrainConfig(steps=1))))

@@ -93,9 +93,7 @@ def _train_in(processes: Processes, call: Call, run: TrainRun) -> Report:
     return report(outcome, output)
 
 
-def _data(
-    run: TrainRun, config: TrainConfig, folder: Path, taken: int
-) -> tuple[Data, Data | None]:
+def _data(run: TrainRun, config: TrainConfig, folder: Path, taken: int) -> tuple[Data, Data | None]:
     tokenizer = load_tokenizer(folder)
     limit = _limit(run, folder, taken)
     columns = run.columns or None

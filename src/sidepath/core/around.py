@@ -27,7 +27,7 @@ class CallView(View):
 
 
 class CallDelta(LayerDelta, ABC):
-    """One adapter's change to how one module is called."""
+    """One adapter's change to how one module is called; a fresh one may change the outputs."""
 
     @abstractmethod
     def call(self, base: View, *args: Any, **kwargs: Any) -> Any:
@@ -57,7 +57,9 @@ def call_class(cls: type[nn.Module]) -> type[nn.Module]:
         if not routing.silent:
             if routing.rows is not None:
                 _refuse_rows(side, routing.rows)
-            elif isinstance(delta := side._modules.get(routing.key), CallDelta):
+            elif (delta := side._modules.get(routing.key)) is not None:
+                if not isinstance(delta, CallDelta):
+                    raise RoutingError(_APART, where=side.path, hint=_ALONE)
                 return delta.call(side.view, *args, **kwargs)
         return side.view(*args, **kwargs)
 

@@ -25,7 +25,7 @@ MARK = "_sidepath_ahead"
 
 
 class Ahead(CallDelta):
-    """P trained positions before each row, put there once: where a cache holds them, it has them."""
+    """P trained positions before each row, put there once: a cache that holds them has them."""
 
     def __init__(self, base: View, count: int) -> None:
         super().__init__()

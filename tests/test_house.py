@@ -138,6 +138,8 @@ def test_the_public_names() -> None:
         "Adapter",
         "LoRA",
         "Plan",
+        "PrefixTuning",
+        "PromptTuning",
         "StepReport",
         "TrainConfig",
         "__version__",

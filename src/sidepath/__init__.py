@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from sidepath.methods.plain import BitFit as BitFit
     from sidepath.methods.plain import FullFineTuning as FullFineTuning
     from sidepath.methods.plain import LinearProbe as LinearProbe
+    from sidepath.methods.prefix import PrefixTuning as PrefixTuning
+    from sidepath.methods.prompt import PromptTuning as PromptTuning
     from sidepath.store.adapter import Adapter as Adapter
     from sidepath.store.adapter import inject as inject
     from sidepath.store.adapter import load as load
@@ -52,6 +54,8 @@ _HOMES = {
     "LinearProbe": "sidepath.methods.plain",
     "LoRA": "sidepath.methods.lora",
     "Plan": "sidepath.store.plan",
+    "PrefixTuning": "sidepath.methods.prefix",
+    "PromptTuning": "sidepath.methods.prompt",
     "StepReport": "sidepath.training.loop",
     "TrainConfig": "sidepath.config",
     "activate": "sidepath.injection.surgery",
@@ -82,6 +86,8 @@ __all__ = [
     "BitFit",
     "LoRA",
     "Plan",
+    "PrefixTuning",
+    "PromptTuning",
     "StepReport",
     "TrainConfig",
     "__version__",

@@ -19,7 +19,10 @@ from sidepath.store.plan import plan
 from tests.conftest import randomise
 from tests.methods.architectures import ARCHITECTURES, inputs_of, logits_of
 
-OPTIONS: dict[str, dict[str, Any]] = {}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "prompt": {"tokens": 5},
+    "prefix": {"tokens": 5, "hidden": 24},
+}
 """Settings under which a method is tested, where its defaults are not for a model 32 wide."""
 
 IMPOSSIBLE = {
@@ -28,10 +31,17 @@ IMPOSSIBLE = {
     ("bitfit", "gemma"): "no bias to train",
     ("bitfit", "t5"): "no bias to train",
     ("bitfit", "mixture"): "no bias to train",
+    ("prompt", "t5"): "encoder and decoder are called apart",
+    ("prompt", "vit"): "takes no embeddings of tokens",
+    ("prefix", "t5"): "encoder and decoder are called apart",
+    ("prefix", "vit"): "takes no embeddings of tokens",
+    ("prefix", "bert"): "attention is not causal",
+    ("prefix", "roberta"): "attention is not causal",
+    ("prefix", "deberta-v2"): "attention is not causal",
 }
 """What a method cannot do, and why, in its error's words."""
 
-NOT_FRESH_EQUAL: set[str] = set()
+NOT_FRESH_EQUAL: set[str] = {"prompt", "prefix"}
 """Methods whose paper promises no equality with the base before the first step."""
 
 PAIRS = [(method, name) for method in METHODS for name in ARCHITECTURES]

@@ -59,8 +59,8 @@ def _train_in(processes: Processes, call: Call, run: TrainRun) -> Report:
         if not resume:
             require_no_leftovers(output)
     folder = base_folder(run.base)
-    data, held_out = _data(run, config, folder)
-    text = _own_text(run, data, folder)
+    data, held_out = _data(run, config, folder, method.positions)
+    text = _own_text(run, data, folder, method.positions)
     torch.manual_seed(config.seed)
     model, method = _base_for(run, method, data, folder)
     planned = _planned(model, method, data, config)
@@ -93,9 +93,9 @@ def _train_in(processes: Processes, call: Call, run: TrainRun) -> Report:
     return report(outcome, output)
 
 
-def _data(run: TrainRun, config: TrainConfig, folder: Path) -> tuple[Data, Data | None]:
+def _data(run: TrainRun, config: TrainConfig, folder: Path, taken: int) -> tuple[Data, Data | None]:
     tokenizer = load_tokenizer(folder)
-    limit = _limit(run, folder)
+    limit = _limit(run, folder, taken)
     columns = run.columns or None
     data = load_data(
         run.data,
@@ -122,16 +122,19 @@ def _data(run: TrainRun, config: TrainConfig, folder: Path) -> tuple[Data, Data 
     return data, None
 
 
-def _own_text(run: TrainRun, data: Data, folder: Path) -> Data | None:
+def _own_text(run: TrainRun, data: Data, folder: Path, taken: int) -> Data | None:
     """The text to measure forgetting on, read before training so that a fault shows then."""
     if run.forgetting_data is None:
         return None
-    return load_data(run.forgetting_data, data.tokenizer, max_tokens=_limit(run, folder))
+    return load_data(run.forgetting_data, data.tokenizer, max_tokens=_limit(run, folder, taken))
 
 
-def _limit(run: TrainRun, folder: Path) -> int:
-    """The longest row: what was asked for, and never more than the base's context."""
-    return min(run.max_tokens, context_tokens(folder) or run.max_tokens)
+def _limit(run: TrainRun, folder: Path, taken: int) -> int:
+    """The longest row: what was asked for, and never more than the adapter leaves of the base's
+    context (2 at least: an adapter that takes it all is refused when it is put in).
+    """
+    context = context_tokens(folder)
+    return run.max_tokens if context is None else min(run.max_tokens, max(2, context - taken))
 
 
 def _base_for(run: TrainRun, method: Method, data: Data, folder: Path) -> tuple[nn.Module, Method]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
+from sidepath.core.around import CallView, call_class
 from sidepath.core.delta import Delta
 from sidepath.core.routed import routed
 from sidepath.core.routing import Routing, key_of
@@ -68,14 +69,19 @@ class Adapted(nn.Module):
         return base(x, *args, **kwargs)
 
 
-_adapted_classes: dict[type[nn.Module], type[nn.Module]] = {}
+_adapted_classes: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
 
 
-def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
-    if cls not in _adapted_classes:
-        name = f"Adapted{cls.__name__}"
-        _adapted_classes[cls] = type(name, (Adapted, cls), {"__module__": cls.__module__})
-    return _adapted_classes[cls]
+def _adapted_class(view: View) -> type[nn.Module]:
+    cls = view.base_class
+    key = (cls, isinstance(view, CallView))
+    if key not in _adapted_classes:
+        if isinstance(view, CallView):
+            _adapted_classes[key] = call_class(cls)
+        else:
+            name = f"Adapted{cls.__name__}"
+            _adapted_classes[key] = type(name, (Adapted, cls), {"__module__": cls.__module__})
+    return _adapted_classes[key]
 
 
 def adapt(view: View, routing: Routing, path: str) -> SidePaths:
@@ -92,7 +98,7 @@ def speak_up(side: SidePaths) -> None:
     """Let a module ask its side paths in each forward pass. In place; undone by `step_aside`."""
     module = side.view.module
     module.__dict__.pop("forward", None)
-    module.__class__ = _adapted_class(side.view.base_class)
+    module.__class__ = _adapted_class(side.view)
 
 
 def step_aside(side: SidePaths) -> None:

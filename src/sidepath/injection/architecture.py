@@ -5,13 +5,14 @@ Everything is read off the module tree; the tables hold only what a tree cannot 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 
 from torch import nn
 
 from sidepath.core.adapted import CHILD
 from sidepath.core.views import DenseView, view_of
-from sidepath.errors import TargetNotFound
+from sidepath.errors import TargetNotFound, UnsupportedModule
 from sidepath.kernels.lowrank import Part
 
 PRESETS = ("all-linear", "attention", "mlp")
@@ -65,6 +66,43 @@ def body_prefix(model: nn.Module) -> str:
     name = getattr(model, "base_model_prefix", "")
     body = getattr(model, name, None) if name else None
     return f"{name}." if isinstance(body, nn.Module) else ""
+
+
+def body_path(model: nn.Module) -> str:
+    """Dotted name of the module that turns token ids, or their embeddings, into hidden states.
+
+    Errors: `UnsupportedModule` for a model in which no single call does that.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModule(
+            "no one call of this model's body sees a row: encoder and decoder are called apart "
+            "while text is generated, and both read one mask",
+            found=type(model).__name__,
+            hint="adapt matrices of the model instead",
+        )
+    path = body_prefix(model).removesuffix(".")
+    if not path:
+        raise UnsupportedModule(
+            "the model has no head, so its body is no module of it whose call could be changed",
+            found=type(model).__name__,
+            hint="load it with the head of its task",
+        )
+    if not _reads_rows(model.get_submodule(path)):
+        raise UnsupportedModule(
+            "the model's body takes no embeddings of tokens", where=path, found=type(model).__name__
+        )
+    while inner := [
+        name for name, child in model.get_submodule(path).named_children() if _reads_rows(child)
+    ]:  # some models call the module inside their body (OPT), or images come in between
+        path = f"{path}.{inner[0]}"
+    return path
+
+
+def _reads_rows(module: nn.Module) -> bool:
+    """Whether a module is called with whole rows of tokens or of their embeddings."""
+    return {"inputs_embeds", "attention_mask"} <= set(
+        inspect.signature(type(module).forward).parameters
+    )
 
 
 def head_paths(model: nn.Module) -> list[str]:

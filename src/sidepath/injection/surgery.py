@@ -9,10 +9,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 from sidepath.core.adapted import adapt, restore
+from sidepath.core.around import CallView
 from sidepath.core.delta import Delta
 from sidepath.core.routing import group_rows
 from sidepath.core.views import View, view_of
-from sidepath.errors import MergeError
+from sidepath.errors import MergeError, UnsupportedModule
 from sidepath.injection.merging import unfolded
 from sidepath.injection.registry import (
     Installed,
@@ -49,7 +50,7 @@ def put_in(
     registry = open_registry(model)
     places = {site.path: site for site in sites}
     try:
-        views = {path: _view_at(model, registry, path) for path in places}
+        views = {path: _view_at(model, registry, site) for path, site in places.items()}
         deltas = config.deltas(places.values(), views, tensors)
         for path, delta in deltas.items():
             _as_the_module(delta, views[path].module.training, trainable)
@@ -68,12 +69,19 @@ def put_in(
     return installed
 
 
-def _view_at(model: nn.Module, registry: Registry, path: str) -> View:
-    side = registry.sides.get(path)
+def _view_at(model: nn.Module, registry: Registry, site: Site) -> View:
+    around = site.kind == "body"
+    side = registry.sides.get(site.path)
     if side is not None:
+        if isinstance(side.view, CallView) != around:
+            raise UnsupportedModule(
+                "one adapter stands around this module's call and another beside its output",
+                where=site.path,
+                hint="remove the one before the other is put in",
+            )
         return side.view
-    module = model.get_submodule(path)
-    return view_of(module) or View(module)
+    module = model.get_submodule(site.path)
+    return CallView(module) if around else view_of(module) or View(module)
 
 
 def _as_the_module(delta: Delta, training: bool, trainable: bool) -> None:

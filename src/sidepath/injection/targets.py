@@ -14,6 +14,7 @@ from sidepath.injection.architecture import (
     PRESETS,
     block_index,
     dense_views,
+    body_path,
     fused_parts,
     heads_of,
     modules_of,
@@ -39,6 +40,9 @@ def resolve(model: nn.Module, config: Method) -> list[Site]:
         dense = _narrowed(_dense_sites(model, modules, selection), selection, whole)
     _check_patterns(selection.patterns, dense)
     sites = {site.path: site for site in dense}
+    if selection.body:
+        path = body_path(model)
+        sites[path] = Site(path, "body", pattern="body")
     if selection.own:
         sites |= _own_sites(modules, selection, whole)
     sites |= {path: Site(path, "whole", pattern=pattern) for path, pattern in whole.items()}

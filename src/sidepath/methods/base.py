@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sidepath.core.delta import Delta
 from sidepath.core.views import DenseView, View
+from sidepath.errors import ConfigError
 from sidepath.kernels.lowrank import Part
 from sidepath.methods.bias import BiasOnly
 from sidepath.methods.own import Own, tie
@@ -20,7 +21,7 @@ from sidepath.methods.whole import Whole
 
 HEAD = "head"
 """Among modules trained whole: whatever heads the model has."""
-SiteKind = Literal["dense", "bias", "whole", "own"]
+SiteKind = Literal["dense", "bias", "whole", "own", "body"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Site:
     """Dotted name of the module."""
     kind: SiteKind
     """A matrix is adapted, the bias alone is trained, the module is trained whole, or what it holds
-    itself, without its children."""
+    itself, without its children; or the whole call of the model's body is changed."""
     parts: tuple[Part, ...] = ()
     """Rows of a fused projection that are adapted; empty means the whole matrix."""
     pattern: str = ""
@@ -53,6 +54,8 @@ class Selection:
     """Train the parameters that every module holds itself."""
     blocks: tuple[int | None, int | None] = (None, None)
     """Only the blocks of this slice, as Python counts: (-2, None) are the last two."""
+    body: bool = False
+    """Stand around the call of the model's body."""
 
 
 class Method(ABC):
@@ -77,6 +80,15 @@ class Method(ABC):
         """The delta beside a matrix: drawn from torch's random state, or made of its `tensors`."""
         raise NotImplementedError
 
+    def body_delta(self, view: View, tensors: Mapping[str, Tensor] | None = None) -> Delta:
+        """The delta around the call of the model's body, as `dense_delta` makes one."""
+        raise ConfigError(f'"{self.method}" changes no call of a model\'s body')
+
+    @property
+    def positions(self) -> int:
+        """How many positions of the model's context the adapter takes for itself."""
+        return 0
+
     def delta(self, site: Site, view: View, tensors: Mapping[str, Tensor] | None = None) -> Delta:
         """The delta for a site, on the device of the module it stands beside.
 
@@ -87,6 +99,8 @@ class Method(ABC):
         if site.kind == "dense":
             assert isinstance(view, DenseView)
             return self.dense_delta(site, view, tensors)
+        if site.kind == "body":
+            return self.body_delta(view, tensors)
         return filled(lambda: _BESIDE[site.kind](view), tensors)
 
     def deltas(

@@ -98,9 +98,10 @@ def inject(
     The base is frozen, its outputs stay equal to the bit until the adapter is trained. It
     becomes the active one, so that what is trained next is what was injected last.
 
-    Only `LoRA(start="loftq")` moves the outputs: towards those of the unquantised base, whose
-    weights it reads from `originals`: a transformers folder (the one the model was loaded from
-    when not given) or the tensors by parameter name.
+    `PromptTuning` and `PrefixTuning` move the outputs, by the positions they put before each row;
+    and `LoRA(start="loftq")`: towards those of the unquantised base, whose weights it reads from
+    `originals`: a transformers folder (the one the model was loaded from when not given) or the
+    tensors by parameter name.
 
     Errors: `TargetNotFound`, `UnsupportedModule`, `NameTaken`, `BadName`; `MergeError` while an
     adapter is merged in; `ConfigError` and `StoreError` for a start from originals without any.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sidepath.core.adapted import CHILD
+from sidepath.errors import SidepathError
 from sidepath.injection.head import fused_head
 from sidepath.injection.registry import registry_of
 from sidepath.injection.surgery import activate, put_in, remove, use_kernels
@@ -34,8 +35,10 @@ _UNRUNNABLE = (
     AttributeError,
     IndexError,
     NotImplementedError,
+    SidepathError,
 )
-"""What a forward pass raises that is not one of token ids, or that reads values."""
+"""What a forward pass raises that is not one of token ids, or that reads values; or that an adapter
+refuses, such as gradient checkpointing without a cache."""
 
 
 @dataclass(frozen=True)

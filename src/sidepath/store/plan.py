@@ -48,6 +48,10 @@ class Plan:
     tokens: int
     dtypes: tuple[str, str]
     """Data types of the base's and of the adapter's weights."""
+    positions: int = 0
+    """Positions of the model's context that the adapter takes from every row."""
+    context: int | None = None
+    """Positions that the model has, where its config says."""
 
     @property
     def targets(self) -> list[tuple[str, int]]:
@@ -69,6 +73,8 @@ class Plan:
             "batch_size": self.batch_size,
             "tokens": self.tokens,
             "dtypes": {"base": self.dtypes[0], "adapter": self.dtypes[1]},
+            "positions": self.positions,
+            "context": self.context,
             "modules": [site.path for site in self.sites],
         }
 
@@ -82,6 +88,9 @@ class Plan:
         ]
         for pattern, count in self.targets:
             lines.append(f"target       {pattern}: {count} modules")
+        if self.positions:
+            known = "" if self.context is None else f" of {self.context:,}"
+            lines.append(f"context      {self.positions:,}{known} positions are the adapter's")
         memory = self.memory
         activations = "unknown" if memory.activations is None else readable(memory.activations)
         lines.append(
@@ -119,7 +128,8 @@ def plan(
     Raises what `inject` would raise.
     """
     sites = resolve(model, config)
-    tokens = min(tokens, _context(model) or tokens)
+    context = _context(model)
+    tokens = min(tokens, (context or tokens + config.positions) - config.positions)
     twin = Twin(model, config, sites)
     installed = twin.installed
     base = [parameter for _, parameter in base_parameters(model)]
@@ -134,6 +144,8 @@ def plan(
         batch_size=batch_size,
         tokens=tokens,
         dtypes=(_dtypes(base), _dtypes(installed.parameters())),
+        positions=config.positions,
+        context=context,
     )
 
 

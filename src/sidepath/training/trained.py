@@ -189,9 +189,18 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def context_of(model: Any) -> float:
-    """Most tokens the model's positions reach; infinite when its config names no limit."""
+    """Most tokens a row may have: what the model's positions reach, less those that the active
+    adapter takes; infinite when its config names no limit.
+    """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return math.inf if limit is None else float(limit)
+    return math.inf if limit is None else float(limit - _taken(model))
+
+
+def _taken(model: nn.Module) -> int:
+    """Positions of each row that the active adapter takes for itself."""
+    registry = registry_of(model)
+    active = None if registry is None else registry.adapters.get(registry.routing.active or "")
+    return 0 if active is None else active.config.positions
 
 
 def require_fit(model: Any, data: Data) -> None:
@@ -200,7 +209,11 @@ def require_fit(model: Any, data: Data) -> None:
     longest, context = max(data.lengths), context_of(model)
     vocabulary = model.config.get_text_config().vocab_size
     if longest > context:
-        faults.append(f"a row has {longest} tokens, the model's context is {context:.0f}")
+        taken = _taken(model)
+        less = f", less {taken} that the adapter takes" if taken else ""
+        faults.append(
+            f"a row has {longest} tokens, the model's context is {context + taken:.0f}{less}"
+        )
     if data.largest_id >= vocabulary:
         faults.append(
             f"token id {data.largest_id} is beyond the model's vocabulary of {vocabulary}: "

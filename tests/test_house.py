@@ -140,6 +140,7 @@ def test_the_public_names() -> None:
         "Plan",
         "StepReport",
         "TrainConfig",
+        "VeRA",
         "__version__",
         "activate",
         "dequantise_",

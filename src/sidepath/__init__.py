@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sidepath.methods.plain import BitFit as BitFit
     from sidepath.methods.plain import FullFineTuning as FullFineTuning
     from sidepath.methods.plain import LinearProbe as LinearProbe
+    from sidepath.methods.vera import VeRA as VeRA
     from sidepath.store.adapter import Adapter as Adapter
     from sidepath.store.adapter import inject as inject
     from sidepath.store.adapter import load as load
@@ -54,6 +55,7 @@ _HOMES = {
     "Plan": "sidepath.store.plan",
     "StepReport": "sidepath.training.loop",
     "TrainConfig": "sidepath.config",
+    "VeRA": "sidepath.methods.vera",
     "activate": "sidepath.injection.surgery",
     "dequantise_": "sidepath.injection.quantising",
     "disabled": "sidepath.injection.surgery",
@@ -84,6 +86,7 @@ __all__ = [
     "Plan",
     "StepReport",
     "TrainConfig",
+    "VeRA",
     "__version__",
     "activate",
     "dequantise_",

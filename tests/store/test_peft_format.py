@@ -100,6 +100,9 @@ CASES: dict[str, tuple[Any, Any, LoRA]] = {
         LoRA(r=2, targets=("stem", "grouped", "head"), scaling="alpha/sqrt(r)"),
     ),
     "grouped": (lambda: Vision().eval(), IMAGES, LoRA(r=3, targets=("grouped",))),
+    "dora": (tiny_llama, IDS, LoRA(r=3, alpha=5, dora=True, rank_pattern={"q_proj": 2})),
+    "dora gpt2": (tiny_gpt2, IDS, LoRA(r=2, dora=True, targets=("c_attn", "c_fc"))),
+    "dora biases": (tiny_bert, IDS, LoRA(r=2, dora=True, targets=("value", "dense"), bias="lora")),
 }  # fmt: skip
 
 
@@ -176,6 +179,12 @@ PEFT_CONFIGS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "lora biases": (tiny_bert, IDS, {"target_modules": ["value"], "bias": "lora_only"}),
     "layers": (tiny_llama, IDS, {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
     "convolution": (lambda: Vision().eval(), IMAGES, {"target_modules": ["stem", "head"]}),
+    "dora": (tiny_llama, IDS, {"target_modules": ["q_proj", "up_proj"], "use_dora": True}),
+    "dora rslora": (
+        tiny_gpt2,
+        IDS,
+        {"target_modules": ["c_fc"], "use_dora": True, "use_rslora": True},
+    ),
 }  # fmt: skip
 
 

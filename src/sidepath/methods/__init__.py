@@ -5,11 +5,13 @@ from __future__ import annotations
 from sidepath.methods.base import Method
 from sidepath.methods.lora import LoRA
 from sidepath.methods.plain import BitFit, FullFineTuning, LinearProbe
+from sidepath.methods.vera import VeRA
 
 METHODS: dict[str, type[Method]] = {
     LoRA.method: LoRA,
     FullFineTuning.method: FullFineTuning,
     LinearProbe.method: LinearProbe,
     BitFit.method: BitFit,
+    VeRA.method: VeRA,
 }
 """Every method by its name on the command line and in files."""

@@ -151,6 +151,7 @@ def test_the_public_names() -> None:
         "forgetting",
         "generate",
         "inject",
+        "inject_eva",
         "load",
         "load_data",
         "merge",

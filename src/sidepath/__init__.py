@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sidepath.store.adapter import Adapter as Adapter
     from sidepath.store.adapter import inject as inject
     from sidepath.store.adapter import load as load
+    from sidepath.store.eva import inject_eva as inject_eva
     from sidepath.store.merge import merge_folder as merge_folder
     from sidepath.store.plan import Plan as Plan
     from sidepath.store.plan import plan as plan
@@ -65,6 +66,7 @@ _HOMES = {
     "forgetting": "sidepath.training.forgetting",
     "generate": "sidepath.training.evaluate",
     "inject": "sidepath.store.adapter",
+    "inject_eva": "sidepath.store.eva",
     "load": "sidepath.store.adapter",
     "load_data": "sidepath.data.dataset",
     "merge": "sidepath.injection.merging",
@@ -97,6 +99,7 @@ __all__ = [
     "forgetting",
     "generate",
     "inject",
+    "inject_eva",
     "load",
     "load_data",
     "merge",

@@ -178,3 +178,20 @@ def test_its_update_is_not_inspected_as_if_it_were_thin(tmp_path: Path) -> None:
     adapter = inject(tiny_llama(), LoRA(r=2, dora=True, targets=("q_proj",)), "a")
     with pytest.raises(StoreError, match="no product of thin factors"):
         factors_of(adapter.save(tmp_path / "a"))
+
+
+def test_beside_a_quantised_layer() -> None:
+    """QDoRA: the norms are those of the matrix that the 4-bit codes stand for."""
+    pytest.importorskip("bitsandbytes")
+    from sidepath.injection.quantising import quantise_
+
+    model, ids = tiny_llama(), torch.randint(3, 64, (2, 7))
+    quantise_(model, dtype=torch.float32)
+    base = outputs(model, ids)
+    adapter = inject(model, LoRA(r=2, dora=True, targets=("q_proj", "up_proj")), "a")
+    assert torch.equal(outputs(model, ids), base)
+    randomise(adapter.parameters())
+    apart = outputs(model, ids)
+    assert not torch.allclose(apart, base, atol=1e-3)
+    merge(model, "a")
+    torch.testing.assert_close(outputs(model, ids), apart, atol=1e-4, rtol=1e-3)

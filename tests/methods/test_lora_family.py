@@ -37,10 +37,10 @@ def problem() -> tuple[nn.Linear, Tensor, Tensor, float]:
 
 
 def descend(model: Callable[[], Tensor], parameters: list[nn.Parameter], y: Tensor) -> float:
-    """The loss after 3000 steps of Adam, its rate falling to zero."""
+    """The loss after 2000 steps of Adam, its rate falling to zero."""
     optimizer = torch.optim.Adam(parameters, lr=0.02)
-    for step in range(3000):
-        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 3000)
+    for step in range(2000):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 2000)
         optimizer.zero_grad()
         loss = F.mse_loss(model(), y)
         loss.backward()
@@ -61,6 +61,8 @@ def test_full_rank_reaches_what_training_the_matrix_reaches(r: int) -> None:
     full = descend(lambda: F.linear(x, free), [free], y)
     assert full == pytest.approx(least, rel=1e-6)
     assert low_rank == pytest.approx(full, rel=1e-4)
+    if r > 6:
+        return
     narrow = LoRA(r=2, alpha=2, dtype="base").dense_delta(Site("layer", "dense"), view)
     short = descend(lambda: narrow(x, view), list(narrow.parameters()), y)
     assert short > 1.5 * full, "a rank that is too small does not"
@@ -78,7 +80,7 @@ def one_step(r: int, scaling: str, optimizer: Callable[..., Any], seed: int) -> 
     moves = optimizer(delta.parameters(), lr=1e-3)
     delta(x, view).sum().backward()
     moves.step()
-    return float((delta(x, view) - layer(x)).abs().mean())
+    return float((delta(x, view) - layer(x)).detach().abs().mean())
 
 
 @pytest.mark.parametrize(

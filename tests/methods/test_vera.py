@@ -52,7 +52,7 @@ def test_fresh_it_changes_no_bit_and_merged_it_is_the_same(kind: str, dtype: tor
 def test_values_and_gradients_are_those_of_the_formula() -> None:
     """Equation (2): `W0 x + Λb B Λd A x`, with A and B of Kaiming-uniform size."""
     layer = nn.Linear(7, 5).double()
-    delta, view = made(layer, r=3, dtype="base", seed=4)
+    delta, view = made(layer, r=3, dtype="base", projection_seed=4)
     randomise(delta.parameters(), 0.5)
     x = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
     A = uniform(4, 0, 7, 3).T * (6 / 7) ** 0.5
@@ -104,7 +104,7 @@ def test_all_layers_share_one_pair_of_factors() -> None:
 
 def test_only_the_vectors_are_saved_and_the_seed_gives_the_rest(tmp_path: Path) -> None:
     model, ids = tiny_llama(), torch.randint(3, 64, (2, 7))
-    adapter = inject(model, VeRA(r=6, seed=11), "a")
+    adapter = inject(model, VeRA(r=6, projection_seed=11), "a")
     randomise(adapter.parameters(), 0.5)
     expected = outputs(model, ids)
     assert {name.rpartition(".")[2] for name in trained_of(model, "a").tensors} == {"d", "b"}
@@ -117,7 +117,7 @@ def test_only_the_vectors_are_saved_and_the_seed_gives_the_rest(tmp_path: Path) 
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(outputs(again, ids), expected)
     other = tiny_llama()
-    found = inject(other, VeRA(r=6, seed=12), "a")
+    found = inject(other, VeRA(r=6, projection_seed=12), "a")
     for one, mine in zip(found.deltas.values(), adapter.deltas.values(), strict=True):
         one.take_(mine.tensors())
     assert not torch.allclose(outputs(other, ids), expected, atol=1e-3), "another seed, another"
@@ -171,7 +171,14 @@ def test_the_papers_counts(width: int, inner: int, blocks: int, millions: float)
 
 @pytest.mark.parametrize(
     "options",
-    [{"r": 0}, {"seed": -1}, {"d_start": 0.0}, {"dropout": 1.0}, {"targets": ()}, {"layers": ()}],
+    [
+        {"r": 0},
+        {"projection_seed": -1},
+        {"d_start": 0.0},
+        {"dropout": 1.0},
+        {"targets": ()},
+        {"layers": ()},
+    ],
 )
 def test_impossible_settings(options: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):

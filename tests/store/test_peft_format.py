@@ -259,3 +259,21 @@ def test_the_settings_name_every_module(tmp_path: Path) -> None:
     ]
     assert values["fan_in_fan_out"] is True
     assert values["task_type"] == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_at_the_weights_is_plain_lora_for_peft(
+    tmp_path: Path, quiet: None, start: str
+) -> None:
+    base, x = tiny_gpt2(), IDS()
+    model = copy.deepcopy(base)
+    config = LoRA(r=2, start=start, targets=("c_attn:q,v", "c_fc"), scaling="alpha/sqrt(r)")  # type: ignore[arg-type]
+    adapter = inject(model, config, "a")
+    randomise(adapter.parameters(), 0.3)
+    y = outputs(model, x)
+    assert (y - outputs(base, x)).abs().max() > 1e-3
+    adapter.save(tmp_path / "a")
+    settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert settings["init_lora_weights"] is True
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "a")).eval()
+    assert (outputs(theirs, x) - y).abs().max() <= 2e-5

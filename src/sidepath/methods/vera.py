@@ -31,14 +31,14 @@ MAX_SEED = 2**32 - 1
 @dataclass(frozen=True)
 class VeRA(Method):
     """`y = W0 x + b * B (d * A x)`: A and B random, frozen and the same for all layers (they follow
-    from `seed`); only the vectors d and b are trained and saved, `r + out` numbers a matrix.
+    from `projection_seed`); the vectors d and b are trained and saved, `r + out` numbers a matrix.
     """
 
     method = "vera"
 
     r: int = 256
     """Rank of the shared random factors; a rank of hundreds costs few parameters."""
-    seed: int = 0
+    projection_seed: int = 0
     """What A and B are drawn from; saved in the place of them."""
     d_start: float = 0.1
     """Where each number of d starts; b starts at zero."""
@@ -59,7 +59,7 @@ class VeRA(Method):
         check(self)
         rules = {
             "r": 1 <= self.r <= MAX_RANK,
-            "seed": 0 <= self.seed <= MAX_SEED,
+            "projection_seed": 0 <= self.projection_seed <= MAX_SEED,
             "d_start": self.d_start != 0,
             "dropout": 0 <= self.dropout < 1,
             "targets": len(self.targets) > 0,
@@ -78,7 +78,9 @@ class VeRA(Method):
     ) -> dict[str, Delta]:
         """See `Method.deltas`: the factors are drawn once, as large as the largest layer's."""
         found = super().deltas(sites, views, tensors)
-        share([delta for delta in found.values() if isinstance(delta, Vectors)], self.seed)
+        share(
+            [delta for delta in found.values() if isinstance(delta, Vectors)], self.projection_seed
+        )
         return found
 
     def dense_delta(
@@ -88,7 +90,7 @@ class VeRA(Method):
         made = (self.r, self.d_start, self.dropout, site.parts, dtype)
         delta = filled(lambda: Vectors(view, *made), tensors)
         assert isinstance(delta, Vectors)
-        share([delta], self.seed)
+        share([delta], self.projection_seed)
         return delta
 
 

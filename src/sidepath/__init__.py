@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     from sidepath.methods.plain import LinearProbe as LinearProbe
     from sidepath.methods.prefix import PrefixTuning as PrefixTuning
     from sidepath.methods.prompt import PromptTuning as PromptTuning
+    from sidepath.methods.vera import VeRA as VeRA
     from sidepath.store.adapter import Adapter as Adapter
     from sidepath.store.adapter import inject as inject
     from sidepath.store.adapter import load as load
+    from sidepath.store.eva import inject_eva as inject_eva
     from sidepath.store.merge import merge_folder as merge_folder
     from sidepath.store.plan import Plan as Plan
     from sidepath.store.plan import plan as plan
@@ -58,6 +60,7 @@ _HOMES = {
     "PromptTuning": "sidepath.methods.prompt",
     "StepReport": "sidepath.training.loop",
     "TrainConfig": "sidepath.config",
+    "VeRA": "sidepath.methods.vera",
     "activate": "sidepath.injection.surgery",
     "dequantise_": "sidepath.injection.quantising",
     "disabled": "sidepath.injection.surgery",
@@ -67,6 +70,7 @@ _HOMES = {
     "forgetting": "sidepath.training.forgetting",
     "generate": "sidepath.training.evaluate",
     "inject": "sidepath.store.adapter",
+    "inject_eva": "sidepath.store.eva",
     "load": "sidepath.store.adapter",
     "load_data": "sidepath.data.dataset",
     "merge": "sidepath.injection.merging",
@@ -90,6 +94,7 @@ __all__ = [
     "PromptTuning",
     "StepReport",
     "TrainConfig",
+    "VeRA",
     "__version__",
     "activate",
     "dequantise_",
@@ -100,6 +105,7 @@ __all__ = [
     "forgetting",
     "generate",
     "inject",
+    "inject_eva",
     "load",
     "load_data",
     "merge",

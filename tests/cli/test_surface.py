@@ -19,7 +19,7 @@ from .conftest import Run
 COMMON = "--base --dtype --device --quantise"
 LORA = (
     "--r --alpha --dropout --targets --exclude --rank-pattern --alpha-pattern --layers --bias"
-    " --train-whole --scaling --start"
+    " --train-whole --scaling --start --dora --b-rate"
 )
 TRAIN = (
     "--steps --epochs --batch-size --accumulate --packing --workers --optimizer --learning-rate"

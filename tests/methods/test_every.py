@@ -22,6 +22,7 @@ from tests.methods.architectures import ARCHITECTURES, inputs_of, logits_of
 OPTIONS: dict[str, dict[str, Any]] = {
     "prompt": {"tokens": 5},
     "prefix": {"tokens": 5, "hidden": 24},
+    "vera": {"r": 16, "d_start": 1.0},
 }
 """Settings under which a method is tested, where its defaults are not for a model 32 wide."""
 

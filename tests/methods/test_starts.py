@@ -1,6 +1,9 @@
-"""Starts that look at the weight: the nearest factors, and LoftQ's alternation."""
+"""Starts that look at the weight: the nearest factors, LoftQ's alternation, PiSSA and OLoRA."""
 
 from __future__ import annotations
+
+import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +12,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sidepath.core.quant import nearest_levels
-from sidepath.core.views import view_of
+from sidepath.core.views import DenseView, view_of
+from sidepath.errors import ConfigError
+from sidepath.injection.merging import merge, unmerge
+from sidepath.injection.registry import registry_of
+from sidepath.injection.surgery import route
 from sidepath.methods.base import Site
 from sidepath.methods.lora import LoRA
-from sidepath.methods.starts import best_factors, loftq
+from sidepath.methods.rebased import Rebased
+from sidepath.methods.starts import best_factors, first_factors, loftq
+from sidepath.store.adapter import inject, load
+from sidepath.training.trained import trained_of
+from tests.conftest import MODELS, outputs, randomise, tiny_gpt2, tiny_llama
+from tests.kinds import DTYPES, KINDS
 
 
 @settings(max_examples=30, deadline=None)
@@ -61,3 +73,153 @@ def test_a_delta_starts_at_a_matrix(parts: tuple[tuple[int, int], ...], scaling:
         torch.testing.assert_close(found[start:stop], B @ A, atol=1e-9, rtol=1e-9)
     outside = [row for row in range(24) if parts and not any(a <= row < b for a, b in parts)]
     assert not found[outside].any()
+
+
+STARTS = ("pissa", "olora")
+
+
+def rebased(layer: nn.Module, start: str, **options: object) -> tuple[Rebased, DenseView]:
+    view = view_of(layer)
+    assert view is not None
+    config = LoRA(start=start, **options)  # type: ignore[arg-type]
+    delta = config.dense_delta(Site("layer", "dense"), view)
+    assert isinstance(delta, Rebased)
+    return delta, view
+
+
+@pytest.mark.parametrize("r", [3, 10, 14])
+def test_pissa_leaves_the_best_remainder(r: int) -> None:
+    """`‖W0 - s B A‖² = Σ_{i>r} σ_i²`, as the paper's residual; nothing where r is the full rank."""
+    layer = nn.Linear(12, 10).double()
+    delta, view = rebased(layer, "pissa", r=r, alpha=5, dtype="base")
+    W0 = view.matrix()
+    left = (W0 - delta.scaling * (delta.B @ delta.A)).square().sum()
+    expected = torch.linalg.svdvals(W0)[r:].square().sum()
+    torch.testing.assert_close(left.detach(), expected.detach(), atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("r", [3, 10, 14])
+def test_olora_starts_orthonormal_at_the_first_of_qr(r: int) -> None:
+    layer = nn.Linear(12, 10).double()
+    delta, view = rebased(layer, "olora", r=r, alpha=2 * r, dtype="base")
+    W0, kept = view.matrix().detach(), min(r, 10)
+    Q = delta.B[:, :kept].detach()
+    torch.testing.assert_close(Q.T @ Q, torch.eye(kept, dtype=torch.float64))
+    product = delta.scaling * (delta.B @ delta.A).detach()
+    # With all but the first r columns of Q taken away, W0's first r columns are whole.
+    torch.testing.assert_close(product[:, :kept], W0[:, :kept])
+    A, B = first_factors(W0, r)
+    torch.testing.assert_close(product, B @ A)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_such_a_start_changes_no_bit_and_is_a_low_rank_delta_of_2r(
+    kind: str, start: str, dtype: torch.dtype
+) -> None:
+    layer, x = KINDS[kind].layer(12, 10).to(dtype), KINDS[kind].inputs(12)
+    x = x.to(dtype) if x.is_floating_point() else x
+    delta, view = rebased(layer, start, r=3)
+    assert delta.A.any()
+    assert delta.B.any()
+    assert torch.equal(delta(x, view), layer(x))
+    randomise(delta.parameters(), 0.3)
+    tensors = delta.tensors()
+    assert tensors["A"].shape[0] == tensors["B"].shape[1] == 6
+    close = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 8e-2, torch.float16: 1e-2}
+    folded = copy.deepcopy(layer)
+    folded.weight.data = delta.folded(view)["weight"]
+    torch.testing.assert_close(delta(x, view), folded(x), atol=close[dtype], rtol=close[dtype])
+    W = view.matrix().double() + delta.scaling * (
+        delta.B.double() @ delta.A.double() - delta.B0.double() @ delta.A0.double()
+    )
+    torch.testing.assert_close(view.as_matrix(folded.weight), W.to(dtype), atol=close[dtype],
+                               rtol=close[dtype])  # fmt: skip
+
+
+@pytest.mark.parametrize("scaling", ["alpha/r", "alpha/sqrt(r)"])
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_it_is_saved_as_plain_lora_of_twice_the_rank(
+    name: str, start: str, scaling: str, tmp_path: Path
+) -> None:
+    factory, inputs = MODELS[name]
+    model, x = factory(), inputs()
+    again = copy.deepcopy(model)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    expected = outputs(model, x)
+    targets = {"gpt2": ("c_attn:q,v", "c_fc"), "vision": ("stem", "grouped", "head")}.get(
+        name, ("all-linear",)
+    )
+    config = LoRA(
+        r=2, alpha=3, start=start, scaling=scaling,  # type: ignore[arg-type]
+        targets=targets,
+        rank_pattern={} if name == "vision" else {"*.1.*": 3},
+    )  # fmt: skip
+    adapter = inject(model, config, "a")
+    assert torch.equal(outputs(model, x), expected), "the base's outputs, to the bit"
+    randomise(adapter.parameters())
+    expected = outputs(model, x)
+    folder = adapter.save(tmp_path / "a")
+    plain = load(again, folder, "b")
+    assert isinstance(plain.config, LoRA)
+    assert (plain.config.start, plain.config.r) == ("kaiming", 4)
+    assert not any(isinstance(delta, Rebased) for delta in plain.deltas.values())
+    torch.testing.assert_close(outputs(again, x), expected, atol=1e-5, rtol=1e-5)
+    for mine in (model, again):
+        state = mine.state_dict()
+        assert all(torch.equal(state[key], tensor) for key, tensor in before.items())
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_trained_it_keeps_its_start_and_moves_the_rest(start: str) -> None:
+    model, ids = tiny_llama(), torch.randint(3, 64, (2, 7))
+    config = LoRA(r=2, start=start, dropout=0.2)  # type: ignore[arg-type]
+    inject(model, config, "a")
+    model.train()
+    trained = trained_of(model, "a")
+    assert {name.rpartition(".")[2] for name in trained.parameters} == {"A", "B"}
+    assert {name.rpartition(".")[2] for name in trained.tensors} == {"A", "B", "A0", "B0"}
+    held = trained.snapshot()
+    optimizer = torch.optim.SGD(trained.parameters.values(), lr=0.1)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    for name, tensor in trained.tensors.items():
+        assert torch.equal(tensor, held[name]) == name.endswith("0"), name
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_it_merges_routes_and_is_taken_out(start: str) -> None:
+    model, ids = tiny_llama(), torch.randint(3, 64, (2, 7))
+    base = outputs(model, ids)
+    adapter = inject(model, LoRA(r=2, start=start), "a")  # type: ignore[arg-type]
+    randomise(adapter.parameters())
+    apart = outputs(model, ids)
+    with route(model, [None, "a"]):
+        routed = outputs(model, ids)
+    assert torch.equal(routed[0], base[0])
+    torch.testing.assert_close(routed[1], apart[1])
+    merge(model, "a")
+    torch.testing.assert_close(outputs(model, ids), apart, atol=1e-5, rtol=1e-5)
+    unmerge(model)
+    assert torch.equal(outputs(model, ids), apart)
+
+
+def test_half_of_the_largest_rank_is_the_largest_for_them() -> None:
+    for start in STARTS:
+        with pytest.raises(ConfigError, match="r, alpha"):
+            LoRA(r=40_000, alpha=9e5, start=start)  # type: ignore[arg-type]
+    LoRA(r=40_000, alpha=9e5)
+
+
+def test_each_part_of_a_fused_projection_starts_at_its_own_rows() -> None:
+    model = tiny_gpt2()
+    adapter = inject(model, LoRA(r=4, start="pissa", targets=("c_attn:q,v",)), "a")
+    for path, delta in adapter.deltas.items():
+        assert isinstance(delta, Rebased)
+        W0 = registry_of(model).sides[path].view.matrix()  # type: ignore[union-attr]
+        for number, (start, stop) in enumerate(delta.parts):
+            A, B = best_factors(W0[start:stop] / delta.scaling, 4)
+            torch.testing.assert_close(delta.A[4 * number : 4 * number + 4], A)
+            torch.testing.assert_close(delta.B[32 * number : 32 * number + 32], B)

@@ -266,7 +266,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
         "is a regular expression",
     ),
     "bias": (lambda f: change_config(f, bias="some"), "bias: 'some'"),
-    "DoRA": (lambda f: change_config(f, use_dora=True), "use_dora: True is not supported"),
+    "DoRA": (lambda f: change_config(f, use_dora=True), "lora_magnitude_vector: missing"),
     "lora_bias": (lambda f: change_config(f, lora_bias=True), "lora_bias: True"),
     "replication": (lambda f: change_config(f, layer_replication=[[0, 2]]), "layer_replication"),
     "aLoRA": (lambda f: change_config(f, alora_invocation_tokens=[1]), "alora_invocation_tokens"),
@@ -321,7 +321,7 @@ def test_all_faults_come_at_once(plain: Path) -> None:
     change_tensors(
         plain, A=lambda t: torch.ones(2, 33), B=lambda t: None, extra=lambda t: torch.ones(1)
     )
-    change_config(plain, lora_alpha=1e30, use_dora=True, surprise=1)
+    change_config(plain, lora_alpha=1e30, lora_bias=True, surprise=1)
     with pytest.raises(DamagedAdapter) as caught:
         load_quietly(tiny_llama(), plain)
     assert len(caught.value.faults) == 6

@@ -56,7 +56,7 @@ def test_all_faults_come_at_once() -> None:
         "rank_pattern": [],
         "alpha_pattern": {"a": 1e30},
         "modules_to_save": [3],
-        "use_dora": True,
+        "use_dora": "yes",
         "surprise": 0,
     }
     _, faults = read_settings(values)
@@ -64,9 +64,9 @@ def test_all_faults_come_at_once() -> None:
         "r",
         "lora_alpha",
         "use_rslora",
+        "use_dora",
         "modules_to_save",
         "rank_pattern",
         "alpha_pattern",
-        "use_dora",
         "surprise",
     ]

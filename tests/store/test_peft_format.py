@@ -100,6 +100,9 @@ CASES: dict[str, tuple[Any, Any, LoRA]] = {
         LoRA(r=2, targets=("stem", "grouped", "head"), scaling="alpha/sqrt(r)"),
     ),
     "grouped": (lambda: Vision().eval(), IMAGES, LoRA(r=3, targets=("grouped",))),
+    "dora": (tiny_llama, IDS, LoRA(r=3, alpha=5, dora=True, rank_pattern={"q_proj": 2})),
+    "dora gpt2": (tiny_gpt2, IDS, LoRA(r=2, dora=True, targets=("c_attn", "c_fc"))),
+    "dora biases": (tiny_bert, IDS, LoRA(r=2, dora=True, targets=("value", "dense"), bias="lora")),
 }  # fmt: skip
 
 
@@ -176,6 +179,12 @@ PEFT_CONFIGS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "lora biases": (tiny_bert, IDS, {"target_modules": ["value"], "bias": "lora_only"}),
     "layers": (tiny_llama, IDS, {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
     "convolution": (lambda: Vision().eval(), IMAGES, {"target_modules": ["stem", "head"]}),
+    "dora": (tiny_llama, IDS, {"target_modules": ["q_proj", "up_proj"], "use_dora": True}),
+    "dora rslora": (
+        tiny_gpt2,
+        IDS,
+        {"target_modules": ["c_fc"], "use_dora": True, "use_rslora": True},
+    ),
 }  # fmt: skip
 
 
@@ -250,3 +259,21 @@ def test_the_settings_name_every_module(tmp_path: Path) -> None:
     ]
     assert values["fan_in_fan_out"] is True
     assert values["task_type"] == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_at_the_weights_is_plain_lora_for_peft(
+    tmp_path: Path, quiet: None, start: str
+) -> None:
+    base, x = tiny_gpt2(), IDS()
+    model = copy.deepcopy(base)
+    config = LoRA(r=2, start=start, targets=("c_attn:q,v", "c_fc"), scaling="alpha/sqrt(r)")  # type: ignore[arg-type]
+    adapter = inject(model, config, "a")
+    randomise(adapter.parameters(), 0.3)
+    y = outputs(model, x)
+    assert (y - outputs(base, x)).abs().max() > 1e-3
+    adapter.save(tmp_path / "a")
+    settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert settings["init_lora_weights"] is True
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "a")).eval()
+    assert (outputs(theirs, x) - y).abs().max() <= 2e-5

@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 from sidepath.config import TrainConfig
-from sidepath.training.optim import clip_gradients, gradient_norm, learning_rate, make_optimizer
+from sidepath.training.optim import (
+    clip_gradients,
+    gradient_norm,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
@@ -67,3 +73,29 @@ def test_clipping_by_global_norm(largest: float, wanted: float) -> None:
     assert float(norm) == 13.0
     clip_gradients([one, two], largest, norm)
     assert float(gradient_norm([one, two])) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_each_group_keeps_its_multiple_of_the_rate() -> None:
+    """LoRA+: B moves at a multiple of A's rate, through the whole schedule."""
+    parameters = {
+        "q.A": nn.Parameter(torch.zeros(2, 3)),
+        "q.B": nn.Parameter(torch.zeros(3, 2)),
+        "q.bias": nn.Parameter(torch.zeros(3)),
+    }
+    config = TrainConfig(learning_rate=0.01, weight_decay=0.1)
+    plain = make_optimizer(parameters, config)
+    assert [group["lr"] for group in plain.param_groups] == [0.01, 0.01]
+    optimizer = make_optimizer(parameters, config, {"q.B": 16.0})
+    of = {name: group for group in optimizer.param_groups for name, parameter in parameters.items()
+          if any(parameter is member for member in group["params"])}  # fmt: skip
+    assert {name: group["lr"] for name, group in of.items()} == {
+        "q.A": 0.01, "q.B": 0.16, "q.bias": 0.01,
+    }  # fmt: skip
+    assert (of["q.B"]["weight_decay"], of["q.bias"]["weight_decay"]) == (0.1, 0.0)
+    set_learning_rate(optimizer, 0.5)
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moved = {name: float(parameter.detach().flatten()[0]) for name, parameter in parameters.items()}
+    # Adam's first step is the rate itself (decay acts on zeros).
+    assert moved == pytest.approx({"q.A": -0.5, "q.B": -8.0, "q.bias": -0.5}, rel=1e-4)

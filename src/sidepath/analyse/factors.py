@@ -69,6 +69,15 @@ def _matrices(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return A.flatten(1), B.flatten(1)
 
 
+def _refuse_dora(dora: bool, folder: Path) -> None:
+    if dora:
+        raise StoreError(
+            "DoRA's update of a matrix is no product of thin factors, and depends on the base",
+            where=folder,
+            hint="merge it, and compare the merged weights with the base's",
+        )
+
+
 def _scalings(folder: Path) -> Callable[[str], float]:
     if (folder / manifests.NAME).exists():
         manifest, faults = manifests.read_manifest(folder)
@@ -76,6 +85,7 @@ def _scalings(folder: Path) -> Callable[[str], float]:
             raise DamagedAdapter("the adapter cannot be trusted", where=folder, faults=faults)
         if not isinstance(manifest.config, LoRA):
             raise StoreError(f"{manifest.config.method} has no low-rank updates", where=folder)
+        _refuse_dora(manifest.config.dora, folder)
         return manifest.config.scaling_of
     try:
         values: Mapping[str, object] = strict_json(file_inside(folder, CONFIG).read_bytes())
@@ -84,6 +94,7 @@ def _scalings(folder: Path) -> Callable[[str], float]:
     settings, faults = read_settings(values)
     if faults:
         raise DamagedAdapter(f"{CONFIG} has faults", where=folder, faults=faults)
+    _refuse_dora(settings.dora, folder)
 
     def scaling_at(path: str) -> float:
         rank = settings.rank_at(path)

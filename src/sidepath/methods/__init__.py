@@ -7,6 +7,7 @@ from sidepath.methods.lora import LoRA
 from sidepath.methods.plain import BitFit, FullFineTuning, LinearProbe
 from sidepath.methods.prefix import PrefixTuning
 from sidepath.methods.prompt import PromptTuning
+from sidepath.methods.vera import VeRA
 
 METHODS: dict[str, type[Method]] = {
     LoRA.method: LoRA,
@@ -15,5 +16,6 @@ METHODS: dict[str, type[Method]] = {
     BitFit.method: BitFit,
     PromptTuning.method: PromptTuning,
     PrefixTuning.method: PrefixTuning,
+    VeRA.method: VeRA,
 }
 """Every method by its name on the command line and in files."""

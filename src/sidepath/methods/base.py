@@ -74,6 +74,14 @@ class Method(ABC):
         missing = tuple(head for head in heads if head not in held)
         return dataclasses.replace(self, train_whole=(*held, *missing))  # type: ignore[type-var]
 
+    def saved(self) -> Method:
+        """The settings its saved form is loaded with: these, unless training has another form."""
+        return self
+
+    def rate_of(self, delta: Delta, local: str) -> float:
+        """The learning rate of one trained tensor, as a multiple of the run's."""
+        return 1.0
+
     def dense_delta(
         self, site: Site, view: DenseView, tensors: Mapping[str, Tensor] | None = None
     ) -> Delta:

@@ -6,34 +6,28 @@ P adapted rows in all (O when the whole matrix is adapted).
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sidepath.config import check, require
-from sidepath.core.delta import Delta, WeightDelta, accumulation_dtype, add_bias
-from sidepath.core.views import DenseView, Kind, LinearView, View
-from sidepath.kernels.dropout import Mask
-from sidepath.kernels.folding import fold_parts
-from sidepath.kernels.linear import SidePathLinears, beside
-from sidepath.kernels.lowrank import (
-    Part,
-    add_parts,
-    parts_matrix,
-    product_matrix,
-)
-from sidepath.kernels.routed import Factors
+from sidepath.core.delta import Delta
+from sidepath.core.views import DenseView, View
 from sidepath.methods.base import Method, Selection, Site
-from sidepath.methods.bias import trained_bias
-from sidepath.methods.starts import best_factors
+from sidepath.methods.dora import Dora, refuse
+from sidepath.methods.lowrank import LowRank as LowRank
+from sidepath.methods.rebased import Rebased
 
 MAX_RANK = 65_536
+MAX_ALPHA = 1e6
+REBASED = ("pissa", "olora")
+"""Starts away from zero, whose own product is taken off again."""
 
 
 @dataclass(frozen=True)
@@ -65,24 +59,38 @@ class LoRA(Method):
     """Modules trained whole in a copy of the adapter's own, such as a classification head."""
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     """The update's factor: the paper's, or the rank-stabilised one (Kalajdzievski, 2023)."""
-    start: Literal["kaiming", "gaussian", "loftq"] = "kaiming"
+    start: Literal["kaiming", "gaussian", "loftq", "pissa", "olora"] = "kaiming"
     """How A starts: uniform as in the original code, or Gaussian as in the paper. `loftq`: over a
     quantised base, A and B start at what quantising took away, so that the first outputs are
-    nearer to the unquantised base's (Li et al., 2023); its weights are read for that."""
+    nearer to the unquantised base's (Li et al., 2023); its weights are read for that. `pissa`: at
+    the base matrix's r largest singular directions (Meng et al., 2024); `olora`: at the first r of
+    its QR decomposition (Büyükakyüz, 2024). Those two leave the base as it is and train the
+    difference to their start, which is saved as plain LoRA of rank 2r."""
     dtype: Literal["float32", "bfloat16", "float16", "base"] = "float32"
     """Data type of A and B; `base` takes that of the layer they stand beside."""
+    dora: bool = False
+    """Train the norm of each of the matrix's rows beside its direction (Liu et al., 2024); for
+    whole linear layers. Its norms are taken in each forward pass: merge it to serve it fast."""
+    b_rate: float = 1.0
+    """B's learning rate as a multiple of A's (LoRA+, Hayou et al., 2024: 16); embeddings keep 1.
+    Heeded by `sidepath train`; other trainers need `make_optimizer`'s parameter groups."""
 
     def __post_init__(self) -> None:
         check(self)
         ranks, alphas = self.rank_pattern.values(), self.alpha_pattern.values()
+        # Saved at twice the rank, with an alpha up to twice as large.
+        halves = 2 if self.start in REBASED else 1
+        largest, highest = MAX_RANK // halves, MAX_ALPHA / halves
         rules = {
-            "r": 1 <= self.r <= MAX_RANK,
-            "alpha": 0 < self.alpha <= 1e6,
+            "r": 1 <= self.r <= largest,
+            "alpha": 0 < self.alpha <= highest,
             "dropout": 0 <= self.dropout < 1,
             "targets": len(self.targets) > 0,
-            "rank_pattern": all(1 <= rank <= MAX_RANK for rank in ranks),
-            "alpha_pattern": all(0 < alpha <= 1e6 for alpha in alphas),
+            "rank_pattern": all(1 <= rank <= largest for rank in ranks),
+            "alpha_pattern": all(0 < alpha <= highest for alpha in alphas),
             "layers": self.layers is None or (bool(self.layers) and min(self.layers) >= 0),
+            "dora": not self.dora or self.start in ("kaiming", "gaussian"),
+            "b_rate": 0 < self.b_rate <= 1e6,
         }
         require(self, rules)
 
@@ -117,149 +125,57 @@ class LoRA(Method):
         self, site: Site, view: DenseView, tensors: Mapping[str, Tensor] | None = None
     ) -> Delta:
         rank, alpha = self.rank_of(site.path), self.alpha_of(site.path)
-        delta = LowRank(
-            view,
-            r=rank,
-            alpha=alpha,
-            scaling=self._factor(rank, alpha),
-            dropout=self.dropout,
-            parts=site.parts,
-            with_bias=self.bias != "none" and view.bias is not None,
-            dtype=None if self.dtype == "base" else getattr(torch, self.dtype),
-            tensors=tensors,
-        )
+        common: dict[str, Any] = {
+            "r": rank,
+            "alpha": alpha,
+            "scaling": self._factor(rank, alpha),
+            "dropout": self.dropout,
+            "with_bias": self.bias != "none" and view.bias is not None,
+            "dtype": None if self.dtype == "base" else getattr(torch, self.dtype),
+            "tensors": tensors,
+        }
+        if self.start == "pissa" or self.start == "olora":
+            return Rebased(view, parts=site.parts, start=self.start, **common)
+        delta: Dora | LowRank
+        delta = Dora(view, **common) if self.dora else LowRank(view, parts=site.parts, **common)
         if tensors is None:
             # What quantising took away is known where the unquantised weights are (`start_at_`).
-            delta.start_("kaiming" if self.start == "loftq" else self.start)
+            delta.start_("gaussian" if self.start == "gaussian" else "kaiming")
         return delta
 
-
-class LowRank(WeightDelta):
-    """`ΔW = s B A` of one matrix; with parts, of some rows of a fused projection.
-
-    `A` is (N r, I) and `B` is (P, r); without parts N = 1 and P = O. An embedding's `A`
-    starts at zero and its `B` random, so that rows never looked up stay out of the product
-    (as in the original code); everywhere else `B` starts at zero.
-    """
-
-    A: nn.Parameter
-    B: nn.Parameter
-    r: int
-    alpha: float
-    scaling: float
-    dropout: float
-    parts: tuple[Part, ...]
-    kind: Kind
-
-    def __init__(
+    def deltas(
         self,
-        view: DenseView,
-        *,
-        r: int,
-        alpha: float,
-        scaling: float,
-        dropout: float = 0.0,
-        parts: tuple[Part, ...] = (),
-        with_bias: bool = False,
-        dtype: torch.dtype | None = None,
-        tensors: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        super().__init__()
-        # Written where torch keeps them: a model has hundreds of these, and its `__setattr__`
-        # looks through six tables each time.
-        self.__dict__ |= {"r": r, "alpha": alpha, "scaling": scaling, "dropout": dropout}
-        whole = isinstance(view, LinearView) and not parts and not with_bias
-        self.__dict__ |= {"parts": parts, "kind": view.kind, "bias": None, "whole_linear": whole}
-        dtype, device = dtype or view.dtype, view.weight.device
-        if tensors is None:
-            rows, columns = view.shape
-            adapted = sum(stop - start for start, stop in parts) if parts else rows
-            A_RI = torch.zeros(r * max(1, len(parts)), columns, dtype=dtype, device=device)
-            B_OR = torch.zeros(adapted, r, dtype=dtype, device=device)
-        else:
-            A_RI, B_OR = tensors["A"].to(device, dtype), tensors["B"].to(device, dtype)
-        self._parameters["A"] = nn.Parameter(A_RI)
-        self._parameters["B"] = nn.Parameter(B_OR)
-        if with_bias:
-            self.bias = trained_bias(view, None if tensors is None else tensors.get("bias"))
+        sites: Iterable[Site],
+        views: Mapping[str, View],
+        tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> dict[str, Delta]:
+        """See `Method.deltas`. Errors: `UnsupportedModule` with every site DoRA cannot take."""
+        sites = tuple(sites)
+        if self.dora:
+            refuse(sites, views)
+        return super().deltas(sites, views, tensors)
 
-    @torch.no_grad()
-    def start_(self, start: Literal["kaiming", "gaussian"]) -> None:
-        """Draw the random factor; the other stays zero. In place.
+    def saved(self) -> LoRA:
+        """A start away from zero is saved as plain LoRA of twice the rank and the same factor."""
+        if self.start not in REBASED:
+            return self
+        # alpha/r keeps its value at 2r if alpha doubles, alpha/sqrt(r) if it grows by sqrt(2).
+        times = 2.0 if self.scaling == "alpha/r" else math.sqrt(2.0)
+        return dataclasses.replace(
+            self,
+            r=2 * self.r,
+            alpha=times * self.alpha,
+            rank_pattern={key: 2 * rank for key, rank in self.rank_pattern.items()},
+            alpha_pattern={key: times * alpha for key, alpha in self.alpha_pattern.items()},
+            start="kaiming",
+        )
 
-        kaiming: U(-1/sqrt(I), 1/sqrt(I)) (the original code); gaussian: N(0, 1/r²) (the paper
-        names no deviation; this is the one in common use). An embedding's B: N(0, 1).
-        """
-        if self.kind == "embedding":
-            self.B.normal_()
-        elif start == "gaussian":
-            self.A.normal_(std=1.0 / self.r)
-        else:
-            bound = 1.0 / math.sqrt(self.A.shape[1])
-            self.A.uniform_(-bound, bound)
-
-    @torch.no_grad()
-    def start_at_(self, M_OI: Tensor) -> None:
-        """Start at the `ΔW` nearest to a matrix: with parts, nearest in each part's rows. In place.
-
-        `s B A` is the best approximation of rank r in the Frobenius norm, but for its rounding to
-        the factors' dtype.
-        """
-        rows = self.parts or ((0, M_OI.shape[0]),)
-        factors = [best_factors(M_OI[start:stop] / self.scaling, self.r) for start, stop in rows]
-        self.A.copy_(torch.cat([A_RI for A_RI, _ in factors]))
-        self.B.copy_(torch.cat([B_OR for _, B_OR in factors]))
-
-    def fused(self, x: Tensor, base: View, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.whole_linear:
-            return self.forward(x, base, *args, **kwargs)
-        assert isinstance(base, LinearView)
-        A_RI, B_OR = self._parameters["A"], self._parameters["B"]
-        assert A_RI is not None
-        assert B_OR is not None
-        dropout = self.dropout if self.training else 0.0
-        if not (dropout or torch.is_grad_enabled()):
-            return beside(x, base, A_RI, B_OR, self.scaling)
-        layer = base.layer(A_RI, B_OR, self.scaling)
-        if layer is None:
-            return self.forward(x, base, *args, **kwargs)
-        mask = Mask.drawn(dropout) if dropout else None
-        ys = SidePathLinears.apply(x, (layer,), mask, A_RI, B_OR)  # type: ignore[no-untyped-call]
-        return ys[0]  # type: ignore[no-any-return]
-
-    def onto(self, y: Tensor, x: Tensor, base: View) -> Tensor:
-        assert isinstance(base, DenseView)
-        if self.dropout and self.training and x.is_floating_point():
-            x = F.dropout(x, self.dropout)
-        if self.parts:
-            y = add_parts(y, x, self.A, self.B, self.scaling, self.parts)
-        else:
-            y = y + (base.product(x, self.A, self.B) * self.scaling).to(y.dtype)
-        return y if self.bias is None else add_bias(y, self.bias, base)
-
-    def factors(self) -> Factors | None:
-        dropping = self.dropout and self.training
-        return (self.A, self.B, self.scaling) if self.whole_linear and not dropping else None
-
-    def matrix(self, rows: int, dtype: torch.dtype) -> Tensor:
-        """`ΔW` as a (rows, I) matrix; `rows` is the module's O."""
-        if self.parts:
-            return parts_matrix(self.A, self.B, self.scaling, self.parts, rows, dtype)
-        return product_matrix(self.A, self.B, self.scaling, dtype)
-
-    @torch.no_grad()
-    def merged(self, W0_OI: Tensor, out_OI: Tensor | None = None) -> Tensor:
-        """`W0 + s B A` in one pass over `W0`; rows of no adapted part are copied."""
-        if out_OI is None:
-            out_OI = torch.empty_like(W0_OI)
-        dtype = accumulation_dtype(W0_OI.dtype)
-        parts = self.parts or ((0, W0_OI.shape[0]),)
-        fold_parts(W0_OI, self.A.to(dtype), self.B.to(dtype), self.scaling, parts, out_OI)
-        return out_OI
-
-    def extra_repr(self) -> str:
-        """The line `print(model)` shows for this delta."""
-        return f"r={self.r}, alpha={self.alpha:g}, scaling={self.scaling:g}"
+    def rate_of(self, delta: Delta, local: str) -> float:
+        """`b_rate` for the B of a layer; an embedding's B is the factor that starts random."""
+        low_rank = isinstance(delta, Dora) or (
+            isinstance(delta, LowRank) and delta.kind != "embedding"
+        )
+        return self.b_rate if low_rank and local == "B" else 1.0
 
 
 def name_matches(pattern: str, path: str) -> bool:

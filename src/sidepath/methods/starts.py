@@ -46,3 +46,17 @@ def loftq(
             Q_OI = quantise(W_OI - B_OR @ A_RI)
         A_RI, B_OR = best_factors(W_OI - Q_OI, r)
     return A_RI, B_OR, Q_OI
+
+
+def first_factors(M_OI: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """`A (R, I)` and `B (O, R)`: the first r rows of R and columns of Q of `M = Q R`.
+
+    B's columns are orthonormal (OLoRA: Büyükakyüz, 2024, section 3). Ranks above what `M` has are
+    zeros.
+    """
+    Q, R = torch.linalg.qr(M_OI.to(accumulation_dtype(M_OI.dtype)))
+    kept = min(r, Q.shape[1])
+    A_RI = M_OI.new_zeros(r, M_OI.shape[1], dtype=Q.dtype)
+    B_OR = M_OI.new_zeros(M_OI.shape[0], r, dtype=Q.dtype)
+    A_RI[:kept], B_OR[:, :kept] = R[:kept], Q[:, :kept]
+    return A_RI, B_OR

@@ -283,9 +283,10 @@ def _peft_config(
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         bias=settings.bias,  # type: ignore[arg-type]
-        train_whole=tuple(site.path for site in sites if site.kind == "whole"),
+        train_whole=tuple(s.path for s in sites if s.kind == "whole"),
         scaling="alpha/sqrt(r)" if settings.rslora else "alpha/r",
         dtype=dtype,  # type: ignore[arg-type]
+        dora=settings.dora,
     )
 
 

@@ -122,6 +122,9 @@ class Twin:
             settings.use_cache = False  # nothing is generated; transformers would say so
         self.trained = storage_bytes(self.installed.parameters())
         """Bytes of the adapter's parameters."""
+        kept = (buffer for d in self.installed.deltas.values() for buffer in d.buffers())
+        self.frozen = storage_bytes(kept)
+        """Bytes of what the adapter holds and does not train."""
 
     def memory(self, shape: Shape, *, checkpointing: bool) -> Memory:
         """The memory of one step on a batch of this shape."""
@@ -133,7 +136,7 @@ class Twin:
             switch_checkpointing(self.model, on=False)
         activations, kept = (checkpointed if checkpointing else plain) or (None, None)
         return Memory(
-            weights=self.held + self.trained,
+            weights=self.held + self.trained + self.frozen,
             gradients=self.trained,
             optimizer=2 * self.trained,
             activations=activations,

@@ -50,8 +50,8 @@ _ONLY_EMPTY = {
     "alora_invocation_tokens", "arrow_config", "corda_config", "enable_lora",
     "ensure_weight_tying", "eva_config", "kasa_config", "layer_replication", "loftq_config",
     "lora_bias", "lora_ga_config", "megatron_config", "merge_weights", "monteclora_config",
-    "runtime_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora",
-    "use_qalora", "velora_config",
+    "runtime_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
+    "velora_config",
 }  # fmt: skip
 """Fields that change what the tensors mean: accepted while they are off."""
 
@@ -67,6 +67,7 @@ class PeftSettings:
     alpha: float = 8.0
     dropout: float = 0.0
     rslora: bool = False
+    dora: bool = False
     bias: str = "none"
     modules_to_save: tuple[str, ...] = ()
     ranks: dict[str, int] = field(default_factory=dict)
@@ -98,11 +99,13 @@ def read_settings(values: Any) -> tuple[PeftSettings, list[str]]:
     settings = PeftSettings()
     readers = {
         "r": _rank, "lora_alpha": _alpha, "lora_dropout": _dropout, "use_rslora": _flag,
+        "use_dora": _flag,
         "bias": _bias_name, "modules_to_save": _names,
         "rank_pattern": _ranks, "alpha_pattern": _alphas,
     }  # fmt: skip
     targets = {
         "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora",
+        "use_dora": "dora",
         "rank_pattern": "ranks", "alpha_pattern": "alphas",
     }  # fmt: skip
     for name, reader in readers.items():
@@ -227,6 +230,7 @@ def write_settings(
         "lora_alpha": alpha,
         "lora_dropout": config.dropout,
         "use_rslora": config.scaling == "alpha/sqrt(r)",
+        "use_dora": config.dora,
         "bias": _BIAS[config.bias],
         "fan_in_fan_out": "conv1d_transposed" in kinds and "linear" not in kinds,
         "init_lora_weights": True,

@@ -21,6 +21,7 @@ from sidepath.core.delta import Delta
 from sidepath.core.views import DenseView, view_of
 from sidepath.errors import DamagedAdapter, StoreError, nearest
 from sidepath.methods.base import Site
+from sidepath.methods.dora import why_not
 from sidepath.methods.lora import LoRA, LowRank
 from sidepath.store.tensors import TensorInfo
 
@@ -30,7 +31,8 @@ CONFIG = "adapter_config.json"
 _FACTORS = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
 _EMBEDDING_FACTORS = {"A": ".lora_embedding_A", "B": ".lora_embedding_B"}
 BASE_BIAS = ".base_layer.bias"
-ENDINGS = (*_FACTORS.values(), *_EMBEDDING_FACTORS.values(), BASE_BIAS)
+MAGNITUDE = ".lora_magnitude_vector"
+ENDINGS = (*_FACTORS.values(), *_EMBEDDING_FACTORS.values(), BASE_BIAS, MAGNITUDE)
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,14 @@ def _slots_at(module: nn.Module, config: LoRA, site: Site) -> Iterator[Slot]:
         if view is None:
             raise ValueError(f"{type(module).__name__} holds no matrix to adapt")
         _check_parts(site.parts, view.shape[0])
+        if config.dora and (reason := why_not(view, site)):
+            raise ValueError(reason)
         shapes = disk_shapes(view, config.rank_of(site.path), len(site.parts) or 1)
         names = _EMBEDDING_FACTORS if view.kind == "embedding" else _FACTORS
         for local, ending in names.items():
             yield Slot(start + ending, site.path, local, shapes[local])
+        if config.dora:
+            yield Slot(start + MAGNITUDE, site.path, "magnitude", view.shape[:1])
         if config.bias != "none" and view.bias is not None:
             yield Slot(start + BASE_BIAS, site.path, "bias", tuple(view.bias.shape))
 

@@ -20,8 +20,9 @@ from sidepath.store.peft_format import Slot
 
 def slots_of(installed: Installed, modules: Mapping[str, nn.Module]) -> list[Slot]:
     """The tensors that an adapter's file holds: in PEFT's form for LoRA, else plainly."""
-    if isinstance(installed.config, LoRA):
-        slots, faults = peft_format.slots_of(modules, installed.config, installed.sites.values())
+    config = installed.config.saved()
+    if isinstance(config, LoRA):
+        slots, faults = peft_format.slots_of(modules, config, installed.sites.values())
         assert not faults, faults
         return slots
     return plain_slots(installed.deltas)

@@ -36,7 +36,7 @@ def write_adapter(
 
     Errors: `StoreError` for a method or a tensor that the format cannot hold.
     """
-    config = installed.config
+    config = installed.config.saved()
     sites = installed.sites
     slots = slots_of(installed, dict(modules_of(model)))
     tensors = pack(installed.deltas, views_of(model, installed), slots)

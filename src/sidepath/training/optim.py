@@ -13,10 +13,14 @@ from sidepath.config import TrainConfig
 from sidepath.errors import MissingExtra, TrainError
 
 _FUSED_DEVICES = ("cpu", "cuda")
+MULTIPLE = "multiple"
+"""Where a parameter group keeps its learning rate as a multiple of the run's."""
 
 
 def make_optimizer(
-    parameters: Mapping[str, nn.Parameter], config: TrainConfig
+    parameters: Mapping[str, nn.Parameter],
+    config: TrainConfig,
+    rates: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019) over these parameters, in the order given.
 
@@ -25,14 +29,12 @@ def make_optimizer(
     120 adapter tensors). `paged_adamw_8bit` keeps its state in 8 bits, in memory that CUDA
     moves to the host when the GPU's is short (Dettmers et al. 2023, section 3).
 
+    `rates`: learning rates by name as multiples of the run's (LoRA+), 1 where none is given.
+
     Errors: `TrainError` for paged state without a GPU, `MissingExtra` without bitsandbytes.
     """
     tensors = list(parameters.values())
-    groups = [
-        {"params": [p for p in tensors if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in tensors if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    filled = [group for group in groups if group["params"]]
+    filled = _groups(parameters, config, rates or {})
     betas = (config.beta1, config.beta2)
     if config.optimizer == "paged_adamw_8bit":
         return _paged(filled, tensors, config.learning_rate, betas)
@@ -42,6 +44,29 @@ def make_optimizer(
         betas=betas,
         fused=all(tensor.device.type in _FUSED_DEVICES for tensor in tensors),
     )
+
+
+def _groups(
+    parameters: Mapping[str, nn.Parameter], config: TrainConfig, rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Parameters that decay alike and move at one rate, matrices first."""
+    groups: list[dict[str, Any]] = []
+    multiples = dict.fromkeys(rates.get(name, 1.0) for name in parameters)
+    for decays in (True, False):
+        for multiple in multiples:
+            members = [
+                parameter
+                for name, parameter in parameters.items()
+                if (parameter.dim() >= 2) == decays and rates.get(name, 1.0) == multiple
+            ]
+            group = {
+                "params": members,
+                "weight_decay": config.weight_decay if decays else 0.0,
+                "lr": config.learning_rate * multiple,
+                MULTIPLE: multiple,
+            }
+            groups += [group] if members else []
+    return groups
 
 
 def _paged(
@@ -82,9 +107,9 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group this rate."""
+    """Give every parameter group this rate, times its own multiple of it."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(MULTIPLE, 1.0)
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -66,7 +66,7 @@ class Run(state.Standing):
         processes: Processes,
     ) -> None:
         order = order_of(data, config)
-        optimizer = make_optimizer(trained.parameters, config)
+        optimizer = make_optimizer(trained.parameters, config, trained.rates)
         super().__init__(trained, data, held_out, config, folder, processes, order, optimizer)
         self.device = device_of(trained.model)
         rank, count = processes.rank, processes.count

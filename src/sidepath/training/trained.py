@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ class Trained:
     """What a checkpoint holds: the parameters, and buffers that training changes."""
     groups: dict[str, list[nn.Parameter]]
     """Parameters that must get a gradient together: one group a delta."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Learning rates that are not the run's, by name, as multiples of it."""
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of the tensors."""
@@ -102,16 +104,20 @@ def _adapter_only(model: nn.Module, installed: Installed) -> Trained:
     parameters: dict[str, nn.Parameter] = {}
     tensors: dict[str, Tensor] = {}
     groups: dict[str, list[nn.Parameter]] = {}
+    rates: dict[str, float] = {}
     for path, delta in installed.deltas.items():
         groups[path] = list(delta.parameters())
         for name, parameter in delta.named_parameters():
             parameters[f"{path}.{name}"] = parameter
+            rate = installed.config.rate_of(delta, name)
+            if rate != 1:
+                rates[f"{path}.{name}"] = rate
         buffers = {
             name: buffer for name, buffer in delta.named_buffers() if _persistent(delta, name)
         }
         for name, tensor in {**dict(delta.named_parameters()), **buffers}.items():
             tensors[f"{path}.{name}"] = tensor
-    return Trained(model, installed, parameters, tensors, groups)
+    return Trained(model, installed, parameters, tensors, groups, rates)
 
 
 def _whole_model(model: nn.Module) -> Trained:

@@ -136,10 +136,13 @@ def test_import_sidepath_loads_nothing_heavy() -> None:
 def test_the_public_names() -> None:
     assert sorted(sidepath.__all__) == [
         "Adapter",
+        "BitFit",
+        "Bottleneck",
         "LoRA",
         "Plan",
         "StepReport",
         "TrainConfig",
+        "VersatileLM",
         "__version__",
         "activate",
         "dequantise_",

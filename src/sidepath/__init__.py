@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from sidepath.injection.surgery import remove as remove
     from sidepath.injection.surgery import route as route
     from sidepath.injection.surgery import use_kernels as use_kernels
+    from sidepath.methods.bottleneck import Bottleneck as Bottleneck
     from sidepath.methods.lora import LoRA as LoRA
     from sidepath.methods.plain import BitFit as BitFit
     from sidepath.methods.plain import FullFineTuning as FullFineTuning
     from sidepath.methods.plain import LinearProbe as LinearProbe
+    from sidepath.methods.versatile import VersatileLM as VersatileLM
     from sidepath.store.adapter import Adapter as Adapter
     from sidepath.store.adapter import inject as inject
     from sidepath.store.adapter import load as load
@@ -48,12 +50,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "Adapter": "sidepath.store.adapter",
     "BitFit": "sidepath.methods.plain",
+    "Bottleneck": "sidepath.methods.bottleneck",
     "FullFineTuning": "sidepath.methods.plain",
     "LinearProbe": "sidepath.methods.plain",
     "LoRA": "sidepath.methods.lora",
     "Plan": "sidepath.store.plan",
     "StepReport": "sidepath.training.loop",
     "TrainConfig": "sidepath.config",
+    "VersatileLM": "sidepath.methods.versatile",
     "activate": "sidepath.injection.surgery",
     "dequantise_": "sidepath.injection.quantising",
     "disabled": "sidepath.injection.surgery",
@@ -80,10 +84,12 @@ _HOMES = {
 __all__ = [
     "Adapter",
     "BitFit",
+    "Bottleneck",
     "LoRA",
     "Plan",
     "StepReport",
     "TrainConfig",
+    "VersatileLM",
     "__version__",
     "activate",
     "dequantise_",

@@ -19,7 +19,10 @@ from sidepath.store.plan import plan
 from tests.conftest import randomise
 from tests.methods.architectures import ARCHITECTURES, inputs_of, logits_of
 
-OPTIONS: dict[str, dict[str, Any]] = {}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bottleneck": {"size": 8},
+    "versatile-lm": {"size": 8},
+}
 """Settings under which a method is tested, where its defaults are not for a model 32 wide."""
 
 IMPOSSIBLE = {
@@ -28,6 +31,7 @@ IMPOSSIBLE = {
     ("bitfit", "gemma"): "no bias to train",
     ("bitfit", "t5"): "no bias to train",
     ("bitfit", "mixture"): "no bias to train",
+    ("versatile-lm", "vit"): "token-embedding",
 }
 """What a method cannot do, and why, in its error's words."""
 

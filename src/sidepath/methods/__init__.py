@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from sidepath.methods.base import Method
+from sidepath.methods.bottleneck import Bottleneck
 from sidepath.methods.lora import LoRA
 from sidepath.methods.plain import BitFit, FullFineTuning, LinearProbe
+from sidepath.methods.versatile import VersatileLM
 
 METHODS: dict[str, type[Method]] = {
     LoRA.method: LoRA,
     FullFineTuning.method: FullFineTuning,
     LinearProbe.method: LinearProbe,
     BitFit.method: BitFit,
+    Bottleneck.method: Bottleneck,
+    VersatileLM.method: VersatileLM,
 }
 """Every method by its name on the command line and in files."""

@@ -13,12 +13,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sidepath.config import as_dict, build
 from sidepath.errors import ConfigError, DamagedAdapter, StoreError
 from sidepath.methods import METHODS
-from sidepath.methods.base import Method, Site
+from sidepath.methods.base import Method, Site, SiteKind
 from sidepath.store.fingerprint import Fingerprint
 from sidepath.store.folder import sha256_file
 from sidepath.store.tensors import TensorInfo, file_inside, strict_json
@@ -175,7 +175,7 @@ def _site(entry: Mapping[str, Any]) -> Site:
     parts = tuple((start, stop) for start, stop in entry.get("parts", ()))
     texts = isinstance(path, str) and isinstance(pattern, str)
     whole = all(type(number) is int for part in parts for number in part)
-    if not texts or not whole or kind not in ("dense", "bias", "whole"):
+    if not texts or not whole or kind not in get_args(SiteKind):
         raise ValueError(f"site {entry!r}")
     return Site(path, kind, parts, pattern)
 

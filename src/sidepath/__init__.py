@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sidepath.injection.surgery import route as route
     from sidepath.injection.surgery import use_kernels as use_kernels
     from sidepath.methods.bottleneck import Bottleneck as Bottleneck
+    from sidepath.methods.fusion import AdapterFusion as AdapterFusion
     from sidepath.methods.lora import LoRA as LoRA
     from sidepath.methods.plain import BitFit as BitFit
     from sidepath.methods.plain import FullFineTuning as FullFineTuning
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Adapter": "sidepath.store.adapter",
+    "AdapterFusion": "sidepath.methods.fusion",
     "BitFit": "sidepath.methods.plain",
     "Bottleneck": "sidepath.methods.bottleneck",
     "FullFineTuning": "sidepath.methods.plain",
@@ -83,6 +85,7 @@ _HOMES = {
 
 __all__ = [
     "Adapter",
+    "AdapterFusion",
     "BitFit",
     "Bottleneck",
     "LoRA",

@@ -22,6 +22,7 @@ from tests.methods.architectures import ARCHITECTURES, inputs_of, logits_of
 OPTIONS: dict[str, dict[str, Any]] = {
     "bottleneck": {"size": 8},
     "versatile-lm": {"size": 8},
+    "fusion": {"adapters": ("x", "y")},
 }
 """Settings under which a method is tested, where its defaults are not for a model 32 wide."""
 
@@ -32,6 +33,8 @@ IMPOSSIBLE = {
     ("bitfit", "t5"): "no bias to train",
     ("bitfit", "mixture"): "no bias to train",
     ("versatile-lm", "vit"): "token-embedding",
+    # It composes adapters that are on the model: `test_fusion.py` puts them there.
+    **{("fusion", name): "no such adapter stands" for name in ARCHITECTURES},
 }
 """What a method cannot do, and why, in its error's words."""
 

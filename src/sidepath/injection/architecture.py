@@ -132,7 +132,9 @@ def _attention_outputs(model: nn.Module) -> list[str]:
     groups: dict[str, list[str]] = {}
     for path in preset_paths(model, "attention"):
         parts = path.lower().split(".")[:-1]
-        at = next(i for i, part in enumerate(parts) if any(word in part for word in ATTENTION_WORDS))
+        at = next(
+            i for i, part in enumerate(parts) if any(word in part for word in ATTENTION_WORDS)
+        )
         groups.setdefault(".".join(path.split(".")[: at + 1]), []).append(path)
     return _writers(model, groups)
 
@@ -168,7 +170,7 @@ def _blocks(model: nn.Module) -> list[str]:
 
 
 def _token_embeddings(model: nn.Module) -> list[str]:
-    """Of modules that share one table the innermost: T5 has one a stack, and one that is not run."""
+    """Of modules that share one table the innermost: T5 has one a stack, and one never run."""
     getter = getattr(model, "get_input_embeddings", None)
     table = getattr(getter() if callable(getter) else None, "weight", None)
     found = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sidepath.methods.base import Method
 from sidepath.methods.bottleneck import Bottleneck
+from sidepath.methods.fusion import AdapterFusion
 from sidepath.methods.lora import LoRA
 from sidepath.methods.plain import BitFit, FullFineTuning, LinearProbe
 from sidepath.methods.versatile import VersatileLM
@@ -15,5 +16,6 @@ METHODS: dict[str, type[Method]] = {
     BitFit.method: BitFit,
     Bottleneck.method: Bottleneck,
     VersatileLM.method: VersatileLM,
+    AdapterFusion.method: AdapterFusion,
 }
 """Every method by its name on the command line and in files."""

@@ -127,12 +127,23 @@ class Bottleneck(Method):
         return filled(made, tensors)
 
 
-class AdapterLayer(LayerDelta):
+class StreamDelta(LayerDelta):
+    """A delta of what a module gives: a matrix, or any module that gives a tensor (..., D), or a
+    tuple that begins with one.
+    """
+
+    def forward(self, x: Tensor, base: View, *args: Any, **kwargs: Any) -> Tensor:
+        y: Any = base(x, *args, **kwargs)
+        if isinstance(y, tuple):
+            return (self.onto(y[0], x, base), *y[1:])  # type: ignore[return-value]
+        return self.onto(y, x, base)
+
+
+class AdapterLayer(StreamDelta):
     """`y + s Up(act(Down(h)))`: `h` is the output `y`, its LayerNorm, or the module's input.
 
     `down` is (R, D) with `down_bias (R)`, `up` is (D, R) with `up_bias (D)`; with a LayerNorm
-    `norm (D)` and `norm_bias (D)`. The module is a matrix, or any module that gives a tensor
-    (..., D) or a tuple that begins with one.
+    `norm (D)` and `norm_bias (D)`.
     """
 
     size: int
@@ -154,7 +165,7 @@ class AdapterLayer(LayerDelta):
         super().__init__()
         self.size, self.activation, self.scale, self.parallel = size, activation, scale, parallel
         width = stream_width(view)
-        where = {"dtype": dtype or dtype_of(view), "device": device_of(view)}
+        where: dict[str, Any] = {"dtype": dtype or dtype_of(view), "device": device_of(view)}
         self.down = nn.Parameter(torch.zeros(size, width, **where))
         self.down_bias = nn.Parameter(torch.zeros(size, **where))
         self.up = nn.Parameter(torch.zeros(width, size, **where))
@@ -187,12 +198,6 @@ class AdapterLayer(LayerDelta):
             hidden = F.layer_norm(hidden, hidden.shape[-1:], own["norm"], own["norm_bias"])
         hidden = ACTIVATIONS[self.activation](F.linear(hidden, own["down"], own["down_bias"]))
         return F.linear(hidden, own["up"], own["up_bias"]) * self.scale
-
-    def forward(self, x: Tensor, base: View, *args: Any, **kwargs: Any) -> Tensor:
-        y: Any = base(x, *args, **kwargs)
-        if isinstance(y, tuple):
-            return (self.onto(y[0], x, base), *y[1:])  # type: ignore[return-value]
-        return self.onto(y, x, base)
 
     def onto(self, y: Tensor, x: Tensor, base: View) -> Tensor:
         return y + self.update(x if self.parallel else y).to(y.dtype)

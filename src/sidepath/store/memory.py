@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sidepath.core.adapted import CHILD
+from sidepath.errors import AdapterError
 from sidepath.injection.head import fused_head
 from sidepath.injection.registry import registry_of
 from sidepath.injection.surgery import activate, put_in, remove, use_kernels
@@ -34,8 +35,10 @@ _UNRUNNABLE = (
     AttributeError,
     IndexError,
     NotImplementedError,
+    AdapterError,
 )
-"""What a forward pass raises that is not one of token ids, or that reads values."""
+"""What a forward pass raises that is not one of token ids, that reads values, or that composes
+adapters, none of which is on the twin."""
 
 
 @dataclass(frozen=True)

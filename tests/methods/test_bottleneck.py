@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from sidepath.errors import ConfigError, MergeError, TargetNotFound, UnsupportedModule
 from sidepath.injection.architecture import preset_paths
 from sidepath.injection.merging import merge
+from sidepath.injection.quantising import quantise_
 from sidepath.injection.registry import registry_of
 from sidepath.injection.surgery import activate, remove, route
+from sidepath.methods.base import Method
 from sidepath.methods.bottleneck import Bottleneck
 from sidepath.methods.lora import LoRA
 from sidepath.methods.versatile import VersatileLM
 from sidepath.store.adapter import inject, load
 from sidepath.store.memory import switch_checkpointing
-from sidepath.store.plan import plan
 from tests.conftest import randomise
 from tests.methods.architectures import ARCHITECTURES, inputs_of, logits_of
 
@@ -246,10 +247,10 @@ def test_parallel_is_fresh_equal_and_saved(name: str, tmp_path: Path) -> None:
 
 
 def trained(config: Any, method: Any, cls: Any) -> int:
-    """What a plan counts for a model that has no memory."""
+    """How many parameters a method trains on a model of any size: nothing has memory."""
     with torch.device("meta"):
         model = cls(config)
-    return plan(model, method, batch_size=1, tokens=2).trainable
+    return sum(parameter.numel() for parameter in inject(model, method).parameters())
 
 
 def gpt2(width: int, layers: int) -> Any:
@@ -358,8 +359,49 @@ def test_what_stands_beside_matrices_only_refuses_a_whole_module() -> None:
     assert registry_of(model) is None
 
 
-def test_it_cannot_be_merged() -> None:
-    model = ARCHITECTURES["llama"]()
-    inject(model, Bottleneck(size=2), "a")
+@pytest.mark.parametrize("config", [Bottleneck(size=2), VersatileLM(size=2)])
+def test_it_cannot_be_merged(config: Method) -> None:
+    model, inputs = ARCHITECTURES["llama"](), inputs_of("llama")
+    randomise(inject(model, config, "a").parameters())
+    with torch.no_grad():
+        expected = logits_of(model, inputs)
     with pytest.raises(MergeError, match="layers of its own"):
         merge(model, "a")
+    with torch.no_grad():
+        assert torch.equal(logits_of(model, inputs), expected), "nothing has changed"
+
+
+@pytest.mark.parametrize("config", [Bottleneck(size=4), VersatileLM(size=4)])
+def test_over_a_quantised_base(config: Method) -> None:
+    pytest.importorskip("bitsandbytes")
+    model, inputs = ARCHITECTURES["llama"](), inputs_of("llama")
+    quantise_(model, dtype=torch.float32)
+    with torch.no_grad():
+        plain = logits_of(model, inputs)
+    adapter = inject(model, config)
+    with torch.no_grad():
+        assert torch.equal(logits_of(model, inputs), plain)
+    randomise(adapter.parameters())
+    logits_of(model, inputs).square().sum().backward()
+    assert all(parameter.grad.any() for parameter in adapter.parameters())
+
+
+def test_it_learns_and_generates_with_a_cache() -> None:
+    """What is generated step by step is what one pass over the whole text says."""
+    model = ARCHITECTURES["llama"]().train()
+    adapter = inject(model, Bottleneck(size=8), "a")
+    ids_BT = inputs_of("llama")["input_ids"]
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.02)
+    losses = []
+    for _ in range(30):
+        loss = model(input_ids=ids_BT, labels=ids_BT).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+    model.eval()
+    made_BT = model.generate(ids_BT[:, :3], max_new_tokens=5, do_sample=False, eos_token_id=None)
+    with torch.no_grad():
+        again_BT = model(input_ids=made_BT).logits.argmax(-1)
+    assert torch.equal(made_BT[:, 3:], again_BT[:, 2:-1])

@@ -187,7 +187,7 @@ def test_one_bit_of_an_adapter_is_enough(tmp_path: Path) -> None:
     assert isinstance(layer, AdapterLayer)
     with torch.no_grad():
         layer.up.view(torch.int32)[3, 1] ^= 1
-    with pytest.raises(AdapterError, match='"b".*is not the one'):
+    with pytest.raises(AdapterError, match=r'"b".*is not the one'):
         load(model, tmp_path / "f")
 
 

@@ -192,7 +192,11 @@ class AdapterLayer(StreamDelta):
 
     def update(self, h: Tensor, *, frozen: bool = False) -> Tensor:
         """What the adapter adds for `h`, in its own dtype; `frozen`: no gradient to its tensors."""
-        own = {name: p.detach() if frozen else p for name, p in self.named_parameters()}
+        own = {
+            name: parameter.detach() if frozen else parameter
+            for name, parameter in self._parameters.items()
+            if parameter is not None
+        }
         hidden = h.to(self.down.dtype)
         if "norm" in own:
             hidden = F.layer_norm(hidden, hidden.shape[-1:], own["norm"], own["norm_bias"])

@@ -169,7 +169,7 @@ class Fusion(StreamDelta):
         return y + self.composition(y.to(z.dtype), z).to(y.dtype)
 
     def composition(self, h: Tensor, z: Tensor) -> Tensor:
-        """`sum_n a_n V z_n (..., D)` for the output `h (..., D)` and what is added `z (..., N, D)`."""
+        """`sum_n a_n V z_n (..., D)` for the output `h (..., D)` and updates `z (..., N, D)`."""
         query = F.linear(h, self.query, self.query_bias)
         key = F.linear(z, self.key, self.key_bias)
         weights = (query.unsqueeze(-2) * key).sum(-1).softmax(-1)

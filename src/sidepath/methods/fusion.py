@@ -188,7 +188,8 @@ def beside(view: View, name: str) -> Delta | None:
 
 def digest_of(layer: AdapterLayer) -> Tensor:
     """SHA-256 of one adapter at one place, settings and numbers, as 32 floats (0 to 255)."""
-    hashed = hashlib.sha256(f"{layer.extra_repr()}, parallel={layer.parallel}".encode())
+    settings = (layer.size, layer.activation, layer.scale, layer.parallel)
+    hashed = hashlib.sha256(repr(settings).encode())
     for name, tensor in layer.tensors().items():
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         plain = tensor.detach().cpu().contiguous().view(torch.uint8)
@@ -200,4 +201,4 @@ def _imagined(view: View) -> bool:
     """Whether a module has shapes and no memory."""
     from torch._subclasses.fake_tensor import FakeTensor
 
-    return any(isinstance(parameter, FakeTensor) for parameter in view.module.parameters())
+    return any(p.is_meta or isinstance(p, FakeTensor) for p in view.module.parameters())

@@ -26,6 +26,7 @@ from sidepath.store.memory import switch_checkpointing
 from tests.conftest import randomise
 from tests.methods.architectures import ARCHITECTURES, inputs_of, logits_of
 
+
 def written_out(tensors: dict[str, Tensor], h: Tensor, activation: Any, scale: float) -> Tensor:
     """What an adapter adds, one position and one number after another."""
     rows = []

@@ -136,6 +136,9 @@ def test_import_sidepath_loads_nothing_heavy() -> None:
 def test_the_public_names() -> None:
     assert sorted(sidepath.__all__) == [
         "Adapter",
+        "AdapterFusion",
+        "BitFit",
+        "Bottleneck",
         "LoRA",
         "Plan",
         "PrefixTuning",
@@ -143,6 +146,7 @@ def test_the_public_names() -> None:
         "StepReport",
         "TrainConfig",
         "VeRA",
+        "VersatileLM",
         "__version__",
         "activate",
         "dequantise_",

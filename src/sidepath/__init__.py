@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from sidepath.injection.surgery import remove as remove
     from sidepath.injection.surgery import route as route
     from sidepath.injection.surgery import use_kernels as use_kernels
+    from sidepath.methods.bottleneck import Bottleneck as Bottleneck
+    from sidepath.methods.fusion import AdapterFusion as AdapterFusion
     from sidepath.methods.lora import LoRA as LoRA
     from sidepath.methods.plain import BitFit as BitFit
     from sidepath.methods.plain import FullFineTuning as FullFineTuning
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from sidepath.methods.prefix import PrefixTuning as PrefixTuning
     from sidepath.methods.prompt import PromptTuning as PromptTuning
     from sidepath.methods.vera import VeRA as VeRA
+    from sidepath.methods.versatile import VersatileLM as VersatileLM
     from sidepath.store.adapter import Adapter as Adapter
     from sidepath.store.adapter import inject as inject
     from sidepath.store.adapter import load as load
@@ -51,7 +54,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Adapter": "sidepath.store.adapter",
+    "AdapterFusion": "sidepath.methods.fusion",
     "BitFit": "sidepath.methods.plain",
+    "Bottleneck": "sidepath.methods.bottleneck",
     "FullFineTuning": "sidepath.methods.plain",
     "LinearProbe": "sidepath.methods.plain",
     "LoRA": "sidepath.methods.lora",
@@ -61,6 +66,7 @@ _HOMES = {
     "StepReport": "sidepath.training.loop",
     "TrainConfig": "sidepath.config",
     "VeRA": "sidepath.methods.vera",
+    "VersatileLM": "sidepath.methods.versatile",
     "activate": "sidepath.injection.surgery",
     "dequantise_": "sidepath.injection.quantising",
     "disabled": "sidepath.injection.surgery",
@@ -87,7 +93,9 @@ _HOMES = {
 
 __all__ = [
     "Adapter",
+    "AdapterFusion",
     "BitFit",
+    "Bottleneck",
     "LoRA",
     "Plan",
     "PrefixTuning",
@@ -95,6 +103,7 @@ __all__ = [
     "StepReport",
     "TrainConfig",
     "VeRA",
+    "VersatileLM",
     "__version__",
     "activate",
     "dequantise_",

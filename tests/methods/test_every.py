@@ -23,6 +23,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prompt": {"tokens": 5},
     "prefix": {"tokens": 5, "hidden": 24},
     "vera": {"r": 16, "d_start": 1.0},
+    "bottleneck": {"size": 8},
+    "versatile-lm": {"size": 8},
+    "fusion": {"adapters": ("x", "y")},
 }
 """Settings under which a method is tested, where its defaults are not for a model 32 wide."""
 
@@ -39,6 +42,9 @@ IMPOSSIBLE = {
     ("prefix", "bert"): "attention is not causal",
     ("prefix", "roberta"): "attention is not causal",
     ("prefix", "deberta-v2"): "attention is not causal",
+    ("versatile-lm", "vit"): "token-embedding",
+    # It composes adapters that are on the model: `test_fusion.py` puts them there.
+    **{("fusion", name): "no such adapter stands" for name in ARCHITECTURES},
 }
 """What a method cannot do, and why, in its error's words."""
 

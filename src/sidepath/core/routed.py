@@ -44,7 +44,14 @@ def routed(side: SidePaths, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) ->
             expected=f"{rows.count} rows, one adapter each",
             hint="give route() one name (or None) for each row of the batch",
         )
-    y = side.view(x, *args, **kwargs)
+    y: Any = side.view(x, *args, **kwargs)
+    if isinstance(y, tuple):  # a whole block, which gives more than what the stream carries on
+        return (_updated(side, rows, y[0], x), *y[1:])  # type: ignore[return-value]
+    return _updated(side, rows, y, x)
+
+
+def _updated(side: SidePaths, rows: Rows, y: Tensor, x: Tensor) -> Tensor:
+    """The base's output `y` for `x` with each row's update; in place where nothing looks back."""
     if torch.is_grad_enabled():
         return _trained(side, rows, y, x)
     dtype = product_dtype(y)

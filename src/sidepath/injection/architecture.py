@@ -6,7 +6,8 @@ Everything is read off the module tree; the tables hold only what a tree cannot 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import takewhile
 
 from torch import nn
 
@@ -15,10 +16,19 @@ from sidepath.core.views import DenseView, view_of
 from sidepath.errors import TargetNotFound, UnsupportedModule
 from sidepath.kernels.lowrank import Part
 
-PRESETS = ("all-linear", "attention", "mlp")
+PRESETS = (
+    *("all-linear", "attention", "mlp"),
+    *("attention-output", "mlp-output", "mlp-module", "blocks", "token-embedding"),
+)
+"""Names for places of any model. The first three are the linear layers of the body; then the
+layers that write into the residual stream, the MLPs and the blocks as whole modules, and the table
+that token ids are looked up in. See `preset_paths`."""
 
 ATTENTION_WORDS = ("attn", "attention")
 """A module below one whose name holds such a word belongs to the attention block."""
+
+EXPERT_WORD = "expert"
+"""A module whose name holds this word is one of a mixture, or all of them in one."""
 
 FUSED: dict[str, tuple[str, ...]] = {
     "c_attn": ("q", "k", "v"),
@@ -131,10 +141,20 @@ def dense_views(model: nn.Module) -> dict[str, DenseView]:
 def preset_paths(
     model: nn.Module, preset: str, views: Mapping[str, DenseView] | None = None
 ) -> list[str]:
-    """The dense layers a preset names: linear layers of the body, without head or embeddings.
+    """The modules a preset names.
+
+    `all-linear`, `attention`, `mlp`: linear layers of the body, without head or embeddings.
+    `attention-output`, `mlp-output`: the layer of each attention (T5: cross-attention too) and of
+    each MLP that writes into the residual stream. A mixture of experts has no such layer, each
+    token's sum being made behind all of them: there it is the mixture as a whole. `mlp-module`: the
+    MLPs as whole modules, so that their input is at hand. `blocks`: the repeated blocks.
+    `token-embedding`: where token ids are looked up.
 
     `views`: what `dense_views` gives, where it is known already.
+    Raises `UnsupportedModule` where a model has MLPs and none of them is a module of its own.
     """
+    if preset in _PLACES:
+        return _PLACES[preset](model)
     last = output_embedding(model)
     heads = tuple(f"{path}." for path in head_paths(model))
     linear = [
@@ -154,6 +174,110 @@ def preset_paths(
 def _in_attention(path: str) -> bool:
     parents = path.lower().split(".")[:-1]
     return any(word in parent for parent in parents for word in ATTENTION_WORDS)
+
+
+def _attention_outputs(model: nn.Module) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for path in preset_paths(model, "attention"):
+        parts = path.lower().split(".")[:-1]
+        at = next(
+            i for i, part in enumerate(parts) if any(word in part for word in ATTENTION_WORDS)
+        )
+        groups.setdefault(".".join(path.split(".")[: at + 1]), []).append(path)
+    return _writers(model, groups)
+
+
+def _mlp_outputs(model: nn.Module) -> list[str]:
+    mixtures = _mixtures(model)
+    return [*mixtures.values(), *_writers(model, _mlps(model, mixtures))]
+
+
+def _mlp_modules(model: nn.Module) -> list[str]:
+    mixtures = _mixtures(model)
+    found, faults = list(mixtures.values()), []
+    for block, paths in _mlps(model, mixtures).items():
+        parents = zip(*(path.split(".")[:-1] for path in paths), strict=False)
+        common = ".".join(same[0] for same in takewhile(lambda same: len({*same}) == 1, parents))
+        if common == block:
+            names = ", ".join(path.removeprefix(f"{block}.") for path in paths)
+            faults.append(f"{block}: {names} stand in the block itself")
+        else:
+            found.append(common)
+    if faults:
+        raise UnsupportedModule(
+            "the MLP is no module of its own here: nothing can stand beside it and see its input",
+            faults=faults,
+            hint='stand behind its last layer instead: "mlp-output"',
+        )
+    return found
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    linear = (*preset_paths(model, "attention"), *preset_paths(model, "mlp"))
+    return list(dict.fromkeys(block for path in linear if (block := _block_of(path))))
+
+
+def _token_embeddings(model: nn.Module) -> list[str]:
+    """Of modules that share one table the innermost: T5 has one a stack, and one never run."""
+    getter = getattr(model, "get_input_embeddings", None)
+    table = getattr(getter() if callable(getter) else None, "weight", None)
+    found = [
+        path
+        for path, module in modules_of(model)
+        if table is not None and module._parameters.get("weight") is table
+        if (view := view_of(module)) is not None and view.kind == "embedding"
+    ]
+    depth = max((path.count(".") for path in found), default=0)
+    return [path for path in found if path.count(".") == depth]
+
+
+_PLACES: Mapping[str, Callable[[nn.Module], list[str]]] = {
+    "attention-output": _attention_outputs,
+    "mlp-output": _mlp_outputs,
+    "mlp-module": _mlp_modules,
+    "blocks": _blocks,
+    "token-embedding": _token_embeddings,
+}
+
+
+def _mlps(model: nn.Module, mixtures: Mapping[str, str]) -> dict[str, list[str]]:
+    """The linear layers of each block's MLP, by the block's path; blocks of experts left out."""
+    groups: dict[str, list[str]] = {}
+    for path in preset_paths(model, "mlp"):
+        block = _block_of(path)
+        if block is not None and block not in mixtures:
+            groups.setdefault(block, []).append(path)
+    return groups
+
+
+def _mixtures(model: nn.Module) -> dict[str, str]:
+    """The module that holds a block's experts and whatever chooses among them, by block."""
+    found: dict[str, str] = {}
+    for path, _ in modules_of(model):
+        block, parts = _block_of(path), path.split(".")
+        at = next((i for i, part in enumerate(parts) if EXPERT_WORD in part.lower()), None)
+        mixture = ".".join(parts[:at]) if at is not None else ""
+        if block is not None and mixture.startswith(f"{block}."):
+            found.setdefault(block, mixture)
+    return found
+
+
+def _writers(model: nn.Module, groups: Mapping[str, list[str]]) -> list[str]:
+    """Of each group the last layer that gives as many numbers as the first one takes."""
+    modules = dict(modules_of(model))
+    found = []
+    for paths in groups.values():
+        shapes = {path: view.shape for path in paths if (view := view_of(modules[path]))}
+        width = shapes[paths[0]][1]
+        found += [path for path in reversed(paths) if shapes[path][0] == width][:1]
+    return found
+
+
+def _block_of(path: str) -> str | None:
+    """The path of the repeated block a module belongs to."""
+    parts = path.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return None if at is None else ".".join(parts[: at + 1])
 
 
 def block_index(path: str) -> int | None:

@@ -63,7 +63,9 @@ def _dense_sites(
             _refuse_unsupported(pattern, modules)
             faults.append(_not_found(pattern, views))
         for path in paths:
-            sites[path] = Site(path, "dense", _parts(model, pattern, views[path], path), pattern)
+            view = views.get(path)  # a preset may name modules that hold no matrix
+            parts = () if view is None else _parts(model, pattern, view, path)
+            sites[path] = Site(path, "dense" if view else "module", parts, pattern)
     if faults:
         raise TargetNotFound(_headline(faults), faults=faults[1:])
     return list(sites.values())

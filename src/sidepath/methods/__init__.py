@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from sidepath.methods.base import Method
+from sidepath.methods.bottleneck import Bottleneck
+from sidepath.methods.fusion import AdapterFusion
 from sidepath.methods.lora import LoRA
 from sidepath.methods.plain import BitFit, FullFineTuning, LinearProbe
 from sidepath.methods.prefix import PrefixTuning
 from sidepath.methods.prompt import PromptTuning
 from sidepath.methods.vera import VeRA
+from sidepath.methods.versatile import VersatileLM
 
 METHODS: dict[str, type[Method]] = {
     LoRA.method: LoRA,
@@ -17,5 +20,8 @@ METHODS: dict[str, type[Method]] = {
     PromptTuning.method: PromptTuning,
     PrefixTuning.method: PrefixTuning,
     VeRA.method: VeRA,
+    Bottleneck.method: Bottleneck,
+    VersatileLM.method: VersatileLM,
+    AdapterFusion.method: AdapterFusion,
 }
 """Every method by its name on the command line and in files."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sidepath.core.delta import Delta
 from sidepath.core.views import DenseView, View
-from sidepath.errors import ConfigError
+from sidepath.errors import ConfigError, UnsupportedModule
 from sidepath.kernels.lowrank import Part
 from sidepath.methods.bias import BiasOnly
 from sidepath.methods.own import Own, tie
@@ -21,7 +21,7 @@ from sidepath.methods.whole import Whole
 
 HEAD = "head"
 """Among modules trained whole: whatever heads the model has."""
-SiteKind = Literal["dense", "bias", "whole", "own", "body"]
+SiteKind = Literal["dense", "module", "bias", "whole", "own", "body"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class Site:
     path: str
     """Dotted name of the module."""
     kind: SiteKind
-    """A matrix is adapted, the bias alone is trained, the module is trained whole, or what it holds
-    itself, without its children; or the whole call of the model's body is changed."""
+    """A matrix is adapted, or a whole module's output; the bias alone is trained, the module is
+    trained whole, or what it holds itself, without its children; or the whole call of the model's
+    body is changed."""
     parts: tuple[Part, ...] = ()
     """Rows of a fused projection that are adapted; empty means the whole matrix."""
     pattern: str = ""
@@ -97,6 +98,17 @@ class Method(ABC):
         """How many positions of the model's context the adapter takes for itself."""
         return 0
 
+    def module_delta(
+        self, site: Site, view: View, tensors: Mapping[str, Tensor] | None = None
+    ) -> Delta:
+        """The delta beside a whole module, for methods that change what a module gives."""
+        raise UnsupportedModule(
+            f"{self.method} stands beside a matrix, and this module is none",
+            where=site.path,
+            found=type(view.module).__name__,
+            hint="name the dense layers inside, where there are such",
+        )
+
     def delta(self, site: Site, view: View, tensors: Mapping[str, Tensor] | None = None) -> Delta:
         """The delta for a site, on the device of the module it stands beside.
 
@@ -109,6 +121,8 @@ class Method(ABC):
             return self.dense_delta(site, view, tensors)
         if site.kind == "body":
             return self.body_delta(view, tensors)
+        if site.kind == "module":
+            return self.module_delta(site, view, tensors)
         return filled(lambda: _BESIDE[site.kind](view), tensors)
 
     def deltas(

@@ -37,8 +37,8 @@ _UNRUNNABLE = (
     NotImplementedError,
     SidepathError,
 )
-"""What a forward pass raises that is not one of token ids, or that reads values; or that an adapter
-refuses, such as gradient checkpointing without a cache."""
+"""What a forward pass raises that is not one of token ids, that reads values, or that an adapter
+refuses: gradient checkpointing without a cache, adapters to compose that are not on the twin."""
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,7 @@ def test_import_sidepath_loads_nothing_heavy() -> None:
 def test_the_public_names() -> None:
     assert sorted(sidepath.__all__) == [
         "Adapter",
+        "IntrinsicDimension",
         "LoRA",
         "Plan",
         "StepReport",

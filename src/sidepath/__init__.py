@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sidepath.injection.surgery import remove as remove
     from sidepath.injection.surgery import route as route
     from sidepath.injection.surgery import use_kernels as use_kernels
+    from sidepath.methods.intrinsic import IntrinsicDimension as IntrinsicDimension
     from sidepath.methods.lora import LoRA as LoRA
     from sidepath.methods.plain import BitFit as BitFit
     from sidepath.methods.plain import FullFineTuning as FullFineTuning
@@ -49,6 +50,7 @@ _HOMES = {
     "Adapter": "sidepath.store.adapter",
     "BitFit": "sidepath.methods.plain",
     "FullFineTuning": "sidepath.methods.plain",
+    "IntrinsicDimension": "sidepath.methods.intrinsic",
     "LinearProbe": "sidepath.methods.plain",
     "LoRA": "sidepath.methods.lora",
     "Plan": "sidepath.store.plan",
@@ -80,6 +82,7 @@ _HOMES = {
 __all__ = [
     "Adapter",
     "BitFit",
+    "IntrinsicDimension",
     "LoRA",
     "Plan",
     "StepReport",

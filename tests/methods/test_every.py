@@ -19,7 +19,9 @@ from sidepath.store.plan import plan
 from tests.conftest import randomise
 from tests.methods.architectures import ARCHITECTURES, inputs_of, logits_of
 
-OPTIONS: dict[str, dict[str, Any]] = {}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "intrinsic": {"d": 40},
+}
 """Settings under which a method is tested, where its defaults are not for a model 32 wide."""
 
 IMPOSSIBLE = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sidepath.methods.base import Method
+from sidepath.methods.intrinsic import IntrinsicDimension
 from sidepath.methods.lora import LoRA
 from sidepath.methods.plain import BitFit, FullFineTuning, LinearProbe
 
@@ -11,5 +12,6 @@ METHODS: dict[str, type[Method]] = {
     FullFineTuning.method: FullFineTuning,
     LinearProbe.method: LinearProbe,
     BitFit.method: BitFit,
+    IntrinsicDimension.method: IntrinsicDimension,
 }
 """Every method by its name on the command line and in files."""

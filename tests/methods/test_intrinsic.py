@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sidepath import IntrinsicDimension, merge, plan, remove, unmerge
+from sidepath.core.views import View
 from sidepath.errors import ConfigError
 from sidepath.injection.registry import registry_of
+from sidepath.injection.targets import resolve
 from sidepath.kernels.hadamard import Fastfood
 from sidepath.kernels.hashed import seed_of
 from sidepath.methods.intrinsic import layer_of
@@ -40,11 +42,7 @@ def moved_by_matrices(
     """`θ_D0 + λ P θ_d` for every parameter of a plain model, by name, from explicit matrices."""
     named = dict(model.named_parameters())
     total = sum(parameter.numel() for parameter in named.values())
-    layers = list(
-        dict.fromkeys(
-            layer_of(path) for path, module in model.named_modules() if module._parameters
-        )
-    )
+    layers = list(dict.fromkeys(layer_of(name.rpartition(".")[0]) for name in named))
     moved = {}
     for name, held in named.items():
         seed = seed_of("intrinsic", config.seed, name)
@@ -97,9 +95,12 @@ def test_207_numbers_take_less_than_a_kilobyte() -> None:
     more = {"intermediate_size": 4096, "vocab_size": 50265, "max_position_embeddings": 514}
     with torch.device("meta"):
         model = RobertaForSequenceClassification(RobertaConfig(**sizes, **more, type_vocab_size=1))
-    planned = plan(model, IntrinsicDimension(d=207), batch_size=1, tokens=8)
-    assert planned.total > 355_000_000
-    assert planned.trainable * 4 == 828
+    config = IntrinsicDimension(d=207)
+    sites = resolve(model, config)
+    deltas = config.deltas(sites, {site.path: View(model.get_submodule(site.path)) for site in sites})
+    trained = [parameter for delta in deltas.values() for parameter in delta.parameters()]
+    assert sum(parameter.numel() for parameter in model.parameters()) > 355_000_000
+    assert sum(parameter.numel() * parameter.element_size() for parameter in trained) == 828
 
 
 def test_a_head_trained_whole_comes_on_top() -> None:

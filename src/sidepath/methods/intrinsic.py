@@ -73,7 +73,7 @@ class IntrinsicDimension(Method):
         for site in sites:
             own = None if tensors is None else tensors.get(site.path, {})
             if site.kind == "own":
-                found[site.path] = Subspace(views[site.path], site.path, space)
+                found[site.path] = Subspace(views[site.path], space)
                 if own:
                     found[site.path].take_(own)
             else:
@@ -84,15 +84,12 @@ class IntrinsicDimension(Method):
 class Space:
     """The subspace of one adapter: its trained numbers, and its projection into each parameter."""
 
-    def __init__(
-        self, theta: nn.Parameter, scales: nn.Parameter | None, layers: Mapping[str, int]
-    ) -> None:
+    def __init__(self, theta: nn.Parameter, scales: nn.Parameter | None) -> None:
         self.theta = theta
         self.scales = scales
-        self.layers = layers
-        """Which scale is whose, by the path of the module."""
-        self.projections: dict[nn.Parameter, Fastfood] = {}
-        """By the base's parameter: one that several modules hold moves as one."""
+        self.parts: dict[nn.Parameter, tuple[Fastfood, int]] = {}
+        """The part of `P` and the scale's number, by the base's parameter: one that several
+        modules hold is of the first one's layer, and moves as one."""
         self.owned = False
         """Whether a delta has taken the trained numbers as its own."""
 
@@ -104,7 +101,7 @@ class Space:
             for local, held in module._parameters.items():
                 if held is not None:
                     names.setdefault(held, f"{path}.{local}")
-        layers = _numbered(layer_of(path) for path in modules)
+        layers = _numbered(layer_of(name.rpartition(".")[0]) for name in names.values())
         total = sum(held.numel() for held in names)
         m = len(layers) if config.kind == "said" else 0
         _require_room(config, m, total)
@@ -113,17 +110,23 @@ class Space:
         dtype = torch.float64 if wide else torch.float32
         theta = nn.Parameter(torch.zeros(config.d - m, dtype=dtype, device=device))
         scales = nn.Parameter(torch.ones(m, dtype=dtype, device=device)) if m else None
-        space = cls(theta, scales, {path: layers[layer_of(path)] for path in modules})
+        space = cls(theta, scales)
         for held, name in names.items():
             seed = seed_of("intrinsic", config.seed, name)
-            space.projections[held] = Fastfood(seed, config.d - m, held.numel(), total)
+            part = Fastfood(seed, config.d - m, held.numel(), total)
+            space.parts[held] = (part, layers[layer_of(name.rpartition(".")[0])])
         return space
 
 
 class Subspace(InPlaceOf):
     """A module's own parameters, moved by their part of `P θ`."""
 
-    def __init__(self, view: View, path: str, space: Space) -> None:
+    parts: dict[str, tuple[Fastfood, int]]
+    """The part of `P` and the scale's number, by the name of the parameter."""
+    kept: tuple[object, Mapping[str, Tensor]] | None
+    """While gradients are off: the weights, and what they were computed from."""
+
+    def __init__(self, view: View, space: Space) -> None:
         super().__init__()
         shared = {THETA: space.theta} | ({} if space.scales is None else {SCALES: space.scales})
         if space.owned:
@@ -131,18 +134,12 @@ class Subspace(InPlaceOf):
         else:
             self._parameters.update(shared)
             space.owned = True
-        self.__dict__["layer"] = space.layers[path]
-        self.__dict__["projections"] = {
-            name: space.projections[held]
+        self.__dict__["parts"] = {
+            name: space.parts[held]
             for name, held in view.module._parameters.items()
             if held is not None
         }
         self.__dict__["kept"] = None
-
-    layer: int
-    projections: dict[str, Fastfood]
-    kept: tuple[object, Mapping[str, Tensor]] | None
-    """While gradients are off: the weights, and what they were computed from."""
 
     def stand_ins(self, base: View) -> Mapping[str, Tensor]:
         """`W0 + λ P θ` for each parameter, rounded once to its dtype."""
@@ -160,13 +157,13 @@ class Subspace(InPlaceOf):
 
     def _computed(self, base: View) -> dict[str, Tensor]:
         trained = self.trained()
-        x_d: Tensor = trained[THETA]
-        if SCALES in trained:  # P is linear: λ P θ = P (λ θ), and no P θ is kept for λ's gradient
-            x_d = x_d * trained[SCALES][self.layer]
-        return {
-            name: _moved(base.module._parameters[name], x_d, projection)
-            for name, projection in self.projections.items()
-        }
+        moved = {}
+        for name, (projection, layer) in self.parts.items():
+            x_d: Tensor = trained[THETA]
+            if SCALES in trained:  # P is linear: λ P θ = P (λ θ), and λ's gradient keeps no P θ
+                x_d = x_d * trained[SCALES][layer]
+            moved[name] = _moved(base.module._parameters[name], x_d, projection)
+        return moved
 
     def _source(self, base: View) -> object:
         """Everything the weights follow from; a change of any number changes it."""

@@ -97,7 +97,9 @@ def test_207_numbers_take_less_than_a_kilobyte() -> None:
         model = RobertaForSequenceClassification(RobertaConfig(**sizes, **more, type_vocab_size=1))
     config = IntrinsicDimension(d=207)
     sites = resolve(model, config)
-    deltas = config.deltas(sites, {site.path: View(model.get_submodule(site.path)) for site in sites})
+    deltas = config.deltas(
+        sites, {site.path: View(model.get_submodule(site.path)) for site in sites}
+    )
     trained = [parameter for delta in deltas.values() for parameter in delta.parameters()]
     assert sum(parameter.numel() for parameter in model.parameters()) > 355_000_000
     assert sum(parameter.numel() * parameter.element_size() for parameter in trained) == 828
@@ -179,7 +181,7 @@ def test_what_is_kept_without_gradients_follows_every_change() -> None:
 @pytest.mark.parametrize("d", [3, 10**6])
 def test_an_impossible_number_of_dimensions_is_refused(d: int) -> None:
     model = tiny_llama()
-    with pytest.raises(ConfigError, match="more than 4, .* at most"):
+    with pytest.raises(ConfigError, match=r"more than 4, .* at most"):
         inject(model, IntrinsicDimension(d=d), "a")
     assert registry_of(model) is None
 

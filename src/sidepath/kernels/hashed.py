@@ -1,4 +1,4 @@
-"""Random numbers by their position: a hash of a counter, alike on every device and in every release.
+"""Random numbers by position: a hash of a counter, alike on every device and in every release.
 
 What a saved file refers to by a seed alone must mean the same wherever it is read; the streams of
 torch's generators differ between devices and may change between releases.

@@ -175,7 +175,7 @@ def _site(entry: Mapping[str, Any]) -> Site:
     parts = tuple((start, stop) for start, stop in entry.get("parts", ()))
     texts = isinstance(path, str) and isinstance(pattern, str)
     whole = all(type(number) is int for part in parts for number in part)
-    if not texts or not whole or kind not in ("dense", "bias", "whole"):
+    if not texts or not whole or kind not in ("dense", "bias", "whole", "own"):
         raise ValueError(f"site {entry!r}")
     return Site(path, kind, parts, pattern)
 

@@ -139,6 +139,7 @@ def test_the_public_names() -> None:
         "AdapterFusion",
         "BitFit",
         "Bottleneck",
+        "IntrinsicDimension",
         "LoRA",
         "Plan",
         "PrefixTuning",

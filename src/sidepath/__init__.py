@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sidepath.injection.surgery import use_kernels as use_kernels
     from sidepath.methods.bottleneck import Bottleneck as Bottleneck
     from sidepath.methods.fusion import AdapterFusion as AdapterFusion
+    from sidepath.methods.intrinsic import IntrinsicDimension as IntrinsicDimension
     from sidepath.methods.lora import LoRA as LoRA
     from sidepath.methods.plain import BitFit as BitFit
     from sidepath.methods.plain import FullFineTuning as FullFineTuning
@@ -58,6 +59,7 @@ _HOMES = {
     "BitFit": "sidepath.methods.plain",
     "Bottleneck": "sidepath.methods.bottleneck",
     "FullFineTuning": "sidepath.methods.plain",
+    "IntrinsicDimension": "sidepath.methods.intrinsic",
     "LinearProbe": "sidepath.methods.plain",
     "LoRA": "sidepath.methods.lora",
     "Plan": "sidepath.store.plan",
@@ -96,6 +98,7 @@ __all__ = [
     "AdapterFusion",
     "BitFit",
     "Bottleneck",
+    "IntrinsicDimension",
     "LoRA",
     "Plan",
     "PrefixTuning",

@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bottleneck": {"size": 8},
     "versatile-lm": {"size": 8},
     "fusion": {"adapters": ("x", "y")},
+    "intrinsic": {"d": 40},
 }
 """Settings under which a method is tested, where its defaults are not for a model 32 wide."""
 

@@ -18,6 +18,7 @@ from sidepath.core.delta import WeightDelta
 from sidepath.errors import MergeError, TiedWeights
 from sidepath.injection.architecture import modules_of
 from sidepath.injection.registry import Installed, Registry, require_registry
+from sidepath.methods.own import InPlaceOf
 
 
 def merge(model: nn.Module, name: str) -> None:
@@ -38,10 +39,16 @@ def merge(model: nn.Module, name: str) -> None:
         )
     _refuse_tied(installed, _owners(model))
     folded: dict[str, Tensor] = {}
+    seen: set[nn.Parameter] = set()
     for path, delta in installed.deltas.items():
         into = {"weight": registry.spare[path]} if path in registry.spare else None
-        for local, tensor in delta.folded(registry.sides[path].view, into).items():
-            folded[f"{path}.{local}"] = tensor
+        view = registry.sides[path].view
+        for local, tensor in delta.folded(view, into).items():
+            held = view.module._parameters.get(local)
+            if held is None or held not in seen:  # a tied parameter is written once
+                folded[f"{path}.{local}"] = tensor
+            if held is not None:
+                seen.add(held)
     registry.spare = {}
     registry.pristine = _swap(model, folded)
     registry.merged = name
@@ -130,10 +137,14 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 
 def _refuse_tied(installed: Installed, owners: dict[int, list[str]]) -> None:
     touched = tuple(f"{path}." for path in installed.deltas)
+    places = [path for path, delta in installed.deltas.items() if isinstance(delta, InPlaceOf)]
     faults = [
         " and ".join(names) + " are one tensor"
         for names in owners.values()
-        if len(names) > 1 and any(name.startswith(touched) for name in names)
+        if len(names) > 1
+        and any(name.startswith(touched) for name in names)
+        # Such deltas give every holder the same numbers.
+        and not all(name.rpartition(".")[0] in places for name in names)
     ]
     if faults:
         raise TiedWeights(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sidepath.methods.base import Method
 from sidepath.methods.bottleneck import Bottleneck
 from sidepath.methods.fusion import AdapterFusion
+from sidepath.methods.intrinsic import IntrinsicDimension
 from sidepath.methods.lora import LoRA
 from sidepath.methods.plain import BitFit, FullFineTuning, LinearProbe
 from sidepath.methods.prefix import PrefixTuning
@@ -23,5 +24,6 @@ METHODS: dict[str, type[Method]] = {
     Bottleneck.method: Bottleneck,
     VersatileLM.method: VersatileLM,
     AdapterFusion.method: AdapterFusion,
+    IntrinsicDimension.method: IntrinsicDimension,
 }
 """Every method by its name on the command line and in files."""

@@ -106,7 +106,8 @@ def _adapter_only(model: nn.Module, installed: Installed) -> Trained:
     groups: dict[str, list[nn.Parameter]] = {}
     rates: dict[str, float] = {}
     for path, delta in installed.deltas.items():
-        groups[path] = list(delta.parameters())
+        if own := list(delta.parameters()):  # all of a delta's may be lent by another
+            groups[path] = own
         for name, parameter in delta.named_parameters():
             parameters[f"{path}.{name}"] = parameter
             rate = installed.config.rate_of(delta, name)

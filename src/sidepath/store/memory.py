@@ -120,20 +120,22 @@ class Twin:
         self.trained = storage_bytes(self.installed.parameters())
         """Bytes of the adapter's parameters."""
 
-    def memory(self, shape: Shape, *, checkpointing: bool) -> Memory:
-        """The memory of one step on a batch of this shape."""
-        plain = self._activations(shape)
+    def memory(
+        self, shape: Shape, *, checkpointing: bool, activations: bool = True
+    ) -> Memory:
+        """The memory of one step on a batch of this shape; `activations` may be left unknown."""
+        plain = self._activations(shape) if activations else None
         checkpointed = None
         if plain is not None and getattr(self.model, "supports_gradient_checkpointing", False):
             switch_checkpointing(self.model, on=True)
             checkpointed = self._activations(shape)
             switch_checkpointing(self.model, on=False)
-        activations, kept = (checkpointed if checkpointing else plain) or (None, None)
+        most, kept = (checkpointed if checkpointing else plain) or (None, None)
         return Memory(
             weights=self.held + self.trained,
             gradients=self.trained,
             optimizer=2 * self.trained,
-            activations=activations,
+            activations=most,
             activations_plain=plain[0] if plain else None,
             activations_checkpointed=checkpointed[0] if checkpointed else None,
             kept=kept,

@@ -120,9 +120,7 @@ class Twin:
         self.trained = storage_bytes(self.installed.parameters())
         """Bytes of the adapter's parameters."""
 
-    def memory(
-        self, shape: Shape, *, checkpointing: bool, activations: bool = True
-    ) -> Memory:
+    def memory(self, shape: Shape, *, checkpointing: bool, activations: bool = True) -> Memory:
         """The memory of one step on a batch of this shape; `activations` may be left unknown."""
         plain = self._activations(shape) if activations else None
         checkpointed = None

@@ -204,13 +204,8 @@ def _told(found: Flops) -> str:
 
 def _short(count: float) -> str:
     """A large number as people read it: `1.05 T`."""
-    for unit in ("", "k", "M", "G", "T"):
-        if count < 1000:
-            break
-        count /= 1000
-    else:
-        unit = "P"
-    return f"{count:.3g} {unit}"
+    power = min(5, (len(str(int(count))) - 1) // 3)
+    return f"{count / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P')[power]}"
 
 
 def _other(memory: Memory) -> str:

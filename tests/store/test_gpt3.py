@@ -43,7 +43,7 @@ def test_the_two_loras_of_table_4(r: int, millions: str) -> None:
 def test_a_checkpoint_of_rank_4_is_36_mebibytes_beside_350_gigabytes() -> None:
     """Section 4.2: 350 GB to 35 MB, roughly 10,000 times: 36.0 MiB in half precision, 9,250."""
     assert 2 * planned(4).trainable == 36 * 2**20
-    assert 2 * N / (36 * 2**20) == pytest.approx(9_250, rel=1e-3)
+    assert pytest.approx(9_250, rel=1e-3) == 2 * N / (36 * 2**20)
     apart = base("gpt3-175b, q and v apart").to(torch.float16)
     config = LoRA(r=4, targets=("q_proj", "v_proj"), dtype="float16")
     size = plan(apart, config, activations=False).adapter_bytes
@@ -51,7 +51,7 @@ def test_a_checkpoint_of_rank_4_is_36_mebibytes_beside_350_gigabytes() -> None:
 
 
 def test_beside_a_fused_projection_the_file_holds_the_zeros_of_other_tools_layout() -> None:
-    """q and v of one matrix (3 d, d): A is (2 r, d), and B a block-diagonal (3 d, 2 r)."""
+    """Q and v of one matrix (3 d, d): A is (2 r, d), and B a block-diagonal (3 d, 2 r)."""
     numbers = LAYERS * (2 * 4 * WIDTH + 3 * WIDTH * 2 * 4)
     assert 2 * numbers < planned(4).adapter_bytes < 2.02 * numbers
 

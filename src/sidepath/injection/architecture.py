@@ -135,12 +135,12 @@ def attention_width(model: nn.Module) -> int | None:
     return layers * heads * (_number(settings, "head_dim", "d_kv") or hidden // heads)
 
 
-def active_share(model: nn.Module) -> float:
-    """The share of a mixture's experts that one token is sent to; 1 where there is none."""
+def experts_of(model: nn.Module) -> tuple[int, int] | None:
+    """To how many experts of a mixture one token is sent, and of how many; None without any."""
     settings = _settings_of(model)
     active = _number(settings, "num_experts_per_tok")
     experts = _number(settings, "num_local_experts", "num_experts", "n_routed_experts")
-    return active / experts if active and experts else 1.0
+    return (active, experts) if active and experts else None
 
 
 def _settings_of(model: nn.Module) -> object:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from sidepath.core.delta import Delta, LayerDelta
 from sidepath.core.views import view_of
 from sidepath.injection.architecture import (
-    active_share,
     attention_width,
     block_of,
+    experts_of,
     modules_of,
 )
 from sidepath.injection.registry import Installed
@@ -102,7 +102,7 @@ def matrix_costs(model: nn.Module) -> dict[str, int]:
 
     A convolution counts as the patch embedding it is in a transformer: once a patch.
     """
-    share = active_share(model)
+    active, experts = experts_of(model) or (0, 0)
     costs: dict[str, int] = {}
     for path, module in modules_of(model):
         view = view_of(module)
@@ -111,16 +111,18 @@ def matrix_costs(model: nn.Module) -> dict[str, int]:
                 rows, columns = view.shape
                 costs[path] = 2 * rows * columns
             continue
-        experts = sum(tensor.numel() for tensor in _stacked(module))
-        if experts:
-            costs[path] = round(2 * share * experts)
+        numbers = [_routed(t, active, experts) for t in module._parameters.values() if experts]
+        if any(numbers):
+            costs[path] = 2 * sum(numbers)
     return costs
 
 
-def _stacked(module: nn.Module) -> list[Tensor]:
-    """Matrices of several experts in one tensor (experts, rows, columns)."""
-    own = module._parameters.values()
-    return [tensor for tensor in own if tensor is not None and tensor.dim() == 3]
+def _routed(tensor: Tensor | None, active: int, experts: int) -> int:
+    """Numbers a token meets of experts in one tensor (experts, rows, columns), or of a router."""
+    if tensor is None or tensor.shape[0] != experts:
+        return 0
+    numbers = tensor.numel()
+    return {2: numbers, 3: numbers // experts * active}.get(tensor.dim(), 0)
 
 
 def _is_trained(path: str, trained: Mapping[str, Site]) -> bool:

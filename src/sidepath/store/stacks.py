@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import nn
 
@@ -77,7 +78,7 @@ def extended(counts: Sequence[Counted], blocks: int) -> tuple[int, int] | None:
     """
     steps = [
         (b.activations - a.activations, b.kept - a.kept, b.trained - a.trained)
-        for a, b in zip(counts, counts[1:], strict=False)
+        for a, b in pairwise(counts)
     ]
     if len(set(steps)) != 1:
         return None

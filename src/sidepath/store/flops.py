@@ -119,10 +119,10 @@ def matrix_costs(model: nn.Module) -> dict[str, int]:
 
 def _routed(tensor: Tensor | None, active: int, experts: int) -> int:
     """Numbers a token meets of experts in one tensor (experts, rows, columns), or of a router."""
-    if tensor is None or tensor.shape[0] != experts:
+    if tensor is None or tensor.dim() not in (2, 3) or tensor.shape[0] != experts:
         return 0
     numbers = tensor.numel()
-    return {2: numbers, 3: numbers // experts * active}.get(tensor.dim(), 0)
+    return numbers if tensor.dim() == 2 else numbers // experts * active
 
 
 def _is_trained(path: str, trained: Mapping[str, Site]) -> bool:

@@ -323,6 +323,7 @@ CASES: dict[str, Case] = {
         lambda p: ["plan", str(p.base), "--targets", "q_porj"],
         ('"q_proj" (2)',),
     ),
+    "GPU of no memory": (lambda p: ["plan", str(p.base), "--gpu-gib", "0"], ("gpu_gib = 0",)),
     "base missing": (lambda p: p.train("--base", p.here / "nowhere"), ("no such base folder",)),
     "base is an adapter": (lambda p: ["plan", str(p.adapter)], ("an adapter's folder",)),
     "base without config": (base_without_config, ("no config.json",)),

@@ -250,3 +250,44 @@ def test_as_a_process(trained: Path) -> None:
     )
     assert (ran.returncode, ran.stderr) == (0, "")
     assert len(json.loads(ran.stdout)["layers"]) == 14
+
+
+def test_plan_takes_the_config_file_alone_and_tells_the_share_of_a_gpu(
+    run: Run, tiny_base: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "tiny.json"
+    file.write_bytes((tiny_base / "config.json").read_bytes())
+    found = run("plan", file, "--gpu-gib", 0.5, "--json").document
+    assert found["gpu"]["bytes"] == 2**29
+    assert found["gpu"]["share"] == pytest.approx(found["memory"]["total"] / 2**29)
+    flops = found["flops_per_token"]
+    assert flops["serving"] == flops["serving_merged"] + flops["beside"]
+    assert run("plan", tiny_base, "--json").document["gpu"] == {"bytes": None, "share": None}
+    told = run("plan", file, "--gpu-gib", 0.001).out
+    assert "it does not fit" in told
+    assert "FLOP a token of training" in told
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture"),
+    [
+        ("Bert", "BertForSequenceClassification"),
+        ("DebertaV2", None),
+        ("T5", None),
+        ("ViT", None),
+    ],
+)
+def test_plan_makes_the_kind_of_model_that_the_config_is_of(
+    run: Run, tmp_path: Path, family: str, architecture: str | None
+) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(
+        architectures=[architecture] if architecture else None
+    )
+    config.to_json_file(tmp_path / "config.json", use_diff=False)
+    found = run("plan", tmp_path, "--method", "full", "--max-tokens", 8, "--json").document
+    assert found["trainable"] == found["total"] > 10**6
+    if architecture:
+        head = run("plan", tmp_path, "--method", "probe", "--max-tokens", 8, "--json").document
+        assert "classifier" in head["modules"]

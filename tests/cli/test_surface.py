@@ -33,7 +33,7 @@ RUN = (
 )
 SURFACE = {
     "demo": "--output --seed",
-    "plan": f"--method --batch-size --max-tokens --dtype {LORA} --lora-dtype",
+    "plan": f"--method --batch-size --max-tokens --dtype --gpu-gib {LORA} --lora-dtype",
     "train": f"{RUN} {LORA} --lora-dtype {TRAIN}",
     "eval": (
         f"{COMMON} --data --adapter --allow-other-base --columns --batch-size --max-new-tokens"

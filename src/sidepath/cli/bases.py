@@ -42,6 +42,15 @@ def base_folder(given: str | None) -> Path:
     return folder
 
 
+def config_place(given: str) -> Path:
+    """Where a base's config is: a transformers folder, of which nothing else is read, or the file.
+
+    Errors: `StoreError` as for `base_folder`.
+    """
+    place = Path(given)
+    return place if place.is_file() and place.suffix == ".json" else base_folder(given)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The base's tokenizer, with a padding token when the folder names none."""
     from transformers import AutoTokenizer
@@ -118,17 +127,47 @@ def load_classifier(
     return model, tuple(dict.fromkeys(name.rpartition(".")[0] for name in fresh))
 
 
-def model_without_weights(folder: Path, dtype: str) -> nn.Module:
-    """The base's modules on the meta device, from its config alone."""
-    from transformers import AutoModelForCausalLM
+def model_without_weights(place: Path, dtype: str) -> nn.Module:
+    """The base's modules on the meta device, from its config alone: a folder's, or the file.
 
-    settings = _config_of(folder)
-    with _understood(folder, "the base's config cannot be used"), torch.device("meta"):
+    It is the class that the config says it was saved from, where transformers has it for configs
+    of this kind; else a causal language model, or the first of `_TASKS` that there is one for.
+    """
+    import transformers
+
+    settings = _config_of(place)
+    with _understood(place, "the base's config cannot be used"), torch.device("meta"):
         stored = getattr(torch, dtype) if dtype != "auto" else settings.dtype
-        model: nn.Module = AutoModelForCausalLM.from_config(
+        auto = getattr(transformers, f"AutoModel{_task_of(settings)}")
+        model: nn.Module = auto.from_config(
             settings, dtype=stored or torch.float32, trust_remote_code=False
         )
     return model
+
+
+_TASKS = {
+    "ForCausalLM": "FOR_CAUSAL_LM_",
+    "ForSeq2SeqLM": "FOR_SEQ_TO_SEQ_CAUSAL_LM_",
+    "ForSequenceClassification": "FOR_SEQUENCE_CLASSIFICATION_",
+    "ForImageClassification": "FOR_IMAGE_CLASSIFICATION_",
+    "ForMaskedLM": "FOR_MASKED_LM_",
+    "": "",
+}
+"""transformers' automatic classes, and what its tables of classes by model type are called."""
+
+
+def _task_of(settings: Any) -> str:
+    """Which of the automatic classes makes the model of a config: see `model_without_weights`."""
+    from transformers.models.auto import modeling_auto
+
+    named = set(settings.architectures or ())
+    known: dict[str, set[str]] = {}
+    for task, table in _TASKS.items():
+        found = getattr(modeling_auto, f"MODEL_{table}MAPPING_NAMES").get(settings.model_type)
+        if found is not None:
+            known[task] = {found} if isinstance(found, str) else set(found)
+    as_saved = [task for task, classes in known.items() if classes & named]
+    return next(iter([*as_saved, *known]), "ForCausalLM")
 
 
 def context_tokens(folder: Path) -> int | None:

@@ -97,10 +97,19 @@ class PlanRun:
     """Tokens in a row, for the memory estimate."""
     dtype: Dtype = "auto"
     """Data type of the base's weights; `auto` takes the one its config states."""
+    gpu_gib: float | None = None
+    """Memory of a GPU in GiB; the share of it that the step takes is told."""
 
     def __post_init__(self) -> None:
         check(self)
-        require(self, {"batch_size": self.batch_size >= 1, "max_tokens": self.max_tokens >= 1})
+        require(
+            self,
+            {
+                "batch_size": self.batch_size >= 1,
+                "max_tokens": self.max_tokens >= 1,
+                "gpu_gib": self.gpu_gib is None or 0 < self.gpu_gib < float("inf"),
+            },
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

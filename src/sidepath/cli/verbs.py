@@ -14,14 +14,20 @@ from sidepath.cli.surface import Call
 
 def plan(call: Call) -> Report:
     """What an adapter of these settings would be on the model; nothing is loaded or changed."""
-    from sidepath.cli.bases import base_folder, model_without_weights
+    from sidepath.cli.bases import config_place, model_without_weights
     from sidepath.methods import METHODS
     from sidepath.store.plan import plan as plan_of
 
     run = call.settings.build("plan", PlanRun)
     config = call.settings.build(str(call.method), METHODS[str(call.method)])
-    model = model_without_weights(base_folder(call.places[0]), run.dtype)
-    found = plan_of(model, config, batch_size=run.batch_size, tokens=run.max_tokens)
+    model = model_without_weights(config_place(call.places[0]), run.dtype)
+    found = plan_of(
+        model,
+        config,
+        batch_size=run.batch_size,
+        tokens=run.max_tokens,
+        gpu_bytes=None if run.gpu_gib is None else round(run.gpu_gib * 2**30),
+    )
     return Report(found.as_dict(), [str(found)])
 
 

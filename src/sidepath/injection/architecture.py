@@ -286,6 +286,50 @@ def block_index(path: str) -> int | None:
     return int(numbers[0]) if numbers else None
 
 
+def block_of(path: str) -> str | None:
+    """Dotted name of the repeated block a module lies in, itself included; None outside of them."""
+    parts = path.split(".")
+    first = next((number for number, part in enumerate(parts) if part.isdigit()), None)
+    return None if first is None else ".".join(parts[: first + 1])
+
+
+def attention_width(model: nn.Module) -> int | None:
+    """Width of all attention heads of all layers together, or None where the config says none.
+
+    A decoder's layers that read an encoder attend twice.
+    """
+    settings = _settings_of(model)
+    heads = _number(settings, "num_attention_heads")
+    layers = _number(settings, "num_hidden_layers")
+    if not heads or not layers:
+        return None
+    if getattr(settings, "is_encoder_decoder", False):
+        layers += 2 * (_number(settings, "num_decoder_layers", "decoder_layers") or layers)
+    hidden = _number(settings, "hidden_size") or 0
+    return layers * heads * (_number(settings, "head_dim", "d_kv") or hidden // heads)
+
+
+def experts_of(model: nn.Module) -> tuple[int, int] | None:
+    """To how many experts of a mixture one token is sent, and of how many; None without any."""
+    settings = _settings_of(model)
+    active = _number(settings, "num_experts_per_tok")
+    experts = _number(settings, "num_local_experts", "num_experts", "n_routed_experts")
+    return (active, experts) if active and experts else None
+
+
+def _settings_of(model: nn.Module) -> object:
+    """The config of the model's text part; transformers' own names for its numbers hold on it."""
+    config = getattr(model, "config", None)
+    getter = getattr(config, "get_text_config", None)
+    return getter() if callable(getter) else config
+
+
+def _number(settings: object, *names: str) -> int | None:
+    """The first of these that the config has as a number."""
+    found = (getattr(settings, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int)), None)
+
+
 def fused_parts(model: nn.Module, path: str, names: tuple[str, ...], rows: int) -> tuple[Part, ...]:
     """Row ranges of the named parts of a fused projection with `rows` output rows.
 

@@ -14,6 +14,7 @@ import inspect
 import math
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from sidepath.injection.registry import registry_of
 from sidepath.injection.surgery import activate, put_in, remove, use_kernels
 from sidepath.methods.base import Method, Site
 from sidepath.store.live import LiveBytes, held_tensors, quantisation_tensors, storage_bytes
+from sidepath.store.stacks import FEW, Counted, equal_blocks, extended
 
 _UNRUNNABLE = (
     RuntimeError,
@@ -106,7 +108,14 @@ class Shape:
 class Twin:
     """A copy of a model in shapes alone, with one fresh adapter on it and active."""
 
-    def __init__(self, model: nn.Module, config: Method, sites: list[Site]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Method,
+        sites: list[Site],
+        cut: tuple[str, int] | None = None,
+    ) -> None:
+        """`cut`: the path of the list of blocks, and how many of them the twin has."""
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         self.held = storage_bytes(held_tensors(model))
@@ -114,6 +123,8 @@ class Twin:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode:
             self.model = weightless(model)
+            if cut is not None:
+                sites = _cut(self.model, sites, *cut)
             with torch.random.fork_rng(devices=[]):
                 self.installed = put_in(self.model, config, "plan", sites)
             activate(self.model, "plan")
@@ -125,25 +136,47 @@ class Twin:
         kept = (buffer for d in self.installed.deltas.values() for buffer in d.buffers())
         self.frozen = storage_bytes(kept)
         """Bytes of what the adapter holds and does not train."""
+        self._stack = None if cut else equal_blocks(model, sites, self.installed.deltas)
+        self._made_of = (model, config, sites)
 
-    def memory(self, shape: Shape, *, checkpointing: bool) -> Memory:
-        """The memory of one step on a batch of this shape."""
-        plain = self._activations(shape)
+    @cached_property
+    def _few(self) -> list[Twin]:
+        """Twins of fewer blocks, which tell what this one holds: see `sidepath.store.stacks`."""
+        if self._stack is None:
+            return []
+        return [Twin(*self._made_of, (self._stack[0], blocks)) for blocks in FEW]
+
+    def memory(self, shape: Shape, *, checkpointing: bool, activations: bool = True) -> Memory:
+        """The memory of one step on a batch of this shape; `activations` may be left unknown."""
+        plain = self._told(shape) if activations else None
         checkpointed = None
         if plain is not None and getattr(self.model, "supports_gradient_checkpointing", False):
-            switch_checkpointing(self.model, on=True)
-            checkpointed = self._activations(shape)
-            switch_checkpointing(self.model, on=False)
-        activations, kept = (checkpointed if checkpointing else plain) or (None, None)
+            for twin in (self, *self._few):
+                switch_checkpointing(twin.model, on=True)
+            checkpointed = self._told(shape)
+            for twin in (self, *self._few):
+                switch_checkpointing(twin.model, on=False)
+        most, kept = (checkpointed if checkpointing else plain) or (None, None)
         return Memory(
             weights=self.held + self.trained + self.frozen,
             gradients=self.trained,
             optimizer=2 * self.trained,
-            activations=activations,
+            activations=most,
             activations_plain=plain[0] if plain else None,
             activations_checkpointed=checkpointed[0] if checkpointed else None,
             kept=kept,
         )
+
+    def _told(self, shape: Shape) -> tuple[int, int] | None:
+        """`_activations`, told from twins of fewer blocks where that comes to the same."""
+        counts: list[Counted] = []
+        for blocks, twin in zip(FEW, self._few, strict=False):
+            found = twin._activations(shape)
+            if found is None:
+                return None
+            counts.append(Counted(blocks, *found, twin.trained))
+        told = None if self._stack is None else extended(counts, self._stack[1])
+        return told or self._activations(shape)
 
     def _activations(self, shape: Shape) -> tuple[int, int] | None:
         """Bytes of the peak beyond weights, gradients and optimizer; those kept for backward.
@@ -194,6 +227,15 @@ def _loss(model: nn.Module, shape: Shape) -> Tensor:
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     return functional.cross_entropy(logits, rows_N, reduction="sum") / count
+
+
+def _cut(model: nn.Module, sites: list[Site], path: str, count: int) -> list[Site]:
+    """Leave only the first blocks of a list of them, in place, and the sites that still are."""
+    blocks = model.get_submodule(path)
+    assert isinstance(blocks, nn.ModuleList)
+    del blocks[count:]
+    left = tuple(f"{path}.{number}." for number in range(count))
+    return [s for s in sites if not s.path.startswith(f"{path}.") or s.path.startswith(left)]
 
 
 def weightless(model: nn.Module) -> nn.Module:

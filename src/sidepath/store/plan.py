@@ -20,6 +20,7 @@ from sidepath.injection.architecture import modules_of
 from sidepath.injection.registry import Installed, base_parameters
 from sidepath.injection.targets import resolve
 from sidepath.methods.base import Method, Site
+from sidepath.store.flops import Flops, flops
 from sidepath.store.memory import Memory, Shape, Twin
 from sidepath.store.plain_format import slots_of
 
@@ -48,10 +49,18 @@ class Plan:
     tokens: int
     dtypes: tuple[str, str]
     """Data types of the base's and of the adapter's weights."""
+    flops: Flops
     positions: int = 0
     """Positions of the model's context that the adapter takes from every row."""
     context: int | None = None
     """Positions that the model has, where its config says."""
+    gpu_bytes: int | None = None
+    """Memory of the GPU that the step is to run on."""
+
+    @property
+    def gpu_share(self) -> float | None:
+        """The share of the GPU's memory that the step takes; above 1 it does not fit."""
+        return None if self.gpu_bytes is None else self.memory.total / self.gpu_bytes
 
     @property
     def targets(self) -> list[tuple[str, int]]:
@@ -75,6 +84,8 @@ class Plan:
             "dtypes": {"base": self.dtypes[0], "adapter": self.dtypes[1]},
             "positions": self.positions,
             "context": self.context,
+            "flops_per_token": self.flops.as_dict(),
+            "gpu": {"bytes": self.gpu_bytes, "share": self.gpu_share},
             "modules": [site.path for site in self.sites],
         }
 
@@ -98,6 +109,11 @@ class Plan:
             f" tokens: weights {readable(memory.weights)}, gradients {readable(memory.gradients)}, "
             f"optimizer {readable(memory.optimizer)}, activations {activations}{_other(memory)}"
         )
+        if self.gpu_bytes is not None and self.gpu_share is not None:
+            fits = "" if self.gpu_share <= 1 else ": it does not fit"
+            size = readable(self.gpu_bytes)
+            lines.append(f"GPU          {100 * self.gpu_share:.3g} % of its {size}{fits}")
+        lines.append(f"arithmetic   {_told(self.flops)}")
         return "\n".join(lines)
 
 
@@ -114,6 +130,8 @@ def plan(
     logits: int | None = None,
     packed: bool = False,
     fused: bool = True,
+    activations: bool = True,
+    gpu_bytes: int | None = None,
 ) -> Plan:
     """What `inject(model, config)` would adapt, and what training it would hold. Changes nothing.
 
@@ -123,7 +141,9 @@ def plan(
     the last so many positions of each row (those of the targets by default), with AdamW, whose two
     moments have the trained parameters' dtype; with gradient `checkpointing` or without, with
     `autocast` to bfloat16 or without, by `fused` kernels or plain ones. Over several forward
-    passes a step (accumulation) it is higher by at most the gradients.
+    passes a step (accumulation) it is higher by at most the gradients. Without `activations` these
+    are not reckoned, which takes most of the time. `gpu_bytes` is the memory of a GPU whose share
+    is told. `flops` has arithmetic a token at that context (`sidepath.store.flops`).
     Held against the bytes of real steps on CPU it is within 15 % (`tests/store/test_memory.py`).
     Raises what `inject` would raise.
     """
@@ -140,12 +160,14 @@ def plan(
         total=sum(map(_numbers, base)),
         adapter_bytes=file_bytes(installed, dict(modules_of(model))),
         sites=tuple(sites),
-        memory=twin.memory(shape, checkpointing=checkpointing),
+        memory=twin.memory(shape, checkpointing=checkpointing, activations=activations),
         batch_size=batch_size,
         tokens=tokens,
         dtypes=(_dtypes(base), _dtypes(installed.parameters())),
         positions=config.positions,
         context=context,
+        flops=flops(model, installed, tokens),
+        gpu_bytes=gpu_bytes,
     )
 
 
@@ -180,6 +202,22 @@ def readable(size: int) -> str:
         if value < 1024 or unit == "TiB":
             break
     return f"{value:.1f} {unit}"
+
+
+def _told(found: Flops) -> str:
+    """The arithmetic of a token in one line."""
+    merged = "" if found.serving_merged is None else f", merged {_short(found.serving_merged)}"
+    ratio = found.training / max(1, found.training_full)
+    return (
+        f"{_short(found.training)}FLOP a token of training ({ratio:.2f} of training everything), "
+        f"{_short(found.serving)}FLOP of serving{merged}, at {found.context} tokens of context"
+    )
+
+
+def _short(count: float) -> str:
+    """A large number as people read it: `1.05 T`."""
+    power = min(5, (len(str(int(count))) - 1) // 3)
+    return f"{count / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P')[power]}"
 
 
 def _other(memory: Memory) -> str:

@@ -103,7 +103,8 @@ def _adapter_only(model: nn.Module, installed: Installed) -> Trained:
     tensors: dict[str, Tensor] = {}
     groups: dict[str, list[nn.Parameter]] = {}
     for path, delta in installed.deltas.items():
-        groups[path] = list(delta.parameters())
+        if own := list(delta.parameters()):  # all of a delta's may be lent by another
+            groups[path] = own
         for name, parameter in delta.named_parameters():
             parameters[f"{path}.{name}"] = parameter
         buffers = {

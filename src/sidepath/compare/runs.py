@@ -28,21 +28,31 @@ class RunTable:
         self.path = folder / NAME
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(self.path, isolation_level=None, timeout=30)
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=FULL")
-            self._prepare()
         except OSError as error:
             raise WriteFailed(
                 f"the run table cannot be written: {error.strerror}", where=self.path
             ) from error
+        try:
+            self._connection = sqlite3.connect(self.path, isolation_level=None, timeout=30)
         except sqlite3.Error as error:
-            raise StoreError(
-                "the run table cannot be opened",
-                where=self.path,
-                found=error,
-                hint="choose another --output, or move that file away",
-            ) from error
+            raise self._unusable(error) from error
+        try:
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=FULL")
+            self._prepare()
+        except BaseException as error:
+            self._connection.close()
+            if isinstance(error, sqlite3.Error):
+                raise self._unusable(error) from error
+            raise
+
+    def _unusable(self, error: sqlite3.Error) -> StoreError:
+        return StoreError(
+            "the run table cannot be opened",
+            where=self.path,
+            found=error,
+            hint="choose another --output, or move that file away",
+        )
 
     def _prepare(self) -> None:
         found = self._connection.execute("PRAGMA user_version").fetchone()[0]
@@ -53,7 +63,6 @@ class RunTable:
             self._connection.execute(f"PRAGMA user_version={VERSION}")
             self._connection.execute("COMMIT")
         elif found != VERSION:
-            self._connection.close()
             raise StoreError(
                 "the run table is of another version",
                 where=self.path,

@@ -49,7 +49,10 @@ def test_square_matrices_get_the_papers_ranks(shared: Path) -> None:
     tables = json.loads((shared / "papers" / "lora_tables.json").read_text())
     rows = tables["table5_which_matrices_18M"]["rows"]
     expected = [(row["matrices"].replace(",", ""), row["r"]) for row in rows]
-    found = [(chosen, table["r"]) for chosen, table in zip(MATRICES, which_matrices(square()), strict=True)]
+    found = [
+        (chosen, table["r"])
+        for chosen, table in zip(MATRICES, which_matrices(square()), strict=True)
+    ]
     assert found == expected
     counts = trained(square())
     assert set(counts.values()) == {8 * 2 * 32}

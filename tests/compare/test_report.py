@@ -73,7 +73,13 @@ def test_verdicts() -> None:
 
 
 def test_the_frontier() -> None:
-    points = [("a", 10.0, 0.5), ("b", 20.0, 0.4), ("c", 20.0, 0.7), ("d", 30.0, 0.7), ("e", 5.0, 0.1)]
+    points = [
+        ("a", 10.0, 0.5),
+        ("b", 20.0, 0.4),
+        ("c", 20.0, 0.7),
+        ("d", 30.0, 0.7),
+        ("e", 5.0, 0.1),
+    ]
     assert frontier(points, higher=True) == ["e", "a", "c"]
     assert frontier(points, higher=False) == ["e"]
 

@@ -61,7 +61,7 @@ def test_what_says_nothing_is_not_given_a_p() -> None:
     assert difference([0.7, 0.8], [0.5, 0.6]).p_t is None, "no spread but for rounding"
     one = difference([1.0], [0.0])
     assert (one.p_t, one.p_flip, one.pairs) == (None, 1.0, 1)
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="longer"):
         difference([1.0], [1.0, 2.0])
 
 

@@ -6,6 +6,7 @@ data; its best one then runs all seeds, judged on the test rows, which no choice
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -89,6 +90,7 @@ class Contest:
         except SidepathError as error:
             standing.reason = str(error)
             self.say(f"{entrant.label} cannot adapt this base: {error.what}")
+        gc.collect()  # the base that was tried on is one big cycle
         return standing
 
     def _sweep(self, standings: Sequence[Standing], material: Material) -> None:

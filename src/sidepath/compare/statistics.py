@@ -16,7 +16,7 @@ LEVEL = 0.95
 """Of intervals; differences are held against its complement."""
 ALL_FLIPS = 16
 """Up to so many pairs every pattern of signs is tried; beyond, so many patterns are drawn:"""
-DRAWN = 50_000
+DRAWN = 10_000
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def markdown(document: Document) -> str:
         f"learning rates), {data['test']:,} test rows; metric {document['metric']}; base "
         f"{document['base']}",
         _grid(HEAD, table_rows(document)),
-        *[f"- {note}" for note in notes(document)],
+        "\n".join(f"- {note}" for note in notes(document)),
     ]
     for title, head, rows in (
         ("Learning rates tried, on validation rows", SWEEP_HEAD, sweep_rows(document)),

@@ -70,7 +70,7 @@ def run_comparison(comparison: Comparison, *, progress: Progress, say: Say) -> d
         "excluded": excluded(standings),
         "metric": material.metric,
         "higher_is_better": material.higher_is_better,
-        "data": _data(material),
+        "data": {"name": setting.data, **_data(material)},
         "base": setting.bases.identity(),
         "seeds": list(setting.seeds),
         "train": as_dict(setting.train),
@@ -105,7 +105,6 @@ def _latencies(
 
 def _data(material: Material) -> dict[str, Any]:
     return {
-        "name": material.train.name,
         "task": material.train.task,
         "train": len(material.train),
         "validation": len(material.validation),

@@ -18,9 +18,10 @@ from sidepath.cli.bases import (
     load_tokenizer,
     quiet,
 )
+from sidepath.cli.compare_run import CompareRun
 from sidepath.cli.folders import require_place
 from sidepath.cli.output import Report, Table, note, progress
-from sidepath.cli.runs import CompareRun, Dtype, Quantise
+from sidepath.cli.runs import Dtype, Quantise
 from sidepath.cli.settings import Settings, known_tables, read_tables
 from sidepath.cli.surface import Call, other_tables
 from sidepath.compare.entrants import Entrant, entrants_of

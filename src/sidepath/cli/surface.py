@@ -12,11 +12,11 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from sidepath.cli.compare_run import CompareRun
 from sidepath.cli.options import Parser, Sections, add_flags, flags_of, parse_value
 from sidepath.cli.output import Report
 from sidepath.cli.runs import (
     BenchRun,
-    CompareRun,
     DemoRun,
     EvalRun,
     GenerateRun,

@@ -28,11 +28,18 @@ FLOORS = {
     "serve": 5,
     "demo": 6,
     "bench": 6,
+    "compare": 6,
     "cli": 7,
 }
 APART = {"training", "analyse", "serve"}
 """Rooms of one floor that do not know each other."""
-DOWN_WITHIN = {("core", "kernels"), ("config", "errors"), ("training", "data")}
+DOWN_WITHIN = {
+    ("core", "kernels"),
+    ("config", "errors"),
+    ("training", "data"),
+    ("compare", "bench"),
+    ("compare", "demo"),
+}
 
 
 def faults_of(room: str, text: str) -> list[str]:
@@ -89,6 +96,7 @@ def test_every_import_goes_down() -> None:
         ("store", "from . import folder"),
         ("training", "from sidepath.bench.timing import Clock"),
         ("demo", "from sidepath.bench.timing import Clock"),
+        ("bench", "from sidepath.compare.run import run_comparison"),
         ("errors", "from sidepath.config import TrainConfig"),
     ],
 )

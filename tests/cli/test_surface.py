@@ -43,6 +43,11 @@ SURFACE = {
         f"{COMMON} --prompt --data --adapter --allow-other-base --columns --max-new-tokens"
         " --temperature --batch-size --limit --seed"
     ),
+    "compare": (
+        f"{COMMON} --data --eval-data --otherwise --metric --columns --preset --learning-rates"
+        " --seeds --validation --limit --eval-limit --max-tokens --max-new-tokens --latency"
+        f" --rounds --output --workers --through {TRAIN} --train-workers"
+    ),
     "inspect": "--base",
     "merge": "--skip-parity --dtype --quantise --allow-other-base --overwrite",
     "bench": "--rounds --threads --device --output --quick",
@@ -50,6 +55,7 @@ SURFACE = {
 }
 PLACES = {
     "plan": ("MODEL",),
+    "compare": ("[CONFIG]",),
     "inspect": ("ADAPTER", "[OTHER]"),
     "merge": ("BASE", "ADAPTER...", "OUT"),
     "bench": ("[FIGURE]...",),

@@ -34,9 +34,19 @@ def read_file(path: str, sections: Sections, elsewhere: Sequence[str]) -> dict[s
     Tables named in `elsewhere` belong to other commands and are left out; any other table,
     any unknown key and any key outside a table is a fault, all of them named at once.
     """
+    values, faults = known_tables(read_tables(path), sections, elsewhere)
+    if faults:
+        raise ConfigError("the settings file has unknown settings", where=path, faults=faults)
+    return values
+
+
+def known_tables(
+    tables: Mapping[str, Any], sections: Sections, elsewhere: Sequence[str]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The tables that belong to these sections, and the faults of all: see `read_file`."""
     faults: list[str] = []
     values: dict[str, dict[str, Any]] = {}
-    for table, content in read_tables(path).items():
+    for table, content in tables.items():
         if not isinstance(content, dict):
             faults.append(f'"{table}" stands outside a table' + _meant(table, _keys(sections)))
         elif table in sections:
@@ -46,9 +56,7 @@ def read_file(path: str, sections: Sections, elsewhere: Sequence[str]) -> dict[s
             faults += [f'[{table}] has no field "{key}"' + _meant(key, known) for key in unknown]
         elif table not in elsewhere:
             faults.append(f"no table [{table}] here" + _meant(table, [*sections, *elsewhere]))
-    if faults:
-        raise ConfigError("the settings file has unknown settings", where=path, faults=faults)
-    return values
+    return values, faults
 
 
 def _keys(sections: Sections) -> list[str]:
@@ -84,6 +92,11 @@ class Settings:
             else:
                 found = (flag.default, "default")
             self.values[flag.section][flag.field] = found
+
+    def given(self, section: str, source: Source) -> dict[str, Any]:
+        """The section's values that come from there."""
+        fields = self.values[section].items()
+        return {name: value for name, (value, where) in fields if where == source}
 
     def missing(self, section: str) -> list[str]:
         """The section's fields that need a value and have none."""

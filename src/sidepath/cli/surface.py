@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from sidepath.cli.compare_run import CompareRun
 from sidepath.cli.options import Parser, Sections, add_flags, flags_of, parse_value
 from sidepath.cli.output import Report
 from sidepath.cli.runs import (
@@ -68,6 +69,9 @@ class Verb:
         return function
 
 
+SETTINGS_FILE = "[CONFIG]"
+"""The place of a verb whose settings file is an argument, not behind --config."""
+
 VERBS: Mapping[str, Verb] = {
     "demo": Verb(
         "fine-tune three adapters on the embedded base, prove them, and write a report",
@@ -102,6 +106,18 @@ VERBS: Mapping[str, Verb] = {
         "generate",
         GenerateRun,
         "sidepath.cli.answers:generate",
+    ),
+    "compare": Verb(
+        "train several methods on one data set at equal budget, and say which differences are real",
+        "compare",
+        CompareRun,
+        "sidepath.cli.comparing:compare",
+        places=(SETTINGS_FILE,),
+        details="CONFIG is a TOML file: tables [compare] and [train] with the settings below, and "
+        "a table [[method]] for each entrant: name, fields of that method, and if need be a label, "
+        "learning_rates of its own, and a grid of fields' values, all combinations of which take "
+        "part.",
+        training=True,
     ),
     "inspect": Verb(
         "show each layer's singular values, or what two adapters share",
@@ -194,7 +210,11 @@ def parse(name: str, arguments: Sequence[str]) -> Call:
         for flag in flags_of(sections)
         if f"{flag.section}.{flag.field}" in given
     }
-    from_file = {} if file is None else read_file(file, sections, _other_tables(sections))
+    if file is not None and SETTINGS_FILE in verb.places:
+        raise ConfigError(
+            f"{name} takes its settings file without a flag", hint=f"sidepath {name} {file}"
+        )
+    from_file = {} if file is None else read_file(file, sections, other_tables(sections))
     settings = Settings(sections, from_file, from_flags, file)
     command = shlex.join(["sidepath", name, *arguments])
     return Call(name, tuple(found.places), settings, method, found.json, command)
@@ -225,7 +245,7 @@ def _method_and_file(verb: Verb, arguments: Sequence[str]) -> tuple[str | None, 
     return str(method), found.config
 
 
-def _other_tables(sections: Sections) -> list[str]:
+def other_tables(sections: Sections) -> list[str]:
     """Tables that only other verbs read. Another method's would be ignored: that is an error."""
     from sidepath.methods import METHODS
 

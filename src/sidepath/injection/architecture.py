@@ -37,6 +37,31 @@ FUSED: dict[str, tuple[str, ...]] = {
 }
 """Fused projections whose parts lie one after the other, by the module's own name."""
 
+ATTENTION_MATRICES: tuple[dict[str, str], ...] = (
+    {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
+    {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"},
+    {"q": "query", "k": "key", "v": "value", "o": "attention.output.dense"},
+    {"q": "query_proj", "k": "key_proj", "v": "value_proj", "o": "attention.output.dense"},
+    {"q": "c_attn:q", "k": "c_attn:k", "v": "c_attn:v", "o": "attn.c_proj"},
+    {
+        "q": "SelfAttention.q",
+        "k": "SelfAttention.k",
+        "v": "SelfAttention.v",
+        "o": "SelfAttention.o",
+    },
+)
+"""The four matrices of attention, as targets, in the ways that models name them."""
+
+
+def attention_matrices(model: nn.Module) -> dict[str, str] | None:
+    """The targets that name a model's query, key, value and output matrices; None if unknown."""
+    paths = [path for path, _ in modules_of(model)]
+    for names in ATTENTION_MATRICES:
+        tails = [f".{target.partition(':')[0]}" for target in names.values()]
+        if all(any(f".{path}".endswith(tail) for path in paths) for tail in tails):
+            return names
+    return None
+
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module of the base by its dotted name, in `named_modules`' order.

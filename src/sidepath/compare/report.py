@@ -1,0 +1,223 @@
+"""A comparison for people: tables, notes, Markdown, and the picture of the frontier."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Document = Mapping[str, Any]
+JSON, MARKDOWN, PICTURE = "compare.json", "compare.md", "pareto.png"
+HEAD = (
+    "method",
+    "trained",
+    "bytes",
+    "rate",
+    "metric",
+    "95 % interval",
+    "beside the first",
+    "seconds",
+    "peak MiB",
+    "latency",
+)
+SWEEP_HEAD = ("method", "rate", "validation", "loss", "")
+LATENCY_HEAD = ("method", "form", "batch", "base ms", "ms", "ratio", "of", "operators", "base's")
+PICTURE_MISSING = "no picture: pip install 'sidepath[report]'"
+
+
+def table_rows(document: Document) -> list[list[object]]:
+    """The rows below `HEAD`."""
+    found: list[list[object]] = []
+    for row in document["rows"]:
+        metric, beside, latency = row["metric"], row["beside_first"], row["latency"]
+        spread = None
+        if metric is not None and metric["low"] is not None:
+            spread = f"{metric['low']:.4g} to {metric['high']:.4g}"
+        told = None if beside is None else f"{beside['mean']:+.4g}: {beside['verdict']}"
+        peak = row["peak_memory_bytes"]
+        found.append(
+            [
+                row["method"],
+                row["trainable"],
+                row["bytes"],
+                None if row["learning_rate"] is None else f"{row['learning_rate']:g}",
+                None if metric is None else float(metric["mean"]),
+                spread,
+                told,
+                row["seconds"],
+                None if peak is None else round(peak / 2**20, 1),
+                f"x {latency[0]['ratio']['median']:.3f} {latency[0]['form']}" if latency else None,
+            ]
+        )
+    return found
+
+
+def sweep_rows(document: Document) -> list[list[object]]:
+    """Every learning rate tried, below `SWEEP_HEAD`."""
+    return [
+        [
+            row["method"],
+            f"{one['learning_rate']:g}",
+            one["value"],
+            one["loss"],
+            "failed"
+            if one["failed"]
+            else "taken"
+            if one["learning_rate"] == row["learning_rate"]
+            else "",
+        ]
+        for row in document["rows"]
+        for one in row["sweep"]
+    ]
+
+
+def latency_rows(document: Document) -> list[list[object]]:
+    """Every latency, below `LATENCY_HEAD`."""
+    return [
+        [
+            row["method"],
+            one["form"],
+            one["shape"],
+            1e3 * one["base_seconds"]["median"],
+            1e3 * one["seconds"]["median"],
+            f"{one['ratio']['median']:.3f}",
+            f"{one['ratio']['min']:.3f} to {one['ratio']['max']:.3f}",
+            one["operators"],
+            one["base_operators"],
+        ]
+        for row in document["rows"]
+        for one in row["latency"]
+    ]
+
+
+def notes(document: Document) -> list[str]:
+    """What has to be known to read the table."""
+    told = [
+        f"{one['method']} took no part: {' '.join(str(one['reason']).split())}"
+        for one in document["excluded"]
+    ]
+    edge = [row["method"] for row in document["rows"] if row["at_edge"]]
+    if edge:
+        told.append(
+            f"best rate at the sweep's edge (a better one may lie beyond): {', '.join(edge)}"
+        )
+    told += [
+        f"{row['method']}: seed {one['seed']} failed: {' '.join(str(one['reason']).split())}"
+        for row in document["rows"]
+        for one in row["failed"]
+    ]
+    pairs = [row["beside_first"]["pairs"] for row in document["rows"] if row["beside_first"]]
+    if pairs:
+        told.append(
+            f"differences: paired over {max(pairs)} seeds, t-test adjusted for {len(pairs)} "
+            "comparisons (Holm); the sign-flip test cannot fall below "
+            f"{2.0 ** (1 - max(pairs)):.2g} here. They tell luck of training apart, not luck of "
+            "the test rows"
+        )
+    return told
+
+
+def markdown(document: Document) -> str:
+    """The tables and notes as Markdown."""
+    data = document["data"]
+    parts = [
+        "# Comparison",
+        f"{data['name']}: {data['train']:,} training rows ({data['validation']:,} of them for "
+        f"learning rates), {data['test']:,} test rows; metric {document['metric']}; base "
+        f"{document['base']}",
+        _grid(HEAD, table_rows(document)),
+        "\n".join(f"- {note}" for note in notes(document)),
+    ]
+    for title, head, rows in (
+        ("Learning rates tried, on validation rows", SWEEP_HEAD, sweep_rows(document)),
+        ("Latency beside the base", LATENCY_HEAD, latency_rows(document)),
+    ):
+        parts += [f"## {title}", _grid(head, rows)] if rows else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _grid(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *[[_cell(one) for one in row] for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+
+
+def write(folder: Path, document: Document) -> list[str]:
+    """Write document, Markdown and (with matplotlib) the picture; the names of what was written."""
+    files = {
+        JSON: (json.dumps(document, indent=2) + "\n").encode(),
+        MARKDOWN: markdown(document).encode(),
+    }
+    if has_matplotlib() and any(row["metric"] for row in document["rows"]):
+        files[PICTURE] = picture(document)
+    for name, content in files.items():
+        path = folder / name
+        part = path.with_name(path.name + ".part")
+        part.write_bytes(content)
+        part.replace(path)
+    return list(files)
+
+
+def has_matplotlib() -> bool:
+    """Whether the picture can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def frontier(points: Sequence[tuple[str, float, float]], *, higher: bool) -> list[str]:
+    """Of (name, cost, value), the names that no other beats in both: cheaper and at least as good,
+    or as cheap and better; in order of cost.
+    """
+    sign = 1.0 if higher else -1.0
+    best = float("-inf")
+    kept = []
+    for name, _, value in sorted(points, key=lambda one: (one[1], -sign * one[2])):
+        if sign * value > best:
+            best = sign * value
+            kept.append(name)
+    return kept
+
+
+def picture(document: Document) -> bytes:
+    """The metric over trained parameters with its intervals, and the frontier, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib.figure import Figure as Drawn
+
+    rows = [row for row in document["rows"] if row["metric"]]
+    drawn = Drawn(figsize=(8.0, 5.0), layout="constrained")
+    axis = drawn.subplots()
+    for row in rows:
+        metric = row["metric"]
+        x, y = row["trainable"], metric["mean"]
+        if metric["low"] is not None:
+            axis.plot([x, x], [metric["low"], metric["high"]], color="#8a8a94", linewidth=1.5)
+        axis.plot(x, y, "o", color="#0072b2", markersize=6)
+        axis.annotate(row["method"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    points = {row["method"]: (row["trainable"], row["metric"]["mean"]) for row in rows}
+    on = frontier(
+        [(name, *point) for name, point in points.items()], higher=document["higher_is_better"]
+    )
+    axis.step(
+        *zip(*[points[name] for name in on], strict=True),
+        where="post",
+        color="#0b6e4f",
+        linewidth=1,
+    )
+    axis.set_xscale("log")
+    axis.set_xlabel("trained parameters", fontsize=9)
+    axis.set_ylabel(f"{document['metric']}, mean of the seeds and 95 % interval", fontsize=9)
+    axis.grid(alpha=0.25)
+    buffer = io.BytesIO()
+    drawn.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    return buffer.getvalue()

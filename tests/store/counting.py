@@ -117,4 +117,4 @@ def prefix(tokens: int) -> Part:
 
 def prefix_layer(tokens: int) -> Part:
     """The LoRA paper's `PreLayer`: trained activations `d` wide in each layer."""
-    return "prefix-layer", {"tokens": tokens}
+    return "prompt", {"tokens": tokens, "every_layer": True}

@@ -81,7 +81,7 @@ ROWS = [
     row(PEFT, L3B, "lora r64 q,v", "18350080", 18_350_080, EXACT, lora(64, *QV)),
     row(PEFT, L3B, "lora r10 mlp", "9461760", 9_461_760, EXACT, lora(10, "mlp")),
     row(PEFT, L3B, "dora r32 q,v", "9289728", 9_289_728, EXACT, lora(32, *QV, dora=True)),
-    row(PEFT, L3B, "vera r256 q,v", "129024", 129_024, EXACT, lora(256, *QV, vera=True)),
+    row(PEFT, L3B, "vera r256 q,v", "129024", 129_024, EXACT, ("vera", {"r": 256, "targets": QV})),
     row(PEFT, L3B, "ln tuning", "175104", 175_104, EXACT, whole("*norm")),
     row(PEFT, L3B, "prompt tuning 200 tokens", "614400", 614_400, EXACT, prompt(200)),
     row(PEFT, L3B, "prefix tuning 200 tokens", "11468800", 11_468_800, EXACT, prefix(200)),

@@ -13,8 +13,8 @@ from sidepath.errors import TargetNotFound, UnsupportedModule, closest
 from sidepath.injection.architecture import (
     PRESETS,
     block_index,
-    dense_views,
     body_path,
+    dense_views,
     fused_parts,
     heads_of,
     modules_of,

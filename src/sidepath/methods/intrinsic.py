@@ -98,8 +98,8 @@ class Space:
         """The space of everything that these modules hold, by path, themselves."""
         names: dict[nn.Parameter, str] = {}
         for path, module in modules.items():
-            for local, held in held_by(module).items():
-                names.setdefault(held.parameter, f"{path}.{local}")
+            for local, one in held_by(module).items():
+                names.setdefault(one.parameter, f"{path}.{local}")
         layers = _numbered(layer_of(name.rpartition(".")[0]) for name in names.values())
         total = sum(held.numel() for held in names)
         m = len(layers) if config.kind == "said" else 0

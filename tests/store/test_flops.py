@@ -56,7 +56,9 @@ CASES: list[tuple[Callable[[], nn.Module], Method, int]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "config", "over"), CASES, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(
+    ("make", "config", "over"), CASES, ids=lambda x: getattr(x, "__name__", str(x)[:40])
+)
 def test_it_is_what_torch_counts(make: Callable[[], nn.Module], config: Method, over: int) -> None:
     model = eager(make)
     found = plan(model, config, batch_size=BATCH, tokens=TOKENS, activations=False).flops

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sidepath.errors import DamagedAdapter, WrongBase
 from sidepath.injection.registry import registry_of, require_registry
@@ -197,11 +197,17 @@ def test_loading_costs_the_same_whatever_is_loaded(folder: Path) -> None:
     model = tiny_llama()
     load(model, folder, "first")
     load(model, folder, "again")
-    few = len(calls_in(lambda: load(model, folder, "x")))
+    few = counted(model, folder)
     remove(model, "x")
     for number in range(30):
         load(model, folder, f"a{number}")
-    assert len(calls_in(lambda: load(model, folder, "x"))) == few
+    assert counted(model, folder) == few
+
+
+def counted(model: nn.Module, folder: Path) -> int:
+    """Calls of one more load; without those of waiting for the digest's thread, which chance is."""
+    calls = calls_in(lambda: load(model, folder, "x"))
+    return sum(not any(word in call for word in ("concurrent", "threading")) for call in calls)
 
 
 @pytest.mark.parametrize("how", ["in place", "behind torch's back"])

@@ -273,3 +273,10 @@ def test_a_sum_with_another_adapter_is_refused_and_not_left_out() -> None:
     add_up(model, ["p", "l"])
     with pytest.raises(RoutingError, match="cannot be put onto its output"):
         model(rows()[0][None])
+
+
+def test_a_merge_is_refused_for_its_own_reason_over_tied_weights() -> None:
+    model = ARCHITECTURES["gpt2"]()
+    inject(model, PrefixTuning(tokens=3, hidden=None), "a")
+    with pytest.raises(MergeError, match="layers of its own"):
+        merge(model, "a")

@@ -72,7 +72,7 @@ class LayerDelta(Delta):
         """Errors: `MergeError`, always."""
         raise MergeError(
             f"{type(self).__name__} has layers of its own, which no weight of the base can take in",
-            found=type(base.module).__name__,
+            found=base.base_class.__name__,
             hint="keep the adapter apart: load it beside the base, or route rows to it",
         )
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sidepath.core.adapted import speak_up, step_aside
 from sidepath.core.blocks import fuse, unfuse
-from sidepath.core.delta import WeightDelta
+from sidepath.core.delta import LayerDelta, WeightDelta
 from sidepath.errors import MergeError, TiedWeights
 from sidepath.injection.architecture import modules_of
 from sidepath.injection.registry import Installed, Registry, require_registry
@@ -136,7 +136,10 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _refuse_tied(installed: Installed, owners: dict[int, list[str]]) -> None:
-    touched = tuple(f"{path}." for path in installed.deltas)
+    # Layers of their own are folded into nothing: their refusal is the one to hear.
+    touched = tuple(
+        f"{path}." for path, delta in installed.deltas.items() if not isinstance(delta, LayerDelta)
+    )
     places = [path for path, delta in installed.deltas.items() if isinstance(delta, InPlaceOf)]
     faults = [
         " and ".join(names) + " are one tensor"

@@ -191,7 +191,7 @@ def _bias_sites(
     if not (inside if selection.bias == "lora" else holders):
         raise TargetNotFound(
             f'bias="{selection.bias}" finds no bias to train',
-            hint='this base has none there: use bias="none"',
+            hint='this base has none there: use bias="none", or another method',
         )
     if selection.bias == "lora":
         return {}

@@ -14,8 +14,10 @@ from sidepath.compare.material import material_of
 from sidepath.compare.setting import Trial, code_version
 from sidepath.compare.trial import facts_of, fresh, run_trial
 from sidepath.compare.workers import Workers
+from sidepath.config import TrainConfig
 from sidepath.errors import ConfigError, DataError, MissingExtra
 from sidepath.store.plan import plan
+from sidepath.training.loop import train
 
 from .kit import TinyBases, entrants, setting
 
@@ -37,6 +39,18 @@ def test_a_trial_follows_from_its_seed() -> None:
     assert results[0]["trainable"] == planned.trainable
     assert results[0]["bytes"] == planned.adapter_bytes
     assert results[0]["peak_memory_bytes"] > planned.memory.weights
+
+
+def test_a_probes_seconds_hold_what_its_features_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made early in the run, they are not in the median step's time, which is left out here."""
+    runs = []
+    monkeypatch.setattr(trials, "train", lambda *a, **k: runs.append(train(*a, **k)) or runs[-1])
+    monkeypatch.setattr("statistics.median", lambda _: 0.0)
+    thrice = setting(train=TrainConfig(epochs=3, batch_size=4))
+    found = [run_trial(thrice, Trial(one, 1e-2, 0, "sweep")) for one in entrants()]
+    lora, probe = (run.feature_seconds for run in runs)
+    assert lora == found[0]["seconds"] == 0
+    assert probe == found[1]["seconds"] > 0
 
 
 @pytest.mark.slow  # two fresh processes import torch

@@ -30,7 +30,8 @@ def run_trial(setting: Setting, trial: Trial) -> dict[str, Any]:
     The same setting and trial give the same figures but for the times: fresh weights, the start
     of the adapter, the order of the rows and dropout all follow from the trial's seed. (With
     another number of threads, rounding may differ.) `seconds` is the median step's time, times
-    the steps: the steps in which memory is counted take longer and do not count so.
+    the steps: the steps in which memory is counted take longer and do not count so. Where features
+    are computed once, early in the run, the time of that is added.
     """
     material = material_of(setting)
     try:
@@ -72,6 +73,7 @@ def _figures(setting: Setting, trial: Trial, material: Material) -> dict[str, An
     steps = train(adapter.model, rows, trial.train_config(setting), adapter=NAME)
     reports = list(watched(steps, adapter.model, peak, also=steps.largest_step) if final else steps)
     seconds = statistics.median(report.seconds for report in reports) * len(reports)
+    seconds += steps.feature_seconds
     judged = material.test if final else material.validation
     return {
         **facts_of(adapter),

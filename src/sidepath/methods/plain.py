@@ -35,7 +35,11 @@ class FullFineTuning(Method):
 
 @dataclass(frozen=True)
 class LinearProbe(Method):
-    """The model's head alone is trained: feature-based transfer over a frozen body."""
+    """The model's head alone is trained: feature-based transfer over a frozen body.
+
+    The body is a fixed function of a row: its dropout is off in training, and each row goes through
+    it once in a run. What it gives is kept on disk meanwhile, not in memory.
+    """
 
     method = "probe"
 

@@ -46,6 +46,9 @@ def train(
     last report is yielded. With `checkpoints` and `config.checkpoint_every` a run can be
     resumed; on a CPU the resumed run ends with the unbroken run's bits.
 
+    Where nothing in the model's body is trained (`LinearProbe`), its dropout is off and each row
+    goes through it once in the run, if that can be (`training/features.py`): a notice says so.
+
     Where torch.distributed was started (torchrun), every process calls this with the same
     model, data and config, and the rows of each step are dealt out among them: the number of
     processes changes neither the steps nor, within rounding, the result.
@@ -115,6 +118,13 @@ class Training(Iterator[StepReport]):
     def steps(self) -> int:
         """Steps the run has behind it, those before it was resumed included."""
         return self._run.step
+
+    @property
+    def feature_seconds(self) -> float:
+        """Seconds of the steps so far in which rows went through a frozen body to have their
+        features kept: that is done once, however many steps follow.
+        """
+        return self._run.features.seconds
 
     @property
     def interrupted(self) -> bool:

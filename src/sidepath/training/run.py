@@ -20,6 +20,7 @@ from sidepath.errors import NonFinite
 from sidepath.training import state
 from sidepath.training.batching import Batch
 from sidepath.training.evaluate import measure
+from sidepath.training.features import Features, features_of
 from sidepath.training.feed import Feed, order_of
 from sidepath.training.loss import batch_loss
 from sidepath.training.optim import (
@@ -77,6 +78,7 @@ class Run(state.Standing):
         self.interrupted = False
         """Stopped by request, to be resumed."""
         self.probed = False
+        self.features = Features()
 
     def _total(self) -> int:
         steps, epochs = self.config.steps, self.config.epochs
@@ -106,7 +108,12 @@ class Run(state.Standing):
             if self.order.capacity is not None:
                 require_packable(self.trained.model, self.data)
             self.processes.require_equal("the trained tensors", self.trained.tensors)
-            with contextlib.closing(self.batches()) as steps:
+            again = self.total > self.order.start_of(1)
+            with self._autocast():
+                self.features = features_of(self.trained, self.data, self.config, again=again)
+            if self.features.notice is not None:
+                self.notices.append(self.features.notice)
+            with contextlib.closing(self.features), contextlib.closing(self.batches()) as steps:
                 yield steps
 
     def batches(self) -> Generator[list[Batch]]:
@@ -135,14 +142,17 @@ class Run(state.Standing):
             return [self._backward(batch, step.weight) for batch in step.batches]
 
     def _backward(self, batch: Batch, weight: float) -> Tensor:
-        enabled = self.config.autocast == "bfloat16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
-            smoothing = self.config.label_smoothing
-            total = batch_loss(self.trained.model, batch.to(self.device), smoothing=smoothing)
+        batch = batch.to(self.device)
+        with self._autocast(), self.features.answering(batch):
+            total = batch_loss(self.trained.model, batch, smoothing=self.config.label_smoothing)
         # An idle pass takes part with nothing: its weight is 0, and so is its gradient.
         loss = total / weight if batch.weight else total * 0.0
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.autocast == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def close_step(self, step: Step, losses: Sequence[Tensor]) -> StepReport:
         """Check the gradients and move the parameters; the weights stand until all is well."""

@@ -1,0 +1,370 @@
+"""Feature-based transfer: the same training, with each row once through the frozen body.
+
+Dimensions: B rows, T tokens, D features, N targets, V vocabulary or classes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sidepath.config import TrainConfig
+from sidepath.data.dataset import Data, load_data
+from sidepath.injection.surgery import activate, put_in
+from sidepath.injection.targets import resolve
+from sidepath.methods.base import Method
+from sidepath.methods.lora import LoRA
+from sidepath.methods.plain import FullFineTuning, LinearProbe
+from sidepath.methods.prompt import PromptTuning
+from sidepath.training.features import features_of, frozen_body
+from sidepath.training.feed import Feed, order_of
+from sidepath.training.loop import train
+from sidepath.training.report import StepReport
+from sidepath.training.trained import trained_of
+from tests.conftest import tiny_gpt2
+from tests.methods.architectures import ARCHITECTURES
+from tests.training.joined import in_processes
+from tests.training.kit import bert, llama
+
+CONFIG = TrainConfig(
+    epochs=3, batch_size=4, accumulate=2, learning_rate=1e-2, schedule="constant", warmup=0, clip=0
+)
+ROWS_OF_PROOF = 2
+"""The longest row and the shortest, by which a run finds out what the head reads."""
+Counted = list[int]
+
+
+def pairs(count: int = 22) -> list[dict[str, Any]]:
+    return [{"prompt": "ab" * (at % 5) + f"{at}=", "completion": "xyz"[: at % 3 + 1]}
+            for at in range(count)]  # fmt: skip
+
+
+def labelled(count: int = 22) -> list[dict[str, Any]]:
+    return [{"text": "ab" * (at % 7) + str(at), "label": at % 2} for at in range(count)]
+
+
+def as_it_is(row: dict[str, Any]) -> dict[str, Any]:
+    """A transform that changes nothing: the run cannot know, and keeps no features."""
+    return row
+
+
+def adapted(model: Any, config: Method | None = None) -> Any:
+    config = config or LinearProbe()
+    torch.manual_seed(5)
+    put_in(model, config, "a", resolve(model, config))
+    activate(model, "a")
+    return model
+
+
+def counting(model: Any) -> Counted:
+    """Filled with the number of rows each time the body's embedding is asked for a batch."""
+    seen: Counted = []
+    table = model.get_input_embeddings()
+    table.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    return seen
+
+
+def learnt(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "@a" in n])
+
+
+def run(model: Any, data: Data, config: TrainConfig = CONFIG) -> list[StepReport]:
+    return list(train(model, data, config))
+
+
+MODELS: dict[str, tuple[Callable[[], Any], Callable[[], list[dict[str, Any]]]]] = {
+    "llama": (llama, pairs),
+    "bert": (bert, labelled),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_each_row_goes_through_the_body_once(kind: str, tokenizer: Any) -> None:
+    make, rows = MODELS[kind]
+    data = load_data(rows(), tokenizer)
+    model = adapted(make())
+    seen = counting(model)
+    reports = run(model, data)
+    assert sum(seen) == len(data) + ROWS_OF_PROOF
+    vectors = sum(data.lengths) if kind == "llama" else len(data)  # BERT's head reads one a row
+    (notice,) = reports[0].notices
+    size = vectors * 16 * 4
+    assert f"{size} B" in notice or f"{size / 1024:.1f} KiB" in notice
+    assert not any(report.notices for report in reports[1:])
+
+
+def of_heads(model: Any, features: dict[int, Tensor], data: Data) -> tuple[nn.Module, Any]:
+    """A copy of the model's head, and its loss for some rows, of features alone."""
+    own = model.lm_head if data.task == "causal" else model.classifier
+    head = nn.Linear(own.in_features, own.out_features, bias=own.bias is not None).double()
+    head.load_state_dict(own.state_dict())
+
+    def loss(row: int) -> Tensor:
+        example = data.examples[row]
+        if example.label is not None:
+            return functional.cross_entropy(head(features[row]), torch.tensor(example.label))
+        logits_TV = head(features[row])[:-1]
+        wanted_T = torch.from_numpy(example.supervised_T)[1:]
+        targets_N = torch.from_numpy(example.ids_T)[1:][wanted_T]
+        return functional.cross_entropy(logits_TV[wanted_T], targets_N, reduction="sum")
+
+    return head, loss
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_it_is_a_head_trained_in_plain_torch_on_features_of_single_rows(
+    kind: str, tokenizer: Any
+) -> None:
+    make, rows = MODELS[kind]
+    data, model = load_data(rows(), tokenizer), make().double()
+    if kind == "bert":
+        model.dropout.p = 0.0  # the head's own; that of the body (0.1) must not act
+    features = {}
+    with torch.no_grad():
+        for row, example in enumerate(data.examples):
+            output = model.base_model(torch.from_numpy(example.ids_T)[None])
+            features[row] = output.pooler_output[0] if kind == "bert" else output[0][0]
+    head, loss = of_heads(model, features, data)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=0)
+    feed = Feed(data, order_of(data, CONFIG), CONFIG.batch_size, CONFIG.seed)
+    losses = []
+    for step in range(order_of(data, CONFIG).steps_of(3)):
+        batches = feed[step]
+        weight = sum(batch.weight for batch in batches)
+        total = torch.stack([loss(row) for batch in batches for row in batch.rows]).sum() / weight
+        optimizer.zero_grad()
+        total.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(float(total.detach()))
+    reports = run(adapted(model), data)
+    assert [report.loss for report in reports] == pytest.approx(losses, rel=1e-9)
+    expected = torch.cat([p.detach().flatten() for p in head.parameters()])
+    torch.testing.assert_close(learnt(model), expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", [*MODELS, "gpt2", "opt", "roberta", "deberta-v2", "mixture"])
+def test_kept_or_not_the_training_is_the_same(kind: str, tokenizer: Any) -> None:
+    """With the dropout of heads, which draws the same numbers either way."""
+    causal = kind in ("llama", "gpt2", "opt", "mixture")
+    given = MODELS[kind][0] if kind in MODELS else None
+    rows = pairs() if causal else labelled()
+    exact = kind != "mixture"  # whose products of experts know no float64
+
+    def make() -> Any:
+        if given is not None:
+            return given().double()
+        model: Any = ARCHITECTURES[kind]()
+        model.resize_token_embeddings(258, mean_resizing=False)
+        return model.double() if exact else model
+
+    found, passes = [], []
+    for transform in (None, as_it_is):
+        data = load_data(rows, tokenizer, transform=transform)
+        model = adapted(make())
+        before = [module.training for module in model.modules()]
+        seen = counting(model)
+        found.append(([report.loss for report in run(model, data)], learnt(model)))
+        passes.append(sum(seen))
+        assert [module.training for module in model.modules()] == before
+    assert passes == [len(rows) + ROWS_OF_PROOF, 3 * len(rows)]
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-9 if exact else 1e-5)
+    atol = 1e-8 if exact else 1e-4
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=atol)
+
+
+def test_a_resumed_run_has_the_unbroken_runs_bits(tokenizer: Any, tmp_path: Path) -> None:
+    data = load_data(labelled(), tokenizer)
+    config = TrainConfig(epochs=4, batch_size=3, checkpoint_every=1, eval_share=0.2, eval_every=2)
+
+    def go(model: Any, folder: Path, stop: int = 99, resume: bool = False) -> list[StepReport]:
+        steps, reports = train(model, data, config, checkpoints=folder, resume=resume), []
+        for report in steps:
+            reports.append(report)
+            if report.number == stop:
+                steps.close()
+                break
+        return reports
+
+    whole = adapted(bert())
+    expected = go(whole, tmp_path / "whole")
+    for stop in (1, 5, 13):
+        go(adapted(bert()), tmp_path / str(stop), stop)
+        model = adapted(bert())
+        after = go(model, tmp_path / str(stop), resume=True)
+        assert [r.loss for r in after] == [r.loss for r in expected[stop:]]
+        assert [r.held_out for r in after] == [r.held_out for r in expected[stop:]]
+        assert torch.equal(learnt(model), learnt(whole))
+
+
+def test_streamed_rows_under_autocast(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"text": "{"ab" * (at % 7)}{at}"}}\n' for at in range(22)))
+    config = TrainConfig(epochs=2, batch_size=4, autocast="bfloat16", learning_rate=1e-3)
+    kept = run(adapted(llama()), load_data(path, tokenizer, stream=True), config)
+    again = run(adapted(llama()), load_data(path, tokenizer, transform=as_it_is), config)
+    assert "once" in kept[0].notices[0]
+    assert [r.loss for r in kept] == pytest.approx([r.loss for r in again], rel=1e-2)
+
+
+def test_every_process_keeps_the_features_of_its_rows(tokenizer: Any, tmp_path: Path) -> None:
+    data = load_data(pairs(), tokenizer)
+
+    def work(_: Any) -> Any:
+        model = adapted(llama().double())
+        seen = counting(model)
+        return [[report.loss for report in run(model, data)], sum(seen)]
+
+    losses, passes = work(None)
+    for found, own in in_processes(2, tmp_path / "meet", work):
+        assert found == pytest.approx(losses, rel=1e-9)
+        assert own <= passes
+
+
+FILE_OF = "sidepath-features-*"
+
+
+@pytest.mark.parametrize("ending", ["end", "break", "error"])
+def test_the_files_go_with_the_run(
+    ending: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    steps = train(adapted(llama()), load_data(pairs(), tokenizer), CONFIG)
+    next(steps)
+    assert len(list(tmp_path.glob(FILE_OF))) == 1
+    assert steps.feature_seconds > 0
+    if ending == "end":
+        list(steps)
+    elif ending == "break":
+        steps.close()
+    else:
+        head = steps.model.lm_head  # type: ignore[attr-defined]
+        head.register_forward_hook(lambda *_: (_ for _ in ()).throw(OSError("stop")))
+        with pytest.raises(OSError, match="stop"):
+            next(steps)
+    assert not list(tmp_path.iterdir())
+    assert "forward" not in steps.model.base_model.__dict__  # type: ignore[operator]
+
+
+def test_without_room_the_body_runs_in_each_step(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("sidepath.training.columns._reserve", full)
+    data, model = load_data(pairs(), tokenizer), adapted(llama())
+    seen = counting(model)
+    reports = run(model, data)
+    assert "No space left on device" in reports[0].notices[0]
+    assert sum(seen) == 3 * len(data) + ROWS_OF_PROOF
+    assert not list(tmp_path.iterdir())
+
+
+class ReadsPadding(nn.Module):
+    """A head that takes the mean over all positions, those behind a row too."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        result: Tensor = self.inner(hidden_BTD.mean(dim=1))
+        return result
+
+
+def reads_padding() -> Any:
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=258, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=128, num_labels=2,
+    )  # fmt: skip
+    model = RobertaForSequenceClassification(config).eval()
+    model.classifier = ReadsPadding(nn.Linear(16, 2))
+    return model
+
+
+def gives_more() -> Any:
+    model = bert()
+    model.config.output_hidden_states = True
+    return model
+
+
+def called_with_more() -> Any:
+    model = bert()
+    own = model.forward
+
+    def forward(input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return own(input_ids, attention_mask, token_type_ids=torch.zeros_like(input_ids))
+
+    model.forward = forward
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "said"),
+    [
+        (reads_padding, {}, "reads the padding"),
+        (gives_more, {}, "something else than a vector"),
+        (called_with_more, {}, "more than token ids"),
+        (bert, {"epochs": 1}, "no row is used twice"),
+    ],
+)
+def test_what_is_not_understood_is_computed_in_each_step(
+    make: Callable[[], Any], changes: dict[str, Any], said: str, tokenizer: Any
+) -> None:
+    data = load_data(labelled(), tokenizer)
+    model = adapted(make())
+    reports = run(model, data, TrainConfig(**{"epochs": 2, **changes}))
+    assert said in reports[0].notices[0]
+    assert reports[0].notices[0].startswith("the frozen body runs in each step")
+
+
+def test_packed_rows_are_computed_in_each_step(tokenizer: Any) -> None:
+    data = load_data(pairs(), tokenizer, max_tokens=64)
+    reports = run(adapted(llama()), data, TrainConfig(epochs=2, packing=True))
+    assert reports[0].notices == ("the frozen body runs in each step: the rows are packed",)
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "above"),
+    [
+        (bert, LinearProbe(), True),
+        (bert, LoRA(r=1, targets=("classifier",)), True),
+        (bert, LoRA(r=1, targets=("query",)), False),
+        (bert, LinearProbe(train_whole=("head", "pooler")), False),
+        (bert, FullFineTuning(top=1), False),
+        (llama, PromptTuning(), False),
+        (tiny_gpt2, LinearProbe(), True),  # whose head is the table of the body: a copy is trained
+        (ARCHITECTURES["opt"], LinearProbe(), True),
+        (ARCHITECTURES["t5"], LinearProbe(), False),  # no one call gives its features
+    ],
+)
+def test_which_runs_train_nothing_in_the_body(
+    make: Callable[[], Any], config: Method, above: bool
+) -> None:
+    assert (frozen_body(trained_of(adapted(make(), config), None)) is not None) == above
+
+
+def test_a_model_without_adapters_whose_head_alone_requires_gradients(tokenizer: Any) -> None:
+    model = bert()
+    model.bert.requires_grad_(False)
+    assert frozen_body(trained_of(model, None)) is model.bert
+    tied = tiny_gpt2()
+    assert frozen_body(trained_of(tied, None)) is None
+    data = load_data(labelled(), tokenizer)
+    with_features = features_of(trained_of(model, None), data, CONFIG, again=True)
+    assert with_features.notice is not None
+    assert "once" in with_features.notice
+    assert features_of(trained_of(tied, None), data, CONFIG, again=True).notice is None

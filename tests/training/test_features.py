@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,9 @@ from sidepath.methods.prompt import PromptTuning
 from sidepath.training.features import features_of, frozen_body
 from sidepath.training.feed import Feed, order_of
 from sidepath.training.loop import train
+from sidepath.training.processes import Processes
 from sidepath.training.report import StepReport
+from sidepath.training.sharding import shard
 from sidepath.training.trained import trained_of
 from tests.conftest import tiny_gpt2
 from tests.methods.architectures import ARCHITECTURES
@@ -229,9 +232,12 @@ def test_every_process_keeps_the_features_of_its_rows(tokenizer: Any, tmp_path: 
         assert own <= passes
 
 
-FILE_OF = "sidepath-features-*"
+def mapped(folder: Path) -> int:
+    """Files of a folder, named or not, that this process has in memory."""
+    return Path("/proc/self/maps").read_text().count(f"{folder}/")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's mappings")
 @pytest.mark.parametrize("ending", ["end", "break", "error"])
 def test_the_files_go_with_the_run(
     ending: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -239,7 +245,8 @@ def test_the_files_go_with_the_run(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     steps = train(adapted(llama()), load_data(pairs(), tokenizer), CONFIG)
     next(steps)
-    assert len(list(tmp_path.glob(FILE_OF))) == 1
+    assert mapped(tmp_path) == 1
+    assert not list(tmp_path.iterdir()), "a killed run leaves nothing behind"
     assert steps.feature_seconds > 0
     if ending == "end":
         list(steps)
@@ -250,24 +257,22 @@ def test_the_files_go_with_the_run(
         head.register_forward_hook(lambda *_: (_ for _ in ()).throw(OSError("stop")))
         with pytest.raises(OSError, match="stop"):
             next(steps)
-    assert not list(tmp_path.iterdir())
+    assert mapped(tmp_path) == 0
     assert "forward" not in steps.model.base_model.__dict__  # type: ignore[operator]
 
 
 def test_without_room_the_body_runs_in_each_step(
-    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr("sidepath.training.columns._reserve", full)
     data, model = load_data(pairs(), tokenizer), adapted(llama())
     seen = counting(model)
     reports = run(model, data)
     assert "No space left on device" in reports[0].notices[0]
     assert sum(seen) == 3 * len(data) + ROWS_OF_PROOF
-    assert not list(tmp_path.iterdir())
 
 
 class ReadsPadding(nn.Module):
@@ -335,6 +340,29 @@ def test_packed_rows_are_computed_in_each_step(tokenizer: Any) -> None:
     data = load_data(pairs(), tokenizer, max_tokens=64)
     reports = run(adapted(llama()), data, TrainConfig(epochs=2, packing=True))
     assert reports[0].notices == ("the frozen body runs in each step: the rows are packed",)
+
+
+def test_a_sharded_base_runs_equally_often_in_all_processes(tokenizer: Any, tmp_path: Path) -> None:
+    data = load_data(pairs(), tokenizer)
+    losses = [report.loss for report in run(adapted(llama()), data)]
+
+    def work(processes: Processes) -> Any:
+        model = adapted(llama())
+        shard(model, processes)
+        reports = run(model, data)
+        return [[report.loss for report in reports], reports[0].notices[0]]
+
+    for found, notice in in_processes(2, tmp_path, work):
+        assert found == pytest.approx(losses, rel=1e-4)
+        assert "the base is sharded" in notice
+
+
+def test_a_compiled_model_is_left_as_it_is_compiled(tokenizer: Any) -> None:
+    model = adapted(llama())
+    model.compile(backend="eager")
+    data = load_data(pairs(), tokenizer)
+    found = features_of(trained_of(model, None), data, CONFIG, again=True)
+    assert found.notice == "the frozen body runs in each step: the model is compiled"
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from sidepath.data.mapped import Folder
 
 
 class Column(ABC):
@@ -52,16 +50,17 @@ class Blank(Column):
 class Stored(Column):
     """Vectors in a memory-mapped file, those of one row after those of another."""
 
-    def __init__(self, folder: Folder, name: str, like: Tensor, counts: NDArray[np.int64]) -> None:
+    def __init__(self, like: Tensor, counts: NDArray[np.int64]) -> None:
         """`counts`: vectors of each row. Errors: `OSError` when there is no room for them."""
         super().__init__(like)
-        self._folder = folder  # which is removed with the last of its columns
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         shape = (int(self._starts[-1]), self.width * self.dtype.itemsize)
         self.bytes = shape[0] * shape[1]
-        _reserve(folder.path / name, self.bytes)
-        # Bytes, since NumPy has no bfloat16.
-        self._vectors = np.memmap(folder.path / name, np.uint8, "r+", shape=shape).view(np.ndarray)
+        # A file without a name: the mapping alone holds it, so that a killed run leaves nothing.
+        with tempfile.TemporaryFile() as file:
+            _reserve(file.fileno(), self.bytes)
+            # Bytes, since NumPy has no bfloat16.
+            self._vectors = np.memmap(file, np.uint8, "r+", shape=shape).view(np.ndarray)
 
     def put(self, rows: Sequence[int], output: Tensor) -> None:
         raw_BTD = output.detach().cpu().contiguous().view(torch.uint8).numpy()
@@ -79,13 +78,12 @@ class Stored(Column):
         return found if self.by_token else found[:, 0]
 
 
-def _reserve(path: Path, size: int) -> None:
-    """A file of that size; `OSError` where the disk has no room for it.
+def _reserve(file: int, size: int) -> None:
+    """Give an empty file that size; `OSError` where the disk has no room for it.
 
     Without it, a write into the mapping would end the process when the disk is full.
     """
-    with path.open("wb") as file:
-        if sys.platform == "linux":
-            os.posix_fallocate(file.fileno(), 0, size)
-        else:
-            file.truncate(size)
+    if sys.platform == "linux":
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.truncate(file, size)

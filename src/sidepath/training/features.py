@@ -14,11 +14,9 @@ differ by rounding, since the order in which a matrix product adds depends on it
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +25,6 @@ from torch import Tensor, nn
 
 from sidepath.config import TrainConfig
 from sidepath.data.dataset import Data
-from sidepath.data.mapped import Folder
 from sidepath.errors import UnsupportedModule
 from sidepath.injection.architecture import body_path
 from sidepath.injection.registry import registry_of
@@ -71,6 +68,9 @@ def features_of(trained: Trained, data: Data, config: TrainConfig, *, again: boo
         "no row is used twice": not again,
         "a transform may change a row each time": data.transform is not None,
         "the rows are packed": config.packing,
+        "the model is compiled": any(
+            module._compiled_call_impl is not None for module in (trained.model, body)
+        ),
         "the base is sharded, and all processes must run it equally often": (
             registry is not None and registry.sampled is not None
         ),
@@ -112,7 +112,7 @@ class Recomputed(Features):
 
 
 class Kept(Features):
-    """A frozen body's outputs for the rows of the data, in files of a temporary folder."""
+    """A frozen body's outputs for the rows of the data, in temporary files."""
 
     def __init__(self, model: nn.Module, body: nn.Module, data: Data, size: int) -> None:
         """Find out what the head reads and make room for it.
@@ -131,11 +131,11 @@ class Kept(Features):
         taken = readable(sum(column.bytes for column in self._columns.values()))
         self.notice = (
             f"each of {len(data):,} rows goes through the frozen body once; "
-            f"their features take {taken} in a temporary folder"
+            f"their features take {taken} of temporary files"
         )
 
     def close(self) -> None:
-        self._columns.clear()  # the folder goes with the last of its files
+        self._columns.clear()
 
     @contextlib.contextmanager
     def answering(self, batch: Batch) -> Iterator[None]:
@@ -173,13 +173,12 @@ class Kept(Features):
         return collate(examples, rows, self._data.pad_id).to(self._device)
 
     def _files(self, output: Mapping[str, Tensor], read: set[str]) -> dict[str, Column]:
-        folder = Folder(Path(tempfile.mkdtemp(prefix="sidepath-features-")), owned=True)
         lengths = np.asarray(self._data.lengths)
         made: dict[str, Column] = {}
         for name, like in output.items():
             counts = lengths if like.dim() == 3 else np.ones_like(lengths)
             try:
-                made[name] = Stored(folder, name, like, counts) if name in read else Blank(like)
+                made[name] = Stored(like, counts) if name in read else Blank(like)
             except OSError as error:
                 raise _Unkept(
                     f"no room for the features of {len(lengths):,} rows ({error.strerror}); make "

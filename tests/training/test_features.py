@@ -26,13 +26,16 @@ from sidepath.methods.base import Method
 from sidepath.methods.lora import LoRA
 from sidepath.methods.plain import FullFineTuning, LinearProbe
 from sidepath.methods.prompt import PromptTuning
-from sidepath.training.features import features_of, frozen_body
+from sidepath.store.plan import plan
+from sidepath.training.features import features_of
 from sidepath.training.feed import Feed, order_of
 from sidepath.training.loop import train
+from sidepath.training.measured import peak_bytes
 from sidepath.training.processes import Processes
 from sidepath.training.report import StepReport
 from sidepath.training.sharding import shard
 from sidepath.training.trained import trained_of
+from tests.compare.kit import TinyBases
 from tests.conftest import tiny_gpt2
 from tests.methods.architectures import ARCHITECTURES
 from tests.training.joined import in_processes
@@ -154,7 +157,10 @@ def test_it_is_a_head_trained_in_plain_torch_on_features_of_single_rows(
     torch.testing.assert_close(learnt(model), expected, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("kind", [*MODELS, "gpt2", "opt", "roberta", "deberta-v2", "mixture"])
+OTHERS = ("gpt2", "opt", "mixture", "roberta", "deberta-v2", "a decoder's scores")
+
+
+@pytest.mark.parametrize("kind", [*MODELS, *OTHERS])
 def test_kept_or_not_the_training_is_the_same(kind: str, tokenizer: Any) -> None:
     """With the dropout of heads, which draws the same numbers either way."""
     causal = kind in ("llama", "gpt2", "opt", "mixture")
@@ -165,6 +171,9 @@ def test_kept_or_not_the_training_is_the_same(kind: str, tokenizer: Any) -> None
     def make() -> Any:
         if given is not None:
             return given().double()
+        if kind == "a decoder's scores":
+            torch.manual_seed(0)
+            return TinyBases().classifier(("0", "1"), data.pad_id)[0].double()
         model: Any = ARCHITECTURES[kind]()
         model.resize_token_embeddings(258, mean_resizing=False)
         return model.double() if exact else model
@@ -380,19 +389,37 @@ def test_a_compiled_model_is_left_as_it_is_compiled(tokenizer: Any) -> None:
     ],
 )
 def test_which_runs_train_nothing_in_the_body(
-    make: Callable[[], Any], config: Method, above: bool
+    make: Callable[[], Any], config: Method, above: bool, tokenizer: Any
 ) -> None:
-    assert (frozen_body(trained_of(adapted(make(), config), None)) is not None) == above
+    data = load_data(pairs(), tokenizer)
+    found = features_of(trained_of(adapted(make(), config), None), data, CONFIG, again=False)
+    assert (found.notice is not None) == above
 
 
 def test_a_model_without_adapters_whose_head_alone_requires_gradients(tokenizer: Any) -> None:
     model = bert()
     model.bert.requires_grad_(False)
-    assert frozen_body(trained_of(model, None)) is model.bert
-    tied = tiny_gpt2()
-    assert frozen_body(trained_of(tied, None)) is None
     data = load_data(labelled(), tokenizer)
-    with_features = features_of(trained_of(model, None), data, CONFIG, again=True)
-    assert with_features.notice is not None
-    assert "once" in with_features.notice
+    notice = features_of(trained_of(model, None), data, CONFIG, again=True).notice
+    assert notice is not None
+    assert "once" in notice
+    tied = tiny_gpt2()
+    tied.transformer.h.requires_grad_(False)  # type: ignore[union-attr, operator]
     assert features_of(trained_of(tied, None), data, CONFIG, again=True).notice is None
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_plan_is_of_a_body_without_dropout_and_features_take_no_memory(
+    kind: str, tokenizer: Any
+) -> None:
+    make, _ = MODELS[kind]
+    rows: list[dict[str, Any]] = [{"text": "ab" * 60} for _ in range(15)] + [{"text": "a" * 40}]
+    if kind == "bert":
+        rows = [row | {"label": at % 2} for at, row in enumerate(rows)]
+    data, model = load_data(rows, tokenizer), make()
+    tokens = max(data.lengths)
+    predicted = plan(model, LinearProbe(), batch_size=4, tokens=tokens).memory.total
+    adapted(model)
+    with peak_bytes(model) as peak:
+        run(model, data, TrainConfig(epochs=2, batch_size=4))
+    assert peak.bytes == pytest.approx(predicted, rel=0.15)

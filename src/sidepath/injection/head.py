@@ -1,10 +1,14 @@
-"""The way from a causal model's hidden states to its loss without the logits of all of them.
+"""A model in two: its body, and the head above it.
+
+A causal model's loss comes from its body's hidden states without the logits of all of them; and a
+body in which nothing is trained is a fixed function of its input.
 
 Dimensions: B rows, T tokens, K positions kept, N targets, D features, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +18,8 @@ from torch import Tensor, nn
 from sidepath.core.adapted import CHILD
 from sidepath.core.fused import all_watched, watched
 from sidepath.core.quant import qualified
+from sidepath.errors import UnsupportedModule
+from sidepath.injection.architecture import body_path
 from sidepath.injection.registry import registry_of
 from sidepath.kernels.head import head_loss
 
@@ -48,6 +54,18 @@ class Head:
         """The summed cross-entropy of rows of hidden states, in nats."""
         layer = self.layer
         return head_loss(hidden_ND, layer.weight, layer.bias, targets_N, smoothing=smoothing)
+
+
+def frozen_body(model: nn.Module, places: Iterable[str]) -> nn.Module | None:
+    """The body of a model if what is trained, at these dotted names, all stands above it; else, and
+    where no one module is called for a row, None.
+    """
+    try:
+        path = body_path(model)
+    except UnsupportedModule:
+        return None
+    inside = any(f"{place}.".startswith(f"{path}.") for place in places)
+    return None if inside else model.get_submodule(path)
 
 
 def fused_head(model: nn.Module) -> Head | None:

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from sidepath.core.adapted import CHILD
 from sidepath.errors import SidepathError
-from sidepath.injection.head import fused_head
+from sidepath.injection.head import frozen_body, fused_head
 from sidepath.injection.registry import registry_of
 from sidepath.injection.surgery import activate, put_in, remove, use_kernels
 from sidepath.methods.base import Method, Site
@@ -184,6 +184,8 @@ class Twin:
         None where a forward pass of token ids does not run on the model.
         """
         self.model.train().zero_grad(set_to_none=True)
+        if (body := frozen_body(self.model, self.installed.deltas)) is not None:
+            body.eval()
         use_kernels(self.model, "fused" if shape.fused else "plain")
         held = list(held_tensors(self.model))
         try:

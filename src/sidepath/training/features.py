@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from sidepath.config import TrainConfig
 from sidepath.data.dataset import Data
-from sidepath.errors import UnsupportedModule
-from sidepath.injection.architecture import body_path
+from sidepath.injection.head import frozen_body
 from sidepath.injection.registry import registry_of
 from sidepath.store.plan import readable
 from sidepath.training.batching import Batch, by_length, collate
@@ -60,7 +59,7 @@ def features_of(trained: Trained, data: Data, config: TrainConfig, *, again: boo
 
     `again`: whether rows are used more than once.
     """
-    body = frozen_body(trained)
+    body = _body_below(trained)
     if body is None:
         return Features()
     registry = registry_of(trained.model)
@@ -84,19 +83,14 @@ def features_of(trained: Trained, data: Data, config: TrainConfig, *, again: boo
     return Recomputed(body, unkept)
 
 
-def frozen_body(trained: Trained) -> nn.Module | None:
-    """The body of the model if all that is trained stands above it, else None."""
-    try:
-        path = body_path(trained.model)
-    except UnsupportedModule:  # no one module gives the features
-        return None
-    body = trained.model.get_submodule(path)
-    if trained.adapter is not None:  # by place: a delta's parameters may be lent by another
-        inside = any(f"{place}.".startswith(f"{path}.") for place in trained.adapter.deltas)
-    else:
-        own = {id(tensor) for tensor in (*body.parameters(), *body.buffers())}
-        inside = any(id(tensor) in own for tensor in trained.tensors.values())
-    return None if inside else body
+def _body_below(trained: Trained) -> nn.Module | None:
+    """The model's body, if nothing in it is trained."""
+    model = trained.model
+    if trained.adapter is not None:
+        return frozen_body(model, trained.adapter.deltas)
+    own = {id(parameter) for parameter in trained.parameters.values()}
+    every = model.named_parameters(remove_duplicate=False)  # a tied one by all of its names
+    return frozen_body(model, [name for name, parameter in every if id(parameter) in own])
 
 
 class Recomputed(Features):

@@ -193,7 +193,16 @@ def test_kept_or_not_the_training_is_the_same(kind: str, tokenizer: Any) -> None
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=atol)
 
 
+def swayed_by_its_batch() -> Any:
+    """What rounding does to a row in company, made large: features change with the padding."""
+    model = bert()
+    table = model.get_input_embeddings()
+    table.register_forward_hook(lambda module, args, output: output * args[0].shape[1])
+    return adapted(model)
+
+
 def test_a_resumed_run_has_the_unbroken_runs_bits(tokenizer: Any, tmp_path: Path) -> None:
+    """Also where a row's features depend on the rows it goes through the body with."""
     data = load_data(labelled(), tokenizer)
     config = TrainConfig(epochs=4, batch_size=3, checkpoint_every=1, eval_share=0.2, eval_every=2)
 
@@ -206,11 +215,11 @@ def test_a_resumed_run_has_the_unbroken_runs_bits(tokenizer: Any, tmp_path: Path
                 break
         return reports
 
-    whole = adapted(bert())
+    whole = swayed_by_its_batch()
     expected = go(whole, tmp_path / "whole")
     for stop in (1, 5, 13):
-        go(adapted(bert()), tmp_path / str(stop), stop)
-        model = adapted(bert())
+        go(swayed_by_its_batch(), tmp_path / str(stop), stop)
+        model = swayed_by_its_batch()
         after = go(model, tmp_path / str(stop), resume=True)
         assert [r.loss for r in after] == [r.loss for r in expected[stop:]]
         assert [r.held_out for r in after] == [r.held_out for r in expected[stop:]]

@@ -335,12 +335,25 @@ def called_with_more() -> Any:
     return model
 
 
+def called_twice() -> Any:
+    model = bert()
+    own = model.forward
+
+    def forward(input_ids: Tensor, attention_mask: Tensor) -> Any:
+        own(input_ids, attention_mask)
+        return own(input_ids, attention_mask)
+
+    model.forward = forward
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "changes", "said"),
     [
         (reads_padding, {}, "reads the padding"),
         (gives_more, {}, "something else than a vector"),
         (called_with_more, {}, "more than token ids"),
+        (called_twice, {}, "the model calls it 2 times for a batch"),
         (bert, {"epochs": 1}, "no row is used twice"),
     ],
 )
@@ -352,6 +365,22 @@ def test_what_is_not_understood_is_computed_in_each_step(
     reports = run(model, data, TrainConfig(**{"epochs": 2, **changes}))
     assert said in reports[0].notices[0]
     assert reports[0].notices[0].startswith("the frozen body runs in each step")
+
+
+def test_a_forward_of_the_modules_own_is_called_and_put_back(tokenizer: Any) -> None:
+    """Accelerate's device maps put one there."""
+    model, calls = bert(), []
+    own = model.bert.forward
+
+    def forward(*args: Any, **options: Any) -> Any:
+        calls.append(len(args[0]))
+        return own(*args, **options)
+
+    model.bert.forward = forward
+    data = load_data(labelled(), tokenizer)
+    run(adapted(model), data)
+    assert sum(calls) == len(data) + ROWS_OF_PROOF
+    assert model.bert.__dict__["forward"] is forward
 
 
 def test_packed_rows_are_computed_in_each_step(tokenizer: Any) -> None:

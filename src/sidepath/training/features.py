@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -36,22 +37,31 @@ from sidepath.training.trained import Trained, device_of, modes_kept
 Forward = Callable[..., Any]
 
 
-class Features:
-    """Where the features of a run's rows come from; here, where its body is trained, from the
-    model alone.
-    """
+class Features(ABC):
+    """Where the features of a run's rows come from."""
 
-    notice: str | None = None
-    """What the user is told."""
-    seconds = 0.0
-    """Time that it took rows to go through the body and into files."""
+    def __init__(self, notice: str | None = None) -> None:
+        self.notice = notice
+        """What the user is told."""
+        self.seconds = 0.0
+        """Time that it took rows to go through the body and into files."""
+        self.columns: dict[str, Column] = {}
+        """What is kept, by the body's name for it."""
 
+    @abstractmethod
     def answering(self, batch: Batch) -> AbstractContextManager[None]:
         """Within the block the model may be called with `batch`."""
-        return contextlib.nullcontext()
 
     def close(self) -> None:
-        """Remove the files."""
+        """Let go of what is kept, and of the files it is in."""
+        self.columns.clear()
+
+
+class Trainable(Features):
+    """Something in the body is trained, or no one module is the body: the model runs as it is."""
+
+    def answering(self, batch: Batch) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 def features_of(trained: Trained, data: Data, config: TrainConfig, *, again: bool) -> Features:
@@ -61,7 +71,7 @@ def features_of(trained: Trained, data: Data, config: TrainConfig, *, again: boo
     """
     body = _body_below(trained)
     if body is None:
-        return Features()
+        return Trainable()
     registry = registry_of(trained.model)
     reasons = {
         "no row is used twice": not again,
@@ -97,8 +107,8 @@ class Recomputed(Features):
     """A frozen body runs in each step: its features cannot, or need not, be kept."""
 
     def __init__(self, body: nn.Module, why: str) -> None:
+        super().__init__(f"the frozen body runs in each step: {why}")
         self._body = body
-        self.notice = f"the frozen body runs in each step: {why}"
 
     def answering(self, batch: Batch) -> AbstractContextManager[None]:
         self._body.eval()
@@ -113,23 +123,21 @@ class Kept(Features):
 
         `size`: rows that go through the body at once. Errors: `_Unkept`.
         """
+        super().__init__()
         self._body, self._data, self._device = body, data, device_of(model)
         output, read = self._read_by_head(model)
         self._kind = type(output)
-        self._columns = self._files(output, read)
+        self.columns = self._files(output, read)
         self._groups = by_length(data.lengths, size)
         self._group_of = np.zeros(len(data), dtype=np.int64)
         for number, rows in enumerate(self._groups):
             self._group_of[rows] = number
         self._there = np.zeros(len(self._groups), dtype=np.bool_)
-        taken = readable(sum(column.bytes for column in self._columns.values()))
+        taken = readable(sum(column.bytes for column in self.columns.values()))
         self.notice = (
             f"each of {len(data):,} rows goes through the frozen body once; "
             f"their features take {taken} of temporary files"
         )
-
-    def close(self) -> None:
-        self._columns.clear()
 
     @contextlib.contextmanager
     def answering(self, batch: Batch) -> Iterator[None]:
@@ -144,7 +152,10 @@ class Kept(Features):
                 started = time.perf_counter()
                 group = self._collated(self._groups[number])
                 with torch.no_grad():
-                    output = own(*_with(args, batch, group), **_with(options, batch, group))
+                    output = own(
+                        *(_for(group, one, batch) for one in args),
+                        **{name: _for(group, one, batch) for name, one in options.items()},
+                    )
                 self._keep(number, output)
                 self.seconds += time.perf_counter() - started
             return self._output(batch)
@@ -153,13 +164,13 @@ class Kept(Features):
             yield
 
     def _keep(self, number: int, output: Mapping[str, Tensor]) -> None:
-        for name, column in self._columns.items():
+        for name, column in self.columns.items():
             column.put(self._groups[number], output[name])
         self._there[number] = True
 
     def _output(self, batch: Batch) -> Any:
         tokens = batch.ids_BT.shape[1]
-        found = {name: column.of(batch.rows, tokens) for name, column in self._columns.items()}
+        found = {name: column.of(batch.rows, tokens) for name, column in self.columns.items()}
         return self._kind(**{name: tensor.to(self._device) for name, tensor in found.items()})
 
     def _collated(self, rows: Sequence[int]) -> Batch:
@@ -228,15 +239,14 @@ def _require_understood(batch: Batch, inputs: Sequence[Any], output: Any) -> Non
             raise _Unkept("it gives something else than a vector for each token or row")
 
 
-def _with(inputs: Any, before: Batch, after: Batch) -> Any:
-    """The arguments of a call (a sequence, or a mapping) for another batch."""
-    if isinstance(inputs, Mapping):
-        return dict(zip(inputs, _with(list(inputs.values()), before, after), strict=True))
-    other = {
-        id(before.ids_BT): after.ids_BT,
-        id(before.attention_mask_BT): after.attention_mask_BT,
-    }
-    return [other[id(one)] if isinstance(one, Tensor) else one for one in inputs]
+def _for(group: Batch, argument: Any, batch: Batch) -> Any:
+    """An argument of the call for `batch`, as it is for `group`."""
+    if argument is batch.ids_BT:
+        return group.ids_BT
+    if argument is batch.attention_mask_BT:
+        return group.attention_mask_BT
+    assert not isinstance(argument, Tensor), "it was called without one when that was looked at"
+    return argument
 
 
 @contextlib.contextmanager

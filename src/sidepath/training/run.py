@@ -20,7 +20,7 @@ from sidepath.errors import NonFinite
 from sidepath.training import state
 from sidepath.training.batching import Batch
 from sidepath.training.evaluate import measure
-from sidepath.training.features import Features, features_of
+from sidepath.training.features import Features, Trainable, features_of
 from sidepath.training.feed import Feed, order_of
 from sidepath.training.loss import batch_loss
 from sidepath.training.optim import (
@@ -78,7 +78,7 @@ class Run(state.Standing):
         self.interrupted = False
         """Stopped by request, to be resumed."""
         self.probed = False
-        self.features = Features()
+        self.features: Features = Trainable()
 
     def _total(self) -> int:
         steps, epochs = self.config.steps, self.config.epochs

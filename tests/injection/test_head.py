@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sidepath.data.example import Example
 from sidepath.injection import head as head_module
-from sidepath.injection.head import BODIES, fused_head
+from sidepath.injection.head import BODIES, frozen_body, fused_head
 from sidepath.injection.merging import merge
 from sidepath.injection.registry import require_registry
 from sidepath.injection.surgery import remove, route
@@ -226,3 +226,22 @@ def test_tied_heads_merged_models_and_routed_rows(
     torch.testing.assert_close(
         batch_loss(model, padded()), plain_loss(monkeypatch, model, padded())
     )
+
+
+@pytest.mark.parametrize(
+    ("places", "above"),
+    [
+        (["lm_head"], True),
+        (["lm_head", "models.other"], True),  # no part of "model", though its name begins alike
+        ([], True),
+        (["model"], False),
+        (["lm_head", "model.layers.1.mlp.up_proj"], False),
+    ],
+)
+def test_a_body_is_frozen_if_nothing_is_trained_in_it(places: list[str], above: bool) -> None:
+    model = tiny_llama()
+    assert frozen_body(model, places) is (model.model if above else None)
+
+
+def test_what_has_no_one_body_has_no_frozen_one() -> None:
+    assert frozen_body(nn.Linear(2, 2), []) is None

@@ -185,7 +185,7 @@ class Twin:
         """
         self.model.train().zero_grad(set_to_none=True)
         if (body := frozen_body(self.model, self.installed.deltas)) is not None:
-            body.eval()
+            body.eval()  # as in training, see `training/features.py`
         use_kernels(self.model, "fused" if shape.fused else "plain")
         held = list(held_tensors(self.model))
         try:

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from sidepath.errors import UnsupportedModule
-from sidepath.injection.architecture import preset_paths
+from sidepath.injection.places import preset_paths
 from tests.methods.architectures import ARCHITECTURES, SIZES
 
 PLACES = {

@@ -20,6 +20,7 @@ from sidepath.injection.registry import base_parameters
 from sidepath.methods.base import Method, Site
 from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
+from sidepath.store.folder import names_in
 from sidepath.store.loading import Loaded, loading
 from sidepath.store.manifest import Manifest, check_file, check_tensors, read_manifest
 from sidepath.store.peft_config import read_settings
@@ -137,7 +138,7 @@ def _refuse_other_folders(folder: Path) -> None:
     raise StoreError(
         "the folder holds no adapter",
         where=folder,
-        found=", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing",
+        found=names_in(folder) or "nothing",
         expected=f"{WEIGHTS} and {CONFIG}",
     )
 

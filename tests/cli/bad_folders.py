@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.faults import flip_bit
+
 from .place import Case, Place, generate, merge_command
 
 
@@ -66,10 +68,7 @@ def pickled_adapter(place: Place) -> list[str]:
 
 
 def flipped_bit(place: Place) -> list[str]:
-    path = place.adapter / "adapter_model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(bytes(data))
+    flip_bit(place.adapter / "adapter_model.safetensors")
     return generate(place)
 
 

@@ -1,4 +1,4 @@
-"""What a piece of code does, counted: the Python functions it calls."""
+"""What a piece of code does, counted: the Python functions it calls, a module's forward passes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import gc
 import sys
 from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 
 def calls_in(run: Callable[[], object]) -> list[str]:
@@ -25,3 +27,15 @@ def calls_in(run: Callable[[], object]) -> list[str]:
         sys.setprofile(None)
         gc.enable()
     return seen
+
+
+def shadow_forward(module: nn.Module) -> tuple[Callable[..., Any], list[tuple[Any, ...]]]:
+    """Shadow `forward` on the instance, as device maps do: the function there, and what it got."""
+    original, calls = module.forward, []
+
+    def hooked(*args: Any) -> Any:
+        calls.append(args)
+        return original(*args)
+
+    module.forward = hooked  # type: ignore[method-assign]
+    return hooked, calls

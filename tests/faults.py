@@ -51,6 +51,13 @@ LIFE = 120
 _exit, _readlink = os._exit, os.readlink
 
 
+def flip_bit(path: Path, at: int = -1) -> None:
+    """Change the lowest bit of a file's byte `at`; the last one when not given."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
 class Faults:
     """Within the block the `number`-th file operation fails; 0: none, they are only counted.
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from sidepath.errors import ConfigError, nearest
+from sidepath.errors import ConfigError, guessed
 
 T = TypeVar("T")
 
@@ -200,10 +200,7 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: object = None) -> T
     known = list(field_types(cls))
     unknown = [key for key in values if key not in known]
     if unknown:
-        faults = []
-        for key in unknown:
-            close = nearest(key, known)
-            faults.append(f'"{key}"' + (f": did you mean {close}?" if close else ""))
+        faults = [guessed(f'"{key}"', key, known) for key in unknown]
         raise ConfigError(f"{cls.__name__}: unknown field", where=where, faults=faults)
     hints = field_types(cls)
     return cls(**{key: _plain(value, hints[key]) for key, value in values.items()})

@@ -177,3 +177,15 @@ def closest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """`closest` as a message shows it: `"a", "b"`."""
     return ", ".join(f'"{match}"' for match in closest(name, known, count))
+
+
+def meant(name: str, known: Iterable[str]) -> str | None:
+    """A hint, `did you mean "a", "b"?`; None when no known name is near."""
+    close = nearest(name, known)
+    return f"did you mean {close}?" if close else None
+
+
+def guessed(fault: str, name: str, known: Iterable[str]) -> str:
+    """A fault about `name`, and behind a colon what may have been meant by it."""
+    hint = meant(name, known)
+    return f"{fault}: {hint}" if hint else fault

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from sidepath.bench.models import Shape, batch_of, config_of, make, token_ids, vocabulary
 from sidepath.bench.step import labelled_loss, our_loss
-from sidepath.injection.architecture import preset_paths
+from sidepath.injection.places import preset_paths
 
 CPU = torch.device("cpu")
 MILLION = 1e6

@@ -11,7 +11,7 @@ from sidepath.injection.merging import merge, unmerge
 from sidepath.injection.registry import require_registry
 from sidepath.injection.surgery import activate, remove
 from sidepath.methods.lora import LoRA
-from tests.calls import calls_in
+from tests.calls import calls_in, shadow_forward
 from tests.conftest import MODELS, outputs, tiny_llama
 from tests.injection.test_surgery import put, same_state, snapshot
 
@@ -118,14 +118,7 @@ def test_a_merged_model_calls_the_bases_operators_one_by_one() -> None:
 def test_a_dispatchers_own_forward_is_heard_while_merged() -> None:
     model, x = tiny_llama(), torch.randint(3, 64, (2, 5))
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
-    calls = []
-    original = layer.forward
-
-    def hooked(value: torch.Tensor) -> torch.Tensor:
-        calls.append(value.shape)
-        return original(value)
-
-    layer.forward = hooked  # type: ignore[method-assign]
+    hooked, calls = shadow_forward(layer)
     put(model, LoRA(), "a")
     merge(model, "a")
     outputs(model, x)

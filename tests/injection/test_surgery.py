@@ -22,7 +22,7 @@ from sidepath.injection.registry import base_parameters, registry_of, require_re
 from sidepath.injection.surgery import activate, disabled, put_in, remove, route
 from sidepath.injection.targets import resolve
 from sidepath.methods.lora import LoRA
-from tests.calls import calls_in
+from tests.calls import calls_in, shadow_forward
 from tests.conftest import MODELS, outputs, randomise, tiny_bert, tiny_gpt2, tiny_llama
 
 CONFIGS = {
@@ -234,14 +234,7 @@ def test_a_dispatchers_own_forward_is_kept() -> None:
     """Device maps shadow `forward` on the instance; the side path must still be heard."""
     model, x = tiny_llama(), torch.randint(3, 64, (2, 5))
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
-    calls = []
-    original = layer.forward
-
-    def hooked(value: torch.Tensor) -> torch.Tensor:
-        calls.append(value.shape)
-        return original(value)
-
-    layer.forward = hooked  # type: ignore[method-assign]
+    hooked, calls = shadow_forward(layer)
     plain = outputs(model, x)
     put(model, LoRA(targets=("q_proj",), layers=(0,)), "a")
     activate(model, "a")

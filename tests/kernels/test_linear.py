@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from sidepath.core.views import LinearView, view_of
 from sidepath.kernels.dropout import Mask
 from sidepath.kernels.linear import FEW, Layer, SidePathLinears, beside, forth
+from tests.kernels.saved import address, saved_storages
 
 TOLERANCE = {
     torch.float64: {"atol": 1e-11, "rtol": 1e-11},
@@ -200,18 +201,12 @@ def test_dropout_is_one_mask_forth_and_back(dtype: torch.dtype) -> None:
 
 def kept_bytes(x: Tensor, layers: Sequence[Layer], mask: Mask | None) -> dict[int, int]:
     """Bytes of each storage that is saved for the way back, those of the layers left out."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_storages() as kept:
         fused(x, layers, mask)
     for layer in layers:
         for tensor in layer[1:5]:
             if tensor is not None:
-                kept.pop(tensor.untyped_storage().data_ptr(), None)
+                kept.pop(address(tensor), None)
     return kept
 
 
@@ -220,7 +215,7 @@ def test_the_input_is_kept_once_and_no_mask(mask: Mask | None) -> None:
     layers = layers_of([3, 2, 1], torch.float32)
     x = torch.randn(50, IN, requires_grad=True)
     kept = kept_bytes(x, layers, mask)
-    assert kept.pop(x.untyped_storage().data_ptr()) == 50 * IN * 4
+    assert kept.pop(address(x)) == 50 * IN * 4
     assert sum(kept.values()) == 50 * (3 + 2 + 1) * 4, "`s A x` of each layer and nothing else"
 
 

@@ -20,6 +20,7 @@ from sidepath.core.views import LinearView, view_of
 from sidepath.kernels.activations import Activation
 from sidepath.kernels.linear import Layer
 from sidepath.kernels.mlp import gated_mlp, plain_mlp
+from tests.kernels.saved import address, saved_storages
 
 WIDE, INNER = 16, 40
 GATED = ("gate_proj", "up_proj", "down_proj")
@@ -155,15 +156,9 @@ def test_bfloat16_gradients_are_near_those_in_float32(make: Callable[[str], nn.M
 def test_only_the_input_and_what_the_activation_sees_are_kept() -> None:
     layers = layers_of(llama("silu"), torch.float32, (2, 3, 1))
     x = torch.randn(50, WIDE, requires_grad=True)
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_storages() as kept:
         fused(x, layers, activation("silu"))
-    own = {t.untyped_storage().data_ptr() for layer in layers for t in layer[1:5] if t is not None}
+    own = {address(t) for layer in layers for t in layer[1:5] if t is not None}
     total = sum(size for at, size in kept.items() if at not in own)
     assert total == 4 * 50 * (WIDE + 2 * INNER + 2 + 3 + 1)
 

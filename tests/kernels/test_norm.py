@@ -12,6 +12,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3RMSNorm
 
 from sidepath.kernels.norm import rms_norm
+from tests.kernels.saved import address, saved_storages
 
 MODULES = [LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, SmolLM3RMSNorm]
 EPS = 1e-6
@@ -76,17 +77,11 @@ def test_half_precision_gradients(dtype: torch.dtype, tolerance: float) -> None:
 
 
 def test_the_input_and_one_number_a_row_are_kept() -> None:
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
     x, weight_D = torch.randn(50, 24, requires_grad=True), gain(24)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_storages() as kept:
         rms_norm(x, weight_D, EPS)
-    assert kept.pop(x.untyped_storage().data_ptr()) == 50 * 24 * 4
-    assert kept.pop(weight_D.untyped_storage().data_ptr()) == 24 * 4
+    assert kept.pop(address(x)) == 50 * 24 * 4
+    assert kept.pop(address(weight_D)) == 24 * 4
     assert sum(kept.values()) == 50 * 4
 
 

@@ -64,7 +64,7 @@ def _compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if interpreting():
         pytest.skip("TRITON_INTERPRET is set: nothing is compiled")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    bind(vars(triton_routed), "_shrink", "_expand")
+    bind(vars(triton_routed), *triton_routed.KERNELS)
     bind(vars(nf4_kernels), "tile", "single", "forward", "backward")
 
 

@@ -38,6 +38,7 @@ from sidepath.store import saving
 from sidepath.store.adapter import Adapter, inject, load
 from sidepath.store.plan import plan
 from tests.conftest import outputs, randomise, tiny_bert, tiny_gpt2, tiny_llama
+from tests.faults import flip_bit
 
 IDS = torch.tensor([[5, 9, 3, 17, 22], [1, 2, 3, 4, 5]])
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "sidepath.json"
@@ -329,9 +330,7 @@ def test_all_faults_come_at_once(plain: Path) -> None:
 
 def test_all_changed_files_are_named(folder: Path) -> None:
     for name in (WEIGHTS, CONFIG, "README.md"):
-        data = bytearray((folder / name).read_bytes())
-        data[-2] ^= 1
-        (folder / name).write_bytes(data)
+        flip_bit(folder / name, -2)
     with pytest.raises(DamagedAdapter) as caught:
         load(tiny_llama(), folder)
     assert len(caught.value.faults) == 3

@@ -27,6 +27,7 @@ from sidepath.store.loralib_format import load_loralib
 from sidepath.store.tensors import FLOATING, read_head, read_header
 from tests.calls import calls_in
 from tests.conftest import outputs, randomise, tiny_gpt2, tiny_llama
+from tests.faults import flip_bit
 
 WEIGHTS = "adapter_model.safetensors"
 DTYPES = tuple(FLOATING.values())
@@ -106,16 +107,14 @@ def test_the_digest_is_of_the_bytes_that_are_loaded(tmp_path: Path) -> None:
     with loading.loading(path, header, (head, digest)) as loaded:
         assert set(loaded.tensors) == {"a", "b"}
         loaded.settle()
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+    flip_bit(path)
     for first in (head, head[:-1] + b"x"):
         with (
             pytest.raises(DamagedAdapter, match="not those that were saved"),
             loading.loading(path, header, (first, digest)) as loaded,
         ):
             loaded.settle()
-    path.write_bytes(data[:-2])
+    path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(DamagedAdapter, match="became shorter"):
         load_tensors(path, header)
 
@@ -229,9 +228,7 @@ def test_a_base_changed_by_hand_after_a_load_is_found_out(folder: Path, how: str
 
 
 def test_bad_weights_are_refused_before_the_model_is_touched(folder: Path) -> None:
-    data = bytearray((folder / WEIGHTS).read_bytes())
-    data[-5] ^= 1
-    (folder / WEIGHTS).write_bytes(data)
+    flip_bit(folder / WEIGHTS, -5)
     model = tiny_llama()
     with pytest.raises(DamagedAdapter, match="not those that were saved"):
         load(model, folder)
@@ -239,9 +236,7 @@ def test_bad_weights_are_refused_before_the_model_is_touched(folder: Path) -> No
 
 
 def test_changed_weights_are_named_beside_other_faults(folder: Path) -> None:
-    data = bytearray((folder / WEIGHTS).read_bytes())
-    data[-5] ^= 1
-    (folder / WEIGHTS).write_bytes(data)
+    flip_bit(folder / WEIGHTS, -5)
     with pytest.raises(DamagedAdapter) as caught:
         load(tiny_gpt2(), folder)
     assert any("no such module" in fault for fault in caught.value.faults)

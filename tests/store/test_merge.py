@@ -27,6 +27,7 @@ from sidepath.store import merge as module
 from sidepath.store.adapter import SidepathNotice, inject, load
 from sidepath.store.merge import merge_folder
 from tests.conftest import outputs, randomise, tiny_bert, tiny_gpt2, tiny_llama
+from tests.faults import flip_bit
 
 IDS = torch.tensor([[5, 9, 3, 17, 22], [1, 2, 3, 4, 5]])
 
@@ -213,10 +214,7 @@ def test_what_is_wrong_is_said(tmp_path: Path, base: Path) -> None:
         merge_folder(tmp_path / "nowhere", [folder], out)
     with pytest.raises(StoreError, match="no adapter folder"):
         merge_folder(base, [tmp_path / "nowhere"], out)
-    weights = folder / "adapter_model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
+    flip_bit(folder / "adapter_model.safetensors")
     with pytest.raises(DamagedAdapter):
         merge_folder(base, [folder], out)
     assert not out.exists()

@@ -121,14 +121,19 @@ def make(case: str) -> tuple[nn.Module, Tensor, LoRA]:
 
 def trained(case: str, folder: Path) -> tuple[nn.Module, Tensor, Tensor]:
     """A base, an input, and the outputs of the adapter that was saved."""
-    model, x, config = make(case)
-    base = copy.deepcopy(model)
+    base, x, config = make(case)
+    return base, x, saved(base, x, config, folder)
+
+
+def saved(base: nn.Module, x: Tensor, config: LoRA, folder: Path) -> Tensor:
+    """The outputs of an adapter on a copy of the base, that was moved and saved."""
+    model = copy.deepcopy(base)
     adapter = inject(model, config, "a")
     randomise(adapter.parameters(), 0.3)
     y = outputs(model, x)
     assert (y - outputs(base, x)).abs().max() > 1e-3
     adapter.save(folder)
-    return base, x, y
+    return y
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -266,13 +271,8 @@ def test_a_start_at_the_weights_is_plain_lora_for_peft(
     tmp_path: Path, quiet: None, start: str
 ) -> None:
     base, x = tiny_gpt2(), IDS()
-    model = copy.deepcopy(base)
     config = LoRA(r=2, start=start, targets=("c_attn:q,v", "c_fc"), scaling="alpha/sqrt(r)")  # type: ignore[arg-type]
-    adapter = inject(model, config, "a")
-    randomise(adapter.parameters(), 0.3)
-    y = outputs(model, x)
-    assert (y - outputs(base, x)).abs().max() > 1e-3
-    adapter.save(tmp_path / "a")
+    y = saved(base, x, config, tmp_path / "a")
     settings = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert settings["init_lora_weights"] is True
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "a")).eval()

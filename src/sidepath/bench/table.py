@@ -20,7 +20,7 @@ from sidepath.bench.setting import NOT_A_MEASUREMENT, Bench, Measure, machine, v
 from sidepath.bench.step import Step
 from sidepath.bench.switching import Activate, Inject, Load, Swap
 from sidepath.bench.timing import pinned_threads
-from sidepath.errors import ConfigError, nearest
+from sidepath.errors import ConfigError, meant
 
 BF16_STEP = {
     "ours / floor": at_most(0.95),
@@ -102,7 +102,9 @@ def chosen(wanted: Sequence[str]) -> list[str]:
         raise ConfigError(
             f"unknown figure{'s' * (len(unknown) > 1)} {', '.join(unknown)}",
             expected=", ".join(known),
-            faults=[_fault(name, known) for name in unknown],
+            faults=[
+                f"{name}: {meant(name, known) or 'nothing is named like it'}" for name in unknown
+            ],
             hint="name figures or families; without any, all that do not take minutes are measured",
         )
     if not wanted:
@@ -112,11 +114,6 @@ def chosen(wanted: Sequence[str]) -> list[str]:
         for name in FIGURES
         if name in wanted or (family(name) in wanted and name not in ASKED_FOR)
     ]
-
-
-def _fault(name: str, known: Sequence[str]) -> str:
-    near = nearest(name, known)
-    return f"{name}: did you mean {near}?" if near else f"{name}: nothing is named like it"
 
 
 def measured(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sidepath.errors import ConfigError, SidepathError, StoreError
+from sidepath.cli.configs import config_of, quiet, skeleton, understood
+from sidepath.errors import ConfigError, StoreError
 
 
 def base_folder(given: str | None) -> Path:
@@ -55,7 +54,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The base's tokenizer, with a padding token when the folder names none."""
     from transformers import AutoTokenizer
 
-    with _understood(folder, "the base's tokenizer cannot be loaded"):
+    with understood(folder, "the base's tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
@@ -127,63 +126,10 @@ def load_classifier(
     return model, tuple(dict.fromkeys(name.rpartition(".")[0] for name in fresh))
 
 
-def model_without_weights(place: Path, dtype: str) -> nn.Module:
-    """The base's modules on the meta device, from its config alone: a folder's, or the file.
-
-    It is the class that the config says it was saved from, where transformers has it for configs
-    of this kind; else a causal language model, or the first of `_TASKS` that there is one for.
-    """
-    import transformers
-
-    settings = _config_of(place)
-    with _understood(place, "the base's config cannot be used"), torch.device("meta"):
-        stored = getattr(torch, dtype) if dtype != "auto" else settings.dtype
-        auto = getattr(transformers, f"AutoModel{_task_of(settings)}")
-        model: nn.Module = auto.from_config(
-            settings, dtype=stored or torch.float32, trust_remote_code=False
-        )
-    return model
-
-
-_TASKS = {
-    "ForCausalLM": "FOR_CAUSAL_LM_",
-    "ForSeq2SeqLM": "FOR_SEQ_TO_SEQ_CAUSAL_LM_",
-    "ForSequenceClassification": "FOR_SEQUENCE_CLASSIFICATION_",
-    "ForImageClassification": "FOR_IMAGE_CLASSIFICATION_",
-    "ForMaskedLM": "FOR_MASKED_LM_",
-    "": "",
-}
-"""transformers' automatic classes, and what its tables of classes by model type are called."""
-
-
-def _task_of(settings: Any) -> str:
-    """Which of the automatic classes makes the model of a config: see `model_without_weights`."""
-    from transformers.models.auto import modeling_auto
-
-    named = set(settings.architectures or ())
-    known: dict[str, set[str]] = {}
-    for task, table in _TASKS.items():
-        found = getattr(modeling_auto, f"MODEL_{table}MAPPING_NAMES").get(settings.model_type)
-        if found is not None:
-            known[task] = {found} if isinstance(found, str) else set(found)
-    as_saved = [task for task, classes in known.items() if classes & named]
-    return next(iter([*as_saved, *known]), "ForCausalLM")
-
-
 def context_tokens(folder: Path) -> int | None:
     """Most tokens the base's positions reach, or None when its config names no limit."""
-    limit = vars(_config_of(folder).get_text_config()).get("max_position_embeddings")
+    limit = vars(config_of(folder).get_text_config()).get("max_position_embeddings")
     return limit if isinstance(limit, int) else None
-
-
-def _config_of(folder: Path, **options: Any) -> Any:
-    from transformers import AutoConfig
-
-    quiet()
-    with _understood(folder, "the base's config cannot be used"):
-        return AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, **options
-        )
 
 
 def device_of(name: str) -> torch.device:
@@ -193,14 +139,6 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
-
-
-def quiet() -> None:
-    """Keep transformers' bars and advice off the terminal; its errors still raise."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _load(
@@ -220,7 +158,7 @@ def _load(
     packing = _packing(kind, folder, dtype, place, quantise, options)
     if "config" in packing:
         options = {}  # they are in it
-    with _understood(folder, "the base cannot be loaded"):
+    with understood(folder, "the base cannot be loaded"):
         model, notes = kind.from_pretrained(
             folder,
             use_safetensors=True,
@@ -243,28 +181,50 @@ def _packing(
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What transformers is asked for to load a packed base; empty for a plain one."""
-    from sidepath.core.quant import require_bitsandbytes
-    from sidepath.injection.quantising import keep_heads_plain, left_plain
-
-    stored = vars(_config_of(folder)).get("quantization_config")
-    if stored is None and quantise == "none":
-        return {}
+    stored = vars(config_of(folder)).get("quantization_config")
     if stored is not None:
         values = stored if isinstance(stored, dict) else stored.to_dict()
-        code = values.get("bnb_4bit_quant_type") if values.get("load_in_4bit") else None
-        if quantise not in ("none", code):
-            raise ConfigError(
-                f"--quantise {quantise}, but the base is stored quantised in another way",
-                where=folder,
-                found=values.get("quant_method"),
-                hint="leave --quantise out, or give the unquantised base",
-            )
-        if values.get("quant_method") != "bitsandbytes":
-            return {"device_map": {"": place}}
-        require_bitsandbytes()
-        settings = _config_of(folder, **options)
-        keep_heads_plain(settings, _skeleton(kind, settings, folder))
-        return {"device_map": {"": place}, "config": settings}
+        return _packed_there(kind, folder, values, place, quantise, options)
+    if quantise != "none":
+        return _packed_now(kind, folder, dtype, place, quantise)
+    return {}
+
+
+def _packed_there(
+    kind: Any,
+    folder: Path,
+    stored: Mapping[str, Any],
+    place: torch.device,
+    quantise: str,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """For a base that is stored quantised as `stored` says; the heads stay as they are."""
+    from sidepath.core.quant import require_bitsandbytes
+    from sidepath.injection.quantising import keep_heads_plain
+
+    code = stored.get("bnb_4bit_quant_type") if stored.get("load_in_4bit") else None
+    if quantise not in ("none", code):
+        raise ConfigError(
+            f"--quantise {quantise}, but the base is stored quantised in another way",
+            where=folder,
+            found=stored.get("quant_method"),
+            hint="leave --quantise out, or give the unquantised base",
+        )
+    if stored.get("quant_method") != "bitsandbytes":
+        return {"device_map": {"": place}}
+    require_bitsandbytes()
+    settings = config_of(folder, **options)
+    keep_heads_plain(settings, skeleton(kind, settings, folder))
+    return {"device_map": {"": place}, "config": settings}
+
+
+def _packed_now(
+    kind: Any, folder: Path, dtype: str, place: torch.device, quantise: str
+) -> dict[str, Any]:
+    """For a plain base that is to be packed into 4 bits while it is loaded."""
+    from sidepath.core.quant import require_bitsandbytes
+    from sidepath.injection.quantising import left_plain
+
     require_bitsandbytes()
     from transformers import BitsAndBytesConfig
 
@@ -274,26 +234,6 @@ def _packing(
         bnb_4bit_quant_type=quantise,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=left_plain(_skeleton(kind, _config_of(folder), folder)),
+        llm_int8_skip_modules=left_plain(skeleton(kind, config_of(folder), folder)),
     )
     return {"dtype": compute, "quantization_config": packed, "device_map": {"": place}}
-
-
-def _skeleton(kind: Any, settings: Any, folder: Path) -> nn.Module:
-    """The model without weights."""
-    with _understood(folder, "the base's config cannot be used"), torch.device("meta"):
-        model: nn.Module = kind.from_config(settings, trust_remote_code=False)
-    return model
-
-
-@contextmanager
-def _understood(folder: Path, what: str) -> Iterator[None]:
-    """Turn whatever another library raises over a user's folder into one message of ours."""
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    except SidepathError:
-        raise
-    except Exception as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise StoreError(what, where=folder, found=text[:300]) from error

@@ -16,9 +16,9 @@ from sidepath.cli.bases import (
     load_causal,
     load_classifier,
     load_tokenizer,
-    quiet,
 )
 from sidepath.cli.compare_run import CompareRun
+from sidepath.cli.configs import quiet
 from sidepath.cli.folders import require_place
 from sidepath.cli.output import Report, Table, note, progress
 from sidepath.cli.runs import Dtype, Quantise

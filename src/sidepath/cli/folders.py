@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from sidepath.errors import StoreError, WriteFailed
-from sidepath.store.folder import lists_all_files
+from sidepath.store.folder import lists_all_files, names_in
 
 
 def require_output(output: Path, *, overwrite: bool) -> None:
@@ -56,7 +56,7 @@ def _require_ours(output: Path, overwrite: bool) -> None:
         raise StoreError(
             "the output folder holds files that no earlier command of ours wrote",
             where=output,
-            found=", ".join(sorted(path.name for path in output.iterdir())[:8]),
+            found=names_in(output),
             hint="choose another folder",
         )
     if not overwrite:

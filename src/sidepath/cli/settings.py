@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from sidepath import config
 from sidepath.cli.options import Sections, flags_of
-from sidepath.errors import ConfigError, nearest
+from sidepath.errors import ConfigError, guessed
 
 T = TypeVar("T")
 Source = Literal["default", "file", "flag"]
@@ -48,24 +48,20 @@ def known_tables(
     values: dict[str, dict[str, Any]] = {}
     for table, content in tables.items():
         if not isinstance(content, dict):
-            faults.append(f'"{table}" stands outside a table' + _meant(table, _keys(sections)))
+            outside = f'"{table}" stands outside a table'
+            faults.append(guessed(outside, table, _keys(sections)))
         elif table in sections:
             values[table] = content
             known = list(config.field_types(sections[table]))
             unknown = [key for key in content if key not in known]
-            faults += [f'[{table}] has no field "{key}"' + _meant(key, known) for key in unknown]
+            faults += [guessed(f'[{table}] has no field "{key}"', key, known) for key in unknown]
         elif table not in elsewhere:
-            faults.append(f"no table [{table}] here" + _meant(table, [*sections, *elsewhere]))
+            faults.append(guessed(f"no table [{table}] here", table, [*sections, *elsewhere]))
     return values, faults
 
 
 def _keys(sections: Sections) -> list[str]:
     return [name for cls in sections.values() for name in config.field_types(cls)]
-
-
-def _meant(name: str, known: Sequence[str]) -> str:
-    close = nearest(name, known)
-    return f": did you mean {close}?" if close else ""
 
 
 class Settings:

@@ -27,7 +27,7 @@ from sidepath.cli.runs import (
 )
 from sidepath.cli.settings import Settings, read_file, read_tables
 from sidepath.config import TrainConfig
-from sidepath.errors import ConfigError, nearest
+from sidepath.errors import ConfigError, meant
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def sections_of(verb: Verb, method: str | None) -> Sections:
             raise ConfigError(
                 f'unknown method "{method}"',
                 expected=", ".join(METHODS),
-                hint=_meant(method, list(METHODS)),
+                hint=meant(method, METHODS),
             )
         sections[method] = METHODS[method]
     if verb.training:
@@ -201,7 +201,7 @@ def parse(name: str, arguments: Sequence[str]) -> Call:
     if extra:
         flag = extra[0].partition("=")[0]
         known = [*(known.name for known in flags_of(sections)), "--config", "--json", "--help"]
-        hint = _meant(flag, known) or f"see sidepath {name} --help"
+        hint = meant(flag, known) or f"see sidepath {name} --help"
         raise ConfigError(f"unknown flag {flag}", hint=hint)
     _count_places(name, verb, found.places)
     given = vars(found)
@@ -264,11 +264,6 @@ def _count_places(name: str, verb: Verb, given: Sequence[str]) -> None:
         )
 
 
-def _meant(name: str, known: Sequence[str]) -> str | None:
-    close = nearest(name, known)
-    return f"did you mean {close}?" if close else None
-
-
 def overview() -> str:
     """The text of `sidepath --help`."""
     width = max(len(name) for name in VERBS)
@@ -291,5 +286,5 @@ def unknown_verb(name: str) -> ConfigError:
     return ConfigError(
         f'unknown command "{name}"',
         expected=", ".join(VERBS),
-        hint=_meant(name, list(VERBS)) or "see sidepath --help",
+        hint=meant(name, VERBS) or "see sidepath --help",
     )

@@ -14,7 +14,8 @@ from sidepath.cli.surface import Call
 
 def plan(call: Call) -> Report:
     """What an adapter of these settings would be on the model; nothing is loaded or changed."""
-    from sidepath.cli.bases import config_place, model_without_weights
+    from sidepath.cli.bases import config_place
+    from sidepath.cli.configs import model_without_weights
     from sidepath.methods import METHODS
     from sidepath.store.plan import plan as plan_of
 
@@ -33,7 +34,8 @@ def plan(call: Call) -> Report:
 
 def merge(call: Call) -> Report:
     """A plain transformers folder with the adapters folded in, and the measured parity."""
-    from sidepath.cli.bases import base_folder, quiet
+    from sidepath.cli.bases import base_folder
+    from sidepath.cli.configs import quiet
     from sidepath.cli.folders import require_output
     from sidepath.store.merge import merge_folder
 
@@ -86,7 +88,8 @@ def bench(call: Call) -> Report:
     )
     from sidepath.bench.setting import Bench
     from sidepath.bench.table import chosen, measured
-    from sidepath.cli.bases import device_of, quiet
+    from sidepath.cli.bases import device_of
+    from sidepath.cli.configs import quiet
     from sidepath.cli.folders import require_place
 
     run = call.settings.build("bench", BenchRun)
@@ -108,7 +111,7 @@ def bench(call: Call) -> Report:
 
 def demo(call: Call) -> Report:
     """The whole demonstration on the embedded base."""
-    from sidepath.cli.bases import quiet
+    from sidepath.cli.configs import quiet
     from sidepath.demo.report import SCORE_HEAD, facts, samples, score_rows
     from sidepath.demo.run import run_demo
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sidepath.config import as_dict, build, field_types
-from sidepath.errors import ConfigError, nearest
+from sidepath.errors import ConfigError, meant
 from sidepath.methods import METHODS
 from sidepath.methods.base import Method
 
@@ -43,10 +43,9 @@ def entrants_of(
         where = f"[[method]] {number}"
         name = table.get("name")
         if not isinstance(name, str) or name not in METHODS:
-            close = nearest(str(name), METHODS)
-            meant = f": did you mean {close}?" if close else f": expected {', '.join(METHODS)}"
+            hint = meant(str(name), METHODS) or f"expected {', '.join(METHODS)}"
             faults.append(
-                f'{where}: unknown method "{name}"{meant}' if name else f"{where} has no name"
+                f'{where}: unknown method "{name}": {hint}' if name else f"{where} has no name"
             )
             continue
         rates, wrong = _rates(table.get("learning_rates", list(learning_rates)))

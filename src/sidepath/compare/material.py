@@ -8,7 +8,7 @@ from typing import Any
 
 from sidepath.compare.setting import LOWER_IS_BETTER, Setting
 from sidepath.data.dataset import Data, load_data
-from sidepath.errors import ConfigError, DataError, nearest
+from sidepath.errors import ConfigError, DataError, meant
 from sidepath.training.evaluate import CAUSAL, CLASSIFY
 
 DEMO = "demo:"
@@ -67,11 +67,10 @@ def _demo(setting: Setting) -> tuple[Data, Data, str]:
     tasks = {task.name: task for task in make_tasks()}
     name = setting.data.removeprefix(DEMO)
     if name not in tasks:
-        close = nearest(name, tasks)
         raise ConfigError(
             f'the demo has no task "{name}"',
             expected=", ".join(DEMO + known for known in tasks),
-            hint=f"did you mean {close}?" if close else None,
+            hint=meant(name, tasks),
         )
     task, options = tasks[name], _options(setting)
     train = load_data(task.train, limit=setting.limit, **options)
@@ -112,11 +111,10 @@ def _metric(name: str, train: Data, test: Data) -> str:
     known = CLASSIFY if train.task == "classify" else CAUSAL
     if name in known:
         return name
-    close = nearest(name, known)
     raise DataError(
         "these data have no such metric",
         where=test.name,
         found=name,
         expected=", ".join(known),
-        hint=f"did you mean {close}?" if close else None,
+        hint=meant(name, known),
     )

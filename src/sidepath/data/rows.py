@@ -8,7 +8,7 @@ from typing import Any, Literal
 from sidepath.data.faults import lines_of
 from sidepath.data.forms import FORMS
 from sidepath.data.sources import Row, Source
-from sidepath.errors import DataError, nearest
+from sidepath.errors import DataError, guessed
 
 Schema = Literal["messages", "completion", "classify", "text"]
 Task = Literal["auto", "causal", "classify"]
@@ -40,7 +40,7 @@ def require_columns(source: Source, rows: Sequence[Row], columns: Mapping[str, s
     present = {name for row in rows for name in row.fields}
     absent = [name for name in columns.values() if name not in present]
     if rows and absent:
-        faults = [_no_column(name, present) for name in absent]
+        faults = [guessed(f'"{name}"', name, present) for name in absent]
         raise DataError(
             "no such column", where=source.name, faults=faults, expected=", ".join(sorted(present))
         )
@@ -55,11 +55,6 @@ def renamed(rows: Sequence[Row], columns: Mapping[str, str]) -> list[Row]:
 
 def _renamed(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     return {ours: fields[theirs] for ours, theirs in columns.items() if theirs in fields}
-
-
-def _no_column(name: str, present: set[str]) -> str:
-    close = nearest(name, present)
-    return f'"{name}"' + (f": did you mean {close}?" if close else "")
 
 
 def schema_of(source: Source, rows: Sequence[Row], task: Task) -> Schema:

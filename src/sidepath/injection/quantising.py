@@ -17,7 +17,9 @@ from sidepath.core.quant import (
     require_bitsandbytes,
 )
 from sidepath.errors import MergeError, UnsupportedModule
-from sidepath.injection.architecture import head_paths, modules_of, output_embedding, preset_paths
+from sidepath.injection.architecture import modules_of
+from sidepath.injection.body import head_paths, output_embedding
+from sidepath.injection.places import preset_paths
 from sidepath.injection.registry import registry_of
 from sidepath.methods.lora import name_matches
 

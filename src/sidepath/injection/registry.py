@@ -14,7 +14,7 @@ from sidepath.core.blocks import fuse, unfuse
 from sidepath.core.delta import Delta
 from sidepath.core.quant import hold_still, let_go
 from sidepath.core.routing import Routing
-from sidepath.errors import BadName, NameTaken, UnknownAdapter, nearest
+from sidepath.errors import BadName, NameTaken, UnknownAdapter, meant
 from sidepath.injection.architecture import modules_of
 from sidepath.methods.base import Method, Site
 
@@ -66,12 +66,11 @@ class Registry:
     def adapter(self, name: str) -> Installed:
         """The adapter of that name, or `UnknownAdapter` with the nearest names."""
         if name not in self.adapters:
-            close = nearest(name, self.adapters)
             loaded = ", ".join(f'"{known}"' for known in self.adapters) or "none"
             raise UnknownAdapter(
                 f'no adapter "{name}" is loaded',
                 found=f"loaded: {loaded}",
-                hint=f"did you mean {close}?" if close else None,
+                hint=meant(name, self.adapters),
             )
         return self.adapters[name]
 

@@ -10,16 +10,9 @@ from torch import nn
 from sidepath.core.adapted import CHILD
 from sidepath.core.views import DenseView, view_of
 from sidepath.errors import TargetNotFound, UnsupportedModule, closest
-from sidepath.injection.architecture import (
-    PRESETS,
-    block_index,
-    body_path,
-    dense_views,
-    fused_parts,
-    heads_of,
-    modules_of,
-    preset_paths,
-)
+from sidepath.injection.architecture import block_index, dense_views, fused_parts, modules_of
+from sidepath.injection.body import body_path, heads_of
+from sidepath.injection.places import PRESETS, preset_paths
 from sidepath.kernels.lowrank import Part
 from sidepath.methods.base import HEAD, Method, Selection, Site
 from sidepath.methods.lora import name_matches

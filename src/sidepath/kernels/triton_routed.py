@@ -40,6 +40,8 @@ COLUMNS = 64
 """Inner columns of one step of *shrink*."""
 OUTPUTS = 128
 """Columns of `y` of one program of *expand*."""
+KERNELS = ("_tokens", "_square", "_shrink", "_expand")
+"""What `bind` makes Triton's: the two helpers, and the two kernels that call them."""
 
 tl: Any = None
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ def add_routed_(
     _check(y_NO, x_NI, A_SI, B_SO, tiles)
     if not len(tiles.tiles_T4) or not min(x_NI.shape[1], y_NO.shape[1]):
         return
-    bind(globals(), "_shrink", "_expand")
+    bind(globals(), *KERNELS)
     with on(x_NI.device):
         hidden_PNR = _launch_shrink(x_NI, A_SI, tiles)
         _launch_expand(y_NO, hidden_PNR, B_SO, tiles)
@@ -172,6 +174,24 @@ def _precision(values: Tensor, factors: Tensor) -> tuple[Any, Any, str]:
     return language_dtype(dtype), language_dtype(dot_dtype(dtype)), "ieee"
 
 
+def _tokens(tiles, order, BLOCK_N: constexpr) -> Any:  # type: ignore[no-untyped-def]
+    """Of the program's tile: places in the order, the tokens there, which of them are any; the
+    first row and the rank of its adapter.
+    """
+    tile = tiles + tl.program_id(0) * 4
+    first, count, row, rank = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    places_N = first + tl.arange(0, BLOCK_N)
+    live_N = tl.arange(0, BLOCK_N) < count
+    token_N = tl.load(order + places_N, mask=live_N, other=0).to(tl.int64)
+    return places_N.to(tl.int64), token_N, live_N, row, rank
+
+
+def _square(start, row_N, n, column_M, m, live_N, live_M) -> Any:  # type: ignore[no-untyped-def]
+    """The numbers at `start + row * n + column * m`, (N, M); zeros where either is not live."""
+    at_NM = start + row_N[:, None] * n + column_M[None, :] * m
+    return tl.load(at_NM, mask=live_N[:, None] & live_M[None, :], other=0.0)
+
+
 def _shrink(  # type: ignore[no-untyped-def]
     x,
     A,
@@ -196,31 +216,24 @@ def _shrink(  # type: ignore[no-untyped-def]
 
     Grid: (tiles, chunks of the rank, parts).
     """
-    tile = tiles + tl.program_id(0) * 4
-    first, count, row, rank = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    places_N, token_N, live_N, row, rank = _tokens(tiles, order, BLOCK_N)
     ranks_R = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     part = tl.program_id(2)
     if tl.program_id(1) * BLOCK_R < rank:
-        live_N = tl.arange(0, BLOCK_N) < count
-        places_N = first + tl.arange(0, BLOCK_N)
-        token_N = tl.load(order + places_N, mask=live_N, other=0).to(tl.int64)
-        row_R = (row + ranks_R).to(tl.int64)
+        row_R, live_R = (row + ranks_R).to(tl.int64), ranks_R < rank
         sum_NR = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
         for step in range(steps):
             at_I = (part * steps + step) * BLOCK_I + tl.arange(0, BLOCK_I)
-            x_NI = tl.load(
-                x + token_N[:, None] * x_n + at_I[None, :] * x_i,
-                mask=live_N[:, None] & (at_I < width)[None, :],
-                other=0.0,
-            )
-            A_IR = tl.load(
+            live_I = at_I < width
+            x_NI = _square(x, token_N, x_n, at_I, x_i, live_N, live_I)
+            A_IR = tl.load(  # not `_square`: with the sum in its order more registers are needed
                 A + row_R[None, :] * A_s + at_I[:, None] * A_i,
-                mask=(ranks_R < rank)[None, :] & (at_I < width)[:, None],
+                mask=live_R[None, :] & live_I[:, None],
                 other=0.0,
             )
             sum_NR = tl.dot(x_NI.to(DOT), A_IR.to(DOT), sum_NR, input_precision=PRECISION)
-        at_NR = part.to(tl.int64) * h_p + places_N.to(tl.int64)[:, None] * h_n + ranks_R[None, :]
-        tl.store(h + at_NR, sum_NR, mask=live_N[:, None] & (ranks_R < rank)[None, :])
+        at_NR = part.to(tl.int64) * h_p + places_N[:, None] * h_n + ranks_R[None, :]
+        tl.store(h + at_NR, sum_NR, mask=live_N[:, None] & live_R[None, :])
 
 
 def _expand(  # type: ignore[no-untyped-def]
@@ -249,29 +262,21 @@ def _expand(  # type: ignore[no-untyped-def]
 
     Grid: (tiles, blocks of columns). Each row of `y` is in one tile, so none is written twice.
     """
-    tile = tiles + tl.program_id(0) * 4
-    first, count, row, rank = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    places_N, token_N, live_N, row, rank = _tokens(tiles, order, BLOCK_N)
     scaling = tl.load(scalings + tl.program_id(0))
     at_O = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    live_N = tl.arange(0, BLOCK_N) < count
-    places_N = first + tl.arange(0, BLOCK_N)
-    token_N = tl.load(order + places_N, mask=live_N, other=0).to(tl.int64)
+    live_O = at_O < width
     sum_NO = tl.zeros((BLOCK_N, BLOCK_O), dtype=tl.float32)
     for start in range(0, rank, BLOCK_R):
         ranks_R = start + tl.arange(0, BLOCK_R)
-        live_NR = live_N[:, None] & (ranks_R < rank)[None, :]
+        row_R, live_R = (row + ranks_R).to(tl.int64), ranks_R < rank
         hidden_NR = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
         for part in range(parts):
-            at_NR = places_N.to(tl.int64)[:, None] * h_n + ranks_R[None, :]
-            hidden_NR += tl.load(h + part * h_p + at_NR, mask=live_NR, other=0.0)
-        B_RO = tl.load(
-            B + (row + ranks_R).to(tl.int64)[:, None] * B_s + at_O[None, :] * B_o,
-            mask=(ranks_R < rank)[:, None] & (at_O < width)[None, :],
-            other=0.0,
-        )
-        hidden_NR = hidden_NR.to(ROUND).to(DOT)
-        sum_NO = tl.dot(hidden_NR, B_RO.to(DOT), sum_NO, input_precision=PRECISION)
+            hidden_NR += _square(h + part * h_p, places_N, h_n, ranks_R, 1, live_N, live_R)
+        B_RO = _square(B, row_R, B_s, at_O, B_o, live_R, live_O)
+        rounded_NR = hidden_NR.to(ROUND).to(DOT)
+        sum_NO = tl.dot(rounded_NR, B_RO.to(DOT), sum_NO, input_precision=PRECISION)
+    old_NO = _square(y, token_N, y_n, at_O, y_o, live_N, live_O).to(tl.float32)
     at_NO = y + token_N[:, None] * y_n + at_O[None, :] * y_o
-    live_NO = live_N[:, None] & (at_O < width)[None, :]
-    old_NO = tl.load(at_NO, mask=live_NO, other=0.0).to(tl.float32)
-    tl.store(at_NO, (old_NO + scaling * sum_NO).to(y.dtype.element_ty), mask=live_NO)
+    new_NO = (old_NO + scaling * sum_NO).to(y.dtype.element_ty)
+    tl.store(at_NO, new_NO, mask=live_N[:, None] & live_O[None, :])

@@ -5,37 +5,27 @@ A folder with a manifest is ours; one without is read as PEFT's, with the same s
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sidepath.core.views import view_of
 from sidepath.errors import ConfigError, DamagedAdapter, StoreError
 from sidepath.injection.architecture import modules_of
 from sidepath.injection.registry import base_parameters
 from sidepath.methods.base import Method, Site
-from sidepath.methods.lora import LoRA, name_matches
+from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
+from sidepath.store.folder import names_in
 from sidepath.store.loading import Loaded, loading
 from sidepath.store.manifest import Manifest, check_file, check_tensors, read_manifest
-from sidepath.store.peft_config import PeftSettings, commonest, read_settings
-from sidepath.store.peft_format import (
-    CONFIG,
-    ENDINGS,
-    PREFIX,
-    WEIGHTS,
-    Slot,
-    check_keys,
-    groups_of,
-    slots_of,
-    unpack,
-)
+from sidepath.store.peft_config import read_settings
+from sidepath.store.peft_format import CONFIG, WEIGHTS, Slot, check_keys, slots_of, unpack
+from sidepath.store.peft_reading import lora_of, sites_of
 from sidepath.store.plain_format import by_place, expected_slots
 from sidepath.store.tensors import (
     PICKLES,
@@ -45,11 +35,6 @@ from sidepath.store.tensors import (
     refuse_pickle,
     strict_json,
 )
-
-T = TypeVar("T", int, float)
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_COPY_OF_EMBEDDING = (".base_layer.weight", ".weight")
-_LEFT_BY_PEFT = ("original_module.", "modules_to_save.")
 
 
 @dataclass
@@ -153,7 +138,7 @@ def _refuse_other_folders(folder: Path) -> None:
     raise StoreError(
         "the folder holds no adapter",
         where=folder,
-        found=", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing",
+        found=names_in(folder) or "nothing",
         expected=f"{WEIGHTS} and {CONFIG}",
     )
 
@@ -199,9 +184,9 @@ def _peft(
     faults = [f"{CONFIG}: {fault}" for fault in faults]
     if not header:
         return None, faults
-    sites, copies, ignored = _peft_sites(modules, settings, header)
+    sites, copies, ignored = sites_of(modules, settings, header)
     try:
-        config = _peft_config(modules, settings, sites, header)
+        config = lora_of(modules, settings, sites, header)
     except ConfigError as error:
         return None, [*faults, f"{CONFIG}: {error}"]
     except ValueError as error:
@@ -210,92 +195,3 @@ def _peft(
     slots, more = slots_of(modules, config, sites)
     faults += more + check_keys(slots, used)
     return Contents(config, sites, modules, slots, path, header, None, copies), faults
-
-
-def _peft_sites(
-    modules: Mapping[str, nn.Module], settings: PeftSettings, header: Mapping[str, TensorInfo]
-) -> tuple[list[Site], dict[str, str], set[str]]:
-    """Where a PEFT file's tensors go, read off their names."""
-    names = [key.removeprefix(PREFIX) for key in header if key.startswith(PREFIX)]
-    whole = [
-        path
-        for path in modules
-        if path.endswith(settings.modules_to_save) and any(n.startswith(f"{path}.") for n in names)
-    ]
-    whole = [path for path in whole if not path.startswith(tuple(f"{other}." for other in whole))]
-    sites = {path: Site(path, "whole", pattern=path) for path in whole}
-    copies, ignored = {}, set()
-    for name in names:
-        root = next((path for path in whole if name.startswith(f"{path}.")), None)
-        ending = next((ending for ending in ENDINGS if name.endswith(ending)), None)
-        owner = name.rpartition(".")[0]
-        embedding = _embedding_copied(modules, name)
-        if root is not None:
-            if name.removeprefix(f"{root}.").startswith(_LEFT_BY_PEFT):
-                ignored.add(PREFIX + name)
-        elif ending is not None:
-            path = name.removesuffix(ending)
-            sites[path] = Site(path, "dense", pattern=path)
-        elif settings.bias == "all" and name.endswith(".bias") and owner in modules:
-            sites.setdefault(owner, Site(owner, "bias", pattern=owner))
-        elif embedding is not None:
-            copies[PREFIX + name] = embedding
-    order = {path: number for number, path in enumerate(modules)}
-    ordered = sorted(sites.values(), key=lambda site: order.get(site.path, len(order)))
-    return ordered, copies, ignored
-
-
-def _embedding_copied(modules: Mapping[str, nn.Module], name: str) -> str | None:
-    for ending in _COPY_OF_EMBEDDING:
-        module = modules.get(name.removesuffix(ending)) if name.endswith(ending) else None
-        if isinstance(module, nn.Embedding | nn.Linear):
-            return name.removesuffix(ending) + ".weight"
-    return None
-
-
-def _peft_config(
-    modules: Mapping[str, nn.Module],
-    settings: PeftSettings,
-    sites: list[Site],
-    header: Mapping[str, TensorInfo],
-) -> LoRA:
-    dense = [site.path for site in sites if site.kind == "dense"]
-    if not dense:
-        raise ValueError(f"{WEIGHTS}: holds no lora_A and lora_B tensors")
-    ranks, alphas = {}, {}
-    for path in dense:
-        view = view_of(modules[path]) if path in modules else None
-        groups = groups_of(view) if view else 1
-        rank = settings.rank_at(path)
-        if rank % groups:
-            raise ValueError(f"{path}: rank {rank} does not divide into {groups} groups")
-        ranks[path] = rank // groups
-        alphas[path] = settings.alpha_at(path) / (groups**0.5 if settings.rslora else groups)
-    r, rank_pattern = per_path(ranks)
-    alpha, alpha_pattern = per_path(alphas)
-    dtypes = {info.dtype for key, info in header.items() if key.endswith(ENDINGS[:4])}
-    dtype = _DTYPES.get(dtypes.pop(), "float32") if len(dtypes) == 1 else "float32"
-    return LoRA(
-        r=r,
-        alpha=alpha,
-        dropout=settings.dropout,
-        targets=tuple(dense),
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        bias=settings.bias,  # type: ignore[arg-type]
-        train_whole=tuple(s.path for s in sites if s.kind == "whole"),
-        scaling="alpha/sqrt(r)" if settings.rslora else "alpha/r",
-        dtype=dtype,  # type: ignore[arg-type]
-        dora=settings.dora,
-    )
-
-
-def per_path(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
-    """A default and per-module patterns that give each path its value."""
-    default = commonest(values.values())
-    others = {path: value for path, value in values.items() if value != default}
-    if any(name_matches(key, path) for key in others for path in values if path not in others):
-        others = dict(values)
-    # The last match wins: a path comes after every path that is a tail of it.
-    ordered = sorted(others, key=lambda path: path.count("."))
-    return default, {glob.escape(path): others[path] for path in ordered}

@@ -108,10 +108,15 @@ def _refuse_foreign(
     raise StoreError(
         "the output folder holds files that are not ours to replace",
         where=target,
-        found=", ".join(sorted(path.name for path in target.iterdir())[:8]),
+        found=names_in(target),
         expected="no folder, an empty one, or one that an earlier save wrote",
         hint="choose another folder, or move its files away",
     )
+
+
+def names_in(folder: Path) -> str:
+    """What a folder holds, for a message: the first eight names."""
+    return ", ".join(sorted(path.name for path in folder.iterdir())[:8])
 
 
 def _make_parents(parent: Path, made: list[Path]) -> None:

@@ -28,8 +28,8 @@ from sidepath.kernels.lowrank import Part
 from sidepath.methods.base import Site
 from sidepath.methods.lora import LoRA, name_matches
 from sidepath.store.adapter import Adapter, stand_up
-from sidepath.store.contents import per_path
 from sidepath.store.loading import load_tensors
+from sidepath.store.peft_reading import per_path
 from sidepath.store.tensors import DTYPE_NAMES, read_header
 
 _ENDINGS = {".lora_A": "A", ".lora_B": "B", ".bias": "bias"}

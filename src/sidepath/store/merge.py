@@ -110,11 +110,9 @@ def merge_folder(
         if runs is None:
             warnings.warn(_UNCHECKED.format(output), SidepathNotice, stacklevel=2)
         else:
-            merged = outputs_of(
-                read_model(cls, temporary, {**options, "dtype": torch.float32}), rows
-            )
-            parity = compare(runs.unmerged, merged, runs.base, runs.noise)
-            _refuse_different(parity, output)
+            exact = {**options, "dtype": torch.float32}
+            merged = outputs_of(read_model(cls, temporary, exact), rows)
+            parity = _proved(runs, merged, output)
         _write_record(temporary, parity, folders, {"name": base.name, "fingerprint": identity})
     return Merged(output, parity, len(held.quantised), left)
 
@@ -212,7 +210,9 @@ def _write(model: nn.Module, base: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _refuse_different(parity: Parity, output: Path) -> None:
+def _proved(runs: _Runs, merged: Sequence[Tensor], output: Path) -> Parity:
+    """The difference of the written model's outputs; raises `ParityError` where it is too large."""
+    parity = compare(runs.unmerged, merged, runs.base, runs.noise)
     if not parity.holds:
         raise ParityError(
             "the merged model does not give the un-merged model's outputs; nothing was published",
@@ -223,6 +223,7 @@ def _refuse_different(parity: Parity, output: Path) -> None:
             hint="merge in float32 (dtype), or keep the adapter beside the base; skip_parity "
             "publishes all the same",
         )
+    return parity
 
 
 def _write_record(

@@ -54,15 +54,19 @@ def slots_of(
     for site in sites:
         module = modules.get(site.path)
         if module is None:
-            close = nearest(site.path, modules)
-            known = f"; the nearest are {close}" if close else ""
-            faults.append(f"{site.path}: the base has no such module{known}")
+            faults.append(absent(site.path, modules))
             continue
         try:
             slots += _slots_at(module, config, site)
         except ValueError as error:
             faults.append(f"{site.path}: {error}")
     return slots, faults
+
+
+def absent(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """The fault of a site whose module is not there, with the nearest that are."""
+    close = nearest(path, modules)
+    return f"{path}: the base has no such module" + (f"; the nearest are {close}" if close else "")
 
 
 def _slots_at(module: nn.Module, config: LoRA, site: Site) -> Iterator[Slot]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sidepath.core.delta import Delta
 from sidepath.core.views import View, view_of
-from sidepath.errors import SidepathError, nearest
+from sidepath.errors import SidepathError
 from sidepath.injection.architecture import modules_of
 from sidepath.injection.registry import Installed
 from sidepath.methods.base import Method, Site
@@ -48,7 +48,7 @@ def expected_slots(
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     modules = dict(modules_of(model))
-    faults = [_absent(site.path, modules) for site in sites if site.path not in modules]
+    faults = [peft_format.absent(site.path, modules) for site in sites if site.path not in modules]
     if faults:
         return [], faults
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -58,11 +58,6 @@ def expected_slots(
             return plain_slots(config.deltas(sites, views)), []
         except (SidepathError, ValueError, AssertionError) as error:
             return [], [f"{config.method}: {error}"]
-
-
-def _absent(path: str, modules: Mapping[str, nn.Module]) -> str:
-    close = nearest(path, modules)
-    return f"{path}: the base has no such module" + (f"; the nearest are {close}" if close else "")
 
 
 def by_place(tensors: Mapping[str, Tensor], slots: Iterable[Slot]) -> dict[str, dict[str, Tensor]]:

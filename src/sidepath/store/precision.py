@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from sidepath.core.quant import TRANSPOSED, is_packed, nearest_levels, qualified, state_of
 from sidepath.core.views import DenseView
 from sidepath.errors import MergeError
-from sidepath.injection.architecture import modules_of, preset_paths
+from sidepath.injection.architecture import modules_of
+from sidepath.injection.places import preset_paths
 from sidepath.injection.quantising import dequantise_
 from sidepath.injection.registry import require_registry
 from sidepath.methods.lora import LowRank

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sidepath.data.dataset import Data
 from sidepath.data.encode import Encoder
-from sidepath.errors import DataError, nearest
+from sidepath.errors import DataError, meant
 from sidepath.training import metrics as scores
 from sidepath.training.batching import Batch, by_length, collate
 from sidepath.training.loss import loss_and_logits
@@ -88,13 +88,12 @@ def _wanted(data: Data, metrics: Sequence[str] | None) -> list[str]:
         return list(known)
     unknown = [name for name in metrics if name not in known]
     if unknown:
-        close = nearest(unknown[0], known)
         raise DataError(
             "these data have no such metric",
             where=data.name,
             found=", ".join(unknown),
             expected=", ".join(known),
-            hint=f"did you mean {close}?" if close else None,
+            hint=meant(unknown[0], known),
         )
     return list(metrics)
 

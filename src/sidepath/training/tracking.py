@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sidepath.errors import ConfigError, MissingExtra, nearest
+from sidepath.errors import ConfigError, MissingExtra, meant
 
 TRACKERS: dict[str, tuple[tuple[str, ...], str]] = {
     "tensorboard": (("tensorboard", "tensorboardX"), "pip install 'sidepath[track]'"),
@@ -77,12 +77,11 @@ def trackers(
 def _require(names: Sequence[str]) -> None:
     unknown = [name for name in names if name not in TRACKERS]
     if unknown:
-        close = nearest(unknown[0], TRACKERS)
         raise ConfigError(
             "no such tracker",
             found=", ".join(unknown),
             expected=", ".join(TRACKERS),
-            hint=f"did you mean {close}?" if close else None,
+            hint=meant(unknown[0], TRACKERS),
         )
     missing = {name: TRACKERS[name] for name in names if not _installed(TRACKERS[name][0])}
     if missing:

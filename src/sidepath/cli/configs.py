@@ -1,0 +1,96 @@
+"""Bases from their configs alone: nothing of their weights is read (floor 7)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sidepath.errors import SidepathError, StoreError
+
+
+def config_of(folder: Path, **options: Any) -> Any:
+    """The config of a base, `options` in the place of its own; `StoreError` if it is unusable."""
+    from transformers import AutoConfig
+
+    quiet()
+    with understood(folder, "the base's config cannot be used"):
+        return AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **options
+        )
+
+
+def model_without_weights(place: Path, dtype: str) -> nn.Module:
+    """The base's modules on the meta device, from its config alone: a folder's, or the file.
+
+    It is the class that the config says it was saved from, where transformers has it for configs
+    of this kind; else a causal language model, or the first of `_TASKS` that there is one for.
+    """
+    import transformers
+
+    settings = config_of(place)
+    with understood(place, "the base's config cannot be used"), torch.device("meta"):
+        stored = getattr(torch, dtype) if dtype != "auto" else settings.dtype
+        auto = getattr(transformers, f"AutoModel{_task_of(settings)}")
+        model: nn.Module = auto.from_config(
+            settings, dtype=stored or torch.float32, trust_remote_code=False
+        )
+    return model
+
+
+_TASKS = {
+    "ForCausalLM": "FOR_CAUSAL_LM_",
+    "ForSeq2SeqLM": "FOR_SEQ_TO_SEQ_CAUSAL_LM_",
+    "ForSequenceClassification": "FOR_SEQUENCE_CLASSIFICATION_",
+    "ForImageClassification": "FOR_IMAGE_CLASSIFICATION_",
+    "ForMaskedLM": "FOR_MASKED_LM_",
+    "": "",
+}
+"""transformers' automatic classes, and what its tables of classes by model type are called."""
+
+
+def _task_of(settings: Any) -> str:
+    """Which of the automatic classes makes the model of a config: see `model_without_weights`."""
+    from transformers.models.auto import modeling_auto
+
+    named = set(settings.architectures or ())
+    known: dict[str, set[str]] = {}
+    for task, table in _TASKS.items():
+        found = getattr(modeling_auto, f"MODEL_{table}MAPPING_NAMES").get(settings.model_type)
+        if found is not None:
+            known[task] = {found} if isinstance(found, str) else set(found)
+    as_saved = [task for task, classes in known.items() if classes & named]
+    return next(iter([*as_saved, *known]), "ForCausalLM")
+
+
+def skeleton(kind: Any, settings: Any, folder: Path) -> nn.Module:
+    """The model that an automatic class makes of a config, on the meta device."""
+    with understood(folder, "the base's config cannot be used"), torch.device("meta"):
+        model: nn.Module = kind.from_config(settings, trust_remote_code=False)
+    return model
+
+
+def quiet() -> None:
+    """Keep transformers' bars and advice off the terminal; its errors still raise."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def understood(folder: Path, what: str) -> Iterator[None]:
+    """Turn whatever another library raises over a user's folder into one message of ours."""
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    except SidepathError:
+        raise
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise StoreError(what, where=folder, found=text[:300]) from error

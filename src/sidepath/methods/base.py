@@ -75,6 +75,12 @@ class Method(ABC):
         missing = tuple(head for head in heads if head not in held)
         return dataclasses.replace(self, train_whole=(*held, *missing))  # type: ignore[type-var]
 
+    def completed(self, views: Iterable[View]) -> Method:
+        """The settings of a fresh adapter at these places: these, with what they leave to the model
+        named.
+        """
+        return self
+
     def saved(self) -> Method:
         """The settings its saved form is loaded with: these, unless training has another form."""
         return self

@@ -5,6 +5,7 @@ Dimensions: `...` any leading, D width of the residual stream, N adapters.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,22 +32,28 @@ from sidepath.methods.bottleneck import (
 DIGEST = 32
 """Bytes of a SHA-256."""
 
+LOAD_FIRST = (
+    "load each onto this base first, under its name: sidepath.load(model, folder, name), "
+    "or --beside NAME=FOLDER"
+)
+
 
 @dataclass(frozen=True)
 class AdapterFusion(Method):
     """`y + sum_n softmax_n(q(y) k(z_n)) V z_n`, where `z_n` is what adapter n adds to `y`.
 
     Trained are q, k and V of each place, `3 D² + 2 D` parameters; the adapters get no gradient.
-    They are named as they are loaded on the model, and must be there before the fusion is injected
-    or loaded. What is saved holds, for each place, the SHA-256 of each adapter that stood there:
-    a fusion loads only beside the same adapters, to the bit, and on the same base. One removed
-    later leaves the fusion without an answer (`UnknownAdapter`).
+    They must be on the model before the fusion is injected or loaded. What is saved names them and
+    holds, for each place, the SHA-256 of each adapter that stood there: a fusion loads only beside
+    the same adapters under the same names, to the bit, and on the same base. One removed later
+    leaves the fusion without an answer (`UnknownAdapter`).
     """
 
     method = "fusion"
 
     adapters: tuple[str, ...] = ()
-    """The bottleneck adapters that are composed, by the names they are loaded under."""
+    """The bottleneck adapters that are composed, by the names they are loaded under; when none is
+    named, all that stand at the fusion's places when it is injected."""
     targets: tuple[str, ...] = ("mlp-output",)
     """Where they stand: mlp-output for pfeiffer and lin adapters; attention-output and mlp-output
     for houlsby; mlp-module for parallel ones."""
@@ -60,7 +67,7 @@ class AdapterFusion(Method):
     def __post_init__(self) -> None:
         check(self)
         rules = {
-            "adapters": bool(self.adapters) and len({*self.adapters}) == len(self.adapters),
+            "adapters": len({*self.adapters}) == len(self.adapters),
             "targets": bool(self.targets),
             "drop": self.drop >= 0,
         }
@@ -69,6 +76,16 @@ class AdapterFusion(Method):
     def selection(self) -> Selection:
         blocks = (self.drop or None, None)
         return Selection(self.targets, blocks=blocks, train_whole=self.train_whole)
+
+    def completed(self, views: Iterable[View]) -> Method:
+        """With `adapters` named: the given ones, else every bottleneck at these places."""
+        names = {
+            name: None
+            for view in views
+            for name in names_beside(view)
+            if isinstance(beside(view, name), AdapterLayer)
+        }
+        return self if self.adapters else dataclasses.replace(self, adapters=tuple(names))
 
     def deltas(
         self,
@@ -88,13 +105,17 @@ class AdapterFusion(Method):
     def _check(
         self, places: Sequence[str], views: Mapping[str, View], saved: Mapping[str, Tensor | None]
     ) -> None:
+        if not self.adapters:
+            raise AdapterError(
+                "no bottleneck adapter stands where the fusion acts",
+                where=", ".join(self.targets),
+                hint=LOAD_FIRST,
+            )
         faults = []
         for number, name in enumerate(self.adapters):
             layers = {path: beside(views[path], name) for path in places}
             if not any(layers.values()):
-                faults.append(
-                    f'"{name}": no such adapter stands at any of the {len(places)} places'
-                )
+                faults.append(f'"{name}": stands at none of the {len(places)} places')
                 continue
             for path, layer in layers.items():
                 composed = saved[path]
@@ -110,10 +131,11 @@ class AdapterFusion(Method):
                     faults.append(f'"{name}": beside {path} is not the one that was composed')
         if faults:
             raise AdapterError(
-                "the adapters that the fusion composes are not on the model",
-                expected=f"bottleneck adapters {', '.join(self.adapters)} at {self.targets}",
+                "the fusion cannot compose these adapters",
+                expected=f"bottleneck adapters {', '.join(self.adapters)} "
+                f"at {', '.join(self.targets)}",
                 faults=faults,
-                hint="load each of them onto this base first, under these names",
+                hint=LOAD_FIRST,
             )
 
     def dense_delta(
@@ -155,16 +177,16 @@ class Fusion(StreamDelta):
         self.register_buffer("composed", composed)
 
     def onto(self, y: Tensor, x: Tensor, base: View) -> Tensor:
-        added = []
-        for name in self.names:
-            layer = beside(base, name)
-            if not isinstance(layer, AdapterLayer):
-                raise UnknownAdapter(
-                    f'the fusion composes adapter "{name}", which is not on the model any more',
-                    found=type(layer).__name__,
-                    hint="load it again under this name",
-                )
-            added.append(layer.update(x if layer.parallel else y, frozen=True))
+        standing = [beside(base, name) for name in self.names]
+        layers = [layer for layer in standing if isinstance(layer, AdapterLayer)]
+        if not layers or len(layers) < len(self.names):  # none at all: in a plan's twin
+            raise UnknownAdapter(
+                "an adapter that the fusion composes is not on the model any more",
+                found=", ".join(names_beside(base)),
+                expected=", ".join(self.names),
+                hint="load it again under this name",
+            )
+        added = [layer.update(x if layer.parallel else y, frozen=True) for layer in layers]
         z = torch.stack([z_n.to(self.value.dtype) for z_n in added], dim=-2)
         return y + self.composition(y.to(z.dtype), z).to(y.dtype)
 
@@ -184,6 +206,12 @@ def beside(view: View, name: str) -> Delta | None:
     """What the adapter of that name has beside a view's module."""
     side = view.module._modules.get(CHILD)
     return side.get(name) if isinstance(side, SidePaths) else None
+
+
+def names_beside(view: View) -> list[str]:
+    """The adapters that have something beside a view's module, in the order they came."""
+    side = view.module._modules.get(CHILD)
+    return side.names() if isinstance(side, SidePaths) else []
 
 
 def digest_of(layer: AdapterLayer) -> Tensor:

@@ -18,7 +18,7 @@ from sidepath.config import check, require
 from sidepath.core.delta import Delta, LayerDelta
 from sidepath.core.views import DenseView, View, view_of
 from sidepath.errors import UnsupportedModule
-from sidepath.methods.base import Method, Selection, Site, filled
+from sidepath.methods.base import Method, Saved, Selection, Site, filled
 
 MAX_SIZE = 65_536
 
@@ -99,14 +99,7 @@ class Bottleneck(Method):
         blocks = (self.drop or None, None)
         return Selection(targets, blocks=blocks, train_whole=self.train_whole)
 
-    def dense_delta(
-        self, site: Site, view: DenseView, tensors: Mapping[str, Tensor] | None = None
-    ) -> Delta:
-        return self.module_delta(site, view, tensors)
-
-    def module_delta(
-        self, site: Site, view: View, tensors: Mapping[str, Tensor] | None = None
-    ) -> Delta:
+    def module_delta(self, site: Site, view: View, tensors: Saved = None) -> Delta:
         kind = KINDS[self.kind]
 
         def made() -> Delta:

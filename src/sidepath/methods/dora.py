@@ -5,8 +5,7 @@ Dimensions: `...` any leading, O out, I in, R rank.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -17,8 +16,9 @@ from sidepath.core.delta import WeightDelta, accumulation_dtype, add_bias
 from sidepath.core.views import DenseView, LinearView, View
 from sidepath.errors import UnsupportedModule
 from sidepath.kernels.lowrank import low_rank
-from sidepath.methods.base import Site
+from sidepath.methods.base import Saved, Site, Views
 from sidepath.methods.bias import trained_bias
+from sidepath.methods.starts import draw_
 
 
 class Dora(WeightDelta):
@@ -44,7 +44,7 @@ class Dora(WeightDelta):
         dropout: float = 0.0,
         with_bias: bool = False,
         dtype: torch.dtype | None = None,
-        tensors: Mapping[str, Tensor] | None = None,
+        tensors: Saved = None,
     ) -> None:
         super().__init__()
         assert isinstance(view, LinearView)
@@ -66,12 +66,8 @@ class Dora(WeightDelta):
 
     @torch.no_grad()
     def start_(self, start: Literal["kaiming", "gaussian"]) -> None:
-        """Draw A as `LowRank.start_` does; B stays zero. In place."""
-        if start == "gaussian":
-            self.A.normal_(std=1.0 / self.r)
-        else:
-            bound = 1.0 / math.sqrt(self.A.shape[1])
-            self.A.uniform_(-bound, bound)
+        """Draw A; B stays zero. In place."""
+        draw_(self.A, start, self.r)
 
     @torch.no_grad()
     def direction(self, W0_OI: Tensor) -> Tensor:
@@ -128,7 +124,7 @@ def why_not(view: View | None, site: Site) -> str | None:
     return None
 
 
-def refuse(sites: Iterable[Site], views: Mapping[str, View]) -> None:
+def refuse(sites: Iterable[Site], views: Views) -> None:
     """Raise one `UnsupportedModule` that names every dense site DoRA cannot take."""
     faults = [
         f"{site.path}: {reason}"

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from sidepath.config import check, require
 from sidepath.core.adapted import CHILD, SidePaths
 from sidepath.core.delta import Delta
-from sidepath.core.views import DenseView, View
+from sidepath.core.views import View
 from sidepath.errors import AdapterError, UnknownAdapter
-from sidepath.methods.base import Method, Selection, Site, filled
+from sidepath.methods.base import AllSaved, Method, Saved, Selection, Site, Views, filled
 from sidepath.methods.bottleneck import (
     AdapterLayer,
     StreamDelta,
@@ -88,10 +88,7 @@ class AdapterFusion(Method):
         return self if self.adapters else dataclasses.replace(self, adapters=tuple(names))
 
     def deltas(
-        self,
-        sites: Iterable[Site],
-        views: Mapping[str, View],
-        tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+        self, sites: Iterable[Site], views: Views, tensors: AllSaved = None
     ) -> dict[str, Delta]:
         """As for every method. Errors: one `AdapterError` with every adapter that is amiss."""
         sites = list(sites)
@@ -103,7 +100,7 @@ class AdapterFusion(Method):
         return super().deltas(sites, views, tensors)
 
     def _check(
-        self, places: Sequence[str], views: Mapping[str, View], saved: Mapping[str, Tensor | None]
+        self, places: Sequence[str], views: Views, saved: Mapping[str, Tensor | None]
     ) -> None:
         if not self.adapters:
             raise AdapterError(
@@ -138,14 +135,7 @@ class AdapterFusion(Method):
                 hint=LOAD_FIRST,
             )
 
-    def dense_delta(
-        self, site: Site, view: DenseView, tensors: Mapping[str, Tensor] | None = None
-    ) -> Delta:
-        return self.module_delta(site, view, tensors)
-
-    def module_delta(
-        self, site: Site, view: View, tensors: Mapping[str, Tensor] | None = None
-    ) -> Delta:
+    def module_delta(self, site: Site, view: View, tensors: Saved = None) -> Delta:
         dtype = dtype_of(view) if self.dtype == "base" else getattr(torch, self.dtype)
         return filled(lambda: Fusion(view, self.adapters, dtype), tensors)
 

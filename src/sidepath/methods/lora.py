@@ -14,12 +14,11 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from sidepath.config import check, require
 from sidepath.core.delta import Delta
-from sidepath.core.views import DenseView, View
-from sidepath.methods.base import Method, Selection, Site
+from sidepath.core.views import DenseView
+from sidepath.methods.base import AllSaved, Method, Saved, Selection, Site, Views
 from sidepath.methods.dora import Dora, refuse
 from sidepath.methods.lowrank import LowRank as LowRank
 from sidepath.methods.rebased import Rebased
@@ -121,9 +120,7 @@ class LoRA(Method):
     def _factor(self, rank: int, alpha: float) -> float:
         return alpha / rank if self.scaling == "alpha/r" else alpha / math.sqrt(rank)
 
-    def dense_delta(
-        self, site: Site, view: DenseView, tensors: Mapping[str, Tensor] | None = None
-    ) -> Delta:
+    def dense_delta(self, site: Site, view: DenseView, tensors: Saved = None) -> Delta:
         rank, alpha = self.rank_of(site.path), self.alpha_of(site.path)
         common: dict[str, Any] = {
             "r": rank,
@@ -144,10 +141,7 @@ class LoRA(Method):
         return delta
 
     def deltas(
-        self,
-        sites: Iterable[Site],
-        views: Mapping[str, View],
-        tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+        self, sites: Iterable[Site], views: Views, tensors: AllSaved = None
     ) -> dict[str, Delta]:
         """See `Method.deltas`. Errors: `UnsupportedModule` with every site DoRA cannot take."""
         sites = tuple(sites)

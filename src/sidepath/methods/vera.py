@@ -9,7 +9,7 @@ P adapted rows in all (O when the whole matrix is adapted).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +22,7 @@ from sidepath.core.delta import Delta, WeightDelta, accumulation_dtype
 from sidepath.core.views import DenseView, View
 from sidepath.kernels.folding import fold_parts
 from sidepath.kernels.lowrank import Part, add_parts
-from sidepath.methods.base import Method, Selection, Site, filled
+from sidepath.methods.base import AllSaved, Method, Saved, Selection, Site, Views, filled
 
 MAX_RANK = 65_536
 MAX_SEED = 2**32 - 1
@@ -71,10 +71,7 @@ class VeRA(Method):
         return Selection(self.targets, self.exclude, self.layers, train_whole=self.train_whole)
 
     def deltas(
-        self,
-        sites: Iterable[Site],
-        views: Mapping[str, View],
-        tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+        self, sites: Iterable[Site], views: Views, tensors: AllSaved = None
     ) -> dict[str, Delta]:
         """See `Method.deltas`: the factors are drawn once, as large as the largest layer's."""
         found = super().deltas(sites, views, tensors)
@@ -83,9 +80,7 @@ class VeRA(Method):
         )
         return found
 
-    def dense_delta(
-        self, site: Site, view: DenseView, tensors: Mapping[str, Tensor] | None = None
-    ) -> Delta:
+    def dense_delta(self, site: Site, view: DenseView, tensors: Saved = None) -> Delta:
         dtype = None if self.dtype == "base" else getattr(torch, self.dtype)
         made = (self.r, self.d_start, self.dropout, site.parts, dtype)
         delta = filled(lambda: Vectors(view, *made), tensors)

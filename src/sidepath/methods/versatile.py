@@ -5,7 +5,6 @@ Dimensions: `...` any leading, D width of the residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from sidepath.config import check, require
 from sidepath.core.delta import Delta, LayerDelta
 from sidepath.core.views import DenseView, View
-from sidepath.methods.base import Method, Selection, Site, filled
+from sidepath.methods.base import Method, Saved, Selection, Site, filled
 from sidepath.methods.bottleneck import MAX_SIZE, AdapterLayer, device_of, dtype_of
 
 
@@ -54,17 +53,13 @@ class VersatileLM(Method):
         dtype = dtype_of(view) if self.dtype == "base" else getattr(torch, self.dtype)
         return dtype
 
-    def dense_delta(
-        self, site: Site, view: DenseView, tensors: Mapping[str, Tensor] | None = None
-    ) -> Delta:
+    def dense_delta(self, site: Site, view: DenseView, tensors: Saved = None) -> Delta:
         deviation = 0.02 if self.start == "near-identity" else 0.0
         return filled(
             lambda: TaskEmbedding(view, self._dtype(view), 0.0 if tensors else deviation), tensors
         )
 
-    def module_delta(
-        self, site: Site, view: View, tensors: Mapping[str, Tensor] | None = None
-    ) -> Delta:
+    def module_delta(self, site: Site, view: View, tensors: Saved = None) -> Delta:
         def made() -> Delta:
             dtype = self._dtype(view)
             delta = AdapterLayer(view, size=self.size, activation="relu", norm=True, dtype=dtype)

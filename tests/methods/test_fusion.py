@@ -282,7 +282,9 @@ def test_without_names_and_without_bottlenecks_it_says_so() -> None:
     assert list(registry_of(model).adapters) == ["lora"]
 
 
-@pytest.mark.parametrize("settings", [{"adapters": ("a", "a")}, {"targets": ()}])
+@pytest.mark.parametrize(
+    "settings", [{"adapters": ("a", "a")}, {"targets": ()}, {"regularise": -1.0}]
+)
 def test_impossible_settings(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         AdapterFusion(**settings)

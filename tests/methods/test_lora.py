@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from sidepath.core.views import DenseView, view_of
 from sidepath.errors import ConfigError
 from sidepath.methods.base import Site
-from sidepath.methods.lora import LoRA, LowRank, name_matches
+from sidepath.methods.lora import LoRA, name_matches
+from sidepath.methods.lowrank import LowRank
 from tests.kinds import DTYPES, KINDS
 from tests.methods.kit import TOLERANCE, delta_beside
 

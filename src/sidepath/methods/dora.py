@@ -18,6 +18,7 @@ from sidepath.errors import UnsupportedModule
 from sidepath.kernels.lowrank import low_rank
 from sidepath.methods.base import Saved, Site, Views
 from sidepath.methods.bias import trained_bias
+from sidepath.methods.lowrank import AtPlace
 from sidepath.methods.starts import draw_
 
 
@@ -34,21 +35,11 @@ class Dora(WeightDelta):
     B: nn.Parameter
     magnitude: nn.Parameter
 
-    def __init__(
-        self,
-        view: DenseView,
-        *,
-        r: int,
-        alpha: float,
-        scaling: float,
-        dropout: float = 0.0,
-        with_bias: bool = False,
-        dtype: torch.dtype | None = None,
-        tensors: Saved = None,
-    ) -> None:
+    def __init__(self, view: DenseView, settings: AtPlace, tensors: Saved = None) -> None:
         super().__init__()
         assert isinstance(view, LinearView)
-        self.r, self.alpha, self.scaling, self.dropout = r, alpha, scaling, dropout
+        r, self.alpha, self.scaling, self.dropout, with_bias, dtype = settings
+        self.r = r
         dtype, device = dtype or view.dtype, view.weight.device
         own = accumulation_dtype(view.dtype)
         rows, columns = view.shape

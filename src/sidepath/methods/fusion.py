@@ -59,6 +59,9 @@ class AdapterFusion(Method):
     for houlsby; mlp-module for parallel ones."""
     drop: int = 0
     """No fusion in the first so many blocks, for adapters that are dropped there."""
+    regularise: float = 0.01
+    """Weight in the loss of `‖V - 1‖²` (Frobenius) of each place, so that V stays near the
+    identity (the authors' code); `sidepath train` heeds it, and reports the loss of the data."""
     dtype: Literal["float32", "bfloat16", "float16", "base"] = "float32"
     """Data type of what is trained; `base` takes that of the module it stands beside."""
     train_whole: tuple[str, ...] = ()
@@ -70,6 +73,7 @@ class AdapterFusion(Method):
             "adapters": len({*self.adapters}) == len(self.adapters),
             "targets": bool(self.targets),
             "drop": self.drop >= 0,
+            "regularise": 0 <= self.regularise <= 1e6,
         }
         require(self, rules)
 
@@ -137,7 +141,7 @@ class AdapterFusion(Method):
 
     def module_delta(self, site: Site, view: View, tensors: Saved = None) -> Delta:
         dtype = dtype_of(view) if self.dtype == "base" else getattr(torch, self.dtype)
-        return filled(lambda: Fusion(view, self.adapters, dtype), tensors)
+        return filled(lambda: Fusion(view, self.adapters, dtype, self.regularise), tensors)
 
 
 class Fusion(StreamDelta):
@@ -151,9 +155,11 @@ class Fusion(StreamDelta):
     names: tuple[str, ...]
     composed: Tensor
 
-    def __init__(self, view: View, names: tuple[str, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self, view: View, names: tuple[str, ...], dtype: torch.dtype, regularise: float
+    ) -> None:
         super().__init__()
-        self.names = names
+        self.names, self.regularise = names, regularise
         device, width = device_of(view), stream_width(view)
         value = torch.full((width, width), 1e-6, dtype=dtype, device=device).fill_diagonal_(1.0)
         self.query = nn.Parameter(torch.empty_like(value).normal_(std=0.02))
@@ -186,6 +192,12 @@ class Fusion(StreamDelta):
         key = F.linear(z, self.key, self.key_bias)
         weights = (query.unsqueeze(-2) * key).sum(-1).softmax(-1)
         return (weights.unsqueeze(-1) * F.linear(z, self.value)).sum(-2)
+
+    def penalty(self) -> Tensor | None:
+        if not self.regularise:
+            return None
+        identity = torch.eye(len(self.value), dtype=self.value.dtype, device=self.value.device)
+        return self.regularise * (self.value - identity).square().sum()
 
     def tensors(self) -> dict[str, Tensor]:
         """What is trained, and the digests of what it was trained over."""

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -20,7 +20,7 @@ from sidepath.core.delta import Delta
 from sidepath.core.views import DenseView
 from sidepath.methods.base import AllSaved, Method, Saved, Selection, Site, Views
 from sidepath.methods.dora import Dora, refuse
-from sidepath.methods.lowrank import LowRank as LowRank
+from sidepath.methods.lowrank import AtPlace, LowRank
 from sidepath.methods.rebased import Rebased
 
 MAX_RANK = 65_536
@@ -122,19 +122,21 @@ class LoRA(Method):
 
     def dense_delta(self, site: Site, view: DenseView, tensors: Saved = None) -> Delta:
         rank, alpha = self.rank_of(site.path), self.alpha_of(site.path)
-        common: dict[str, Any] = {
-            "r": rank,
-            "alpha": alpha,
-            "scaling": self._factor(rank, alpha),
-            "dropout": self.dropout,
-            "with_bias": self.bias != "none" and view.bias is not None,
-            "dtype": None if self.dtype == "base" else getattr(torch, self.dtype),
-            "tensors": tensors,
-        }
+        settings = AtPlace(
+            r=rank,
+            alpha=alpha,
+            scaling=self._factor(rank, alpha),
+            dropout=self.dropout,
+            with_bias=self.bias != "none" and view.bias is not None,
+            dtype=None if self.dtype == "base" else getattr(torch, self.dtype),
+        )
         if self.start == "pissa" or self.start == "olora":
-            return Rebased(view, parts=site.parts, start=self.start, **common)
+            return Rebased(view, settings, self.start, site.parts, tensors)
         delta: Dora | LowRank
-        delta = Dora(view, **common) if self.dora else LowRank(view, parts=site.parts, **common)
+        if self.dora:
+            delta = Dora(view, settings, tensors)
+        else:
+            delta = LowRank(view, settings, site.parts, tensors)
         if tensors is None:
             # What quantising took away is known where the unquantised weights are (`start_at_`).
             delta.start_("gaussian" if self.start == "gaussian" else "kaiming")

@@ -6,7 +6,7 @@ P adapted rows in all (O when the whole matrix is adapted).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,19 @@ from sidepath.methods.bias import trained_bias
 from sidepath.methods.starts import Find, best_factors, draw_
 
 
+class AtPlace(NamedTuple):
+    """LoRA's settings at one place, its patterns resolved."""
+
+    r: int
+    alpha: float
+    scaling: float
+    dropout: float
+    with_bias: bool
+    """Whether the layer's bias is trained as well."""
+    dtype: torch.dtype | None
+    """That of the factors; None: the layer's."""
+
+
 class LowRank(WeightDelta):
     """`ΔW = s B A` of one matrix; with parts, of some rows of a fused projection.
 
@@ -49,17 +62,12 @@ class LowRank(WeightDelta):
     def __init__(
         self,
         view: DenseView,
-        *,
-        r: int,
-        alpha: float,
-        scaling: float,
-        dropout: float = 0.0,
+        settings: AtPlace,
         parts: tuple[Part, ...] = (),
-        with_bias: bool = False,
-        dtype: torch.dtype | None = None,
         tensors: Saved = None,
     ) -> None:
         super().__init__()
+        r, alpha, scaling, dropout, with_bias, dtype = settings
         # Written where torch keeps them: a model has hundreds of these, and its `__setattr__`
         # looks through six tables each time.
         self.__dict__ |= {"r": r, "alpha": alpha, "scaling": scaling, "dropout": dropout}

@@ -20,7 +20,7 @@ from sidepath.errors import MergeError
 from sidepath.injection.architecture import modules_of, preset_paths
 from sidepath.injection.quantising import dequantise_
 from sidepath.injection.registry import require_registry
-from sidepath.methods.lora import LowRank
+from sidepath.methods.lowrank import LowRank
 from sidepath.store.manifest import Manifest
 from sidepath.store.tensors import FLOATING
 

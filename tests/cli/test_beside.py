@@ -95,6 +95,17 @@ def test_a_composed_adapter_may_have_the_name_that_answers_take(
     assert ran.code == 0, ran.err
 
 
+def test_places_without_a_fusion_are_counted(run: Run, tiny_base: Path, tmp_path: Path) -> None:
+    houlsby = trained_on("h", tmp_path, tiny_base, "--method bottleneck --size 2")
+    words = f"train --base {tiny_base} --data {tmp_path / 'h.jsonl'} --output {tmp_path / 'f'}"
+    flags = [*words.split(), *QUICK.split(), "--method", "fusion", "--beside", f"h={houlsby}"]
+    ran = run(*flags, "--dry-run")
+    assert '"h" is silent at 2 of its 4 places, such as model.layers.0.self_attn.o_proj' in ran.err
+    ran = run(*flags, "--dry-run", "--targets", "attention-output,mlp-output")
+    assert ran.code == 0
+    assert "is silent" not in ran.err
+
+
 TRAIN = "train --base {base} --data {data} --output {out} --steps 1 --method fusion"
 EVAL = "eval --base {base} --data {data} --metrics loss"
 FAULTS = {

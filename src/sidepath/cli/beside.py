@@ -8,10 +8,13 @@ from pathlib import Path
 
 from torch import nn
 
+from sidepath.cli.output import note
 from sidepath.errors import ConfigError, StoreError
+from sidepath.injection.registry import require_registry
 from sidepath.methods.base import Method
+from sidepath.methods.bottleneck import AdapterLayer
 from sidepath.methods.fusion import AdapterFusion
-from sidepath.store.adapter import load
+from sidepath.store.adapter import Adapter, load
 
 
 def composing(method: Method, beside: Mapping[str, str]) -> Method:
@@ -46,6 +49,23 @@ def load_beside(
     """Load adapters onto a base under their names, frozen. In place; errors as of `load`."""
     for name, folder in beside.items():
         load(model, folder, name, allow_other_base=allow_other_base)
+
+
+def tell_silent(adapter: Adapter, beside: Mapping[str, str]) -> None:
+    """Count the places where adapters stand and the fusion over them does not."""
+    installed = require_registry(adapter.model).adapters
+    for name in beside:
+        places = [
+            path
+            for path, delta in installed[name].deltas.items()
+            if isinstance(delta, AdapterLayer)
+        ]
+        silent = [path for path in places if path not in adapter.deltas]
+        if silent:
+            note(
+                f'beside       "{name}" is silent at {len(silent)} of its {len(places)} places, '
+                f"such as {silent[0]}: no fusion stands there (--targets)"
+            )
 
 
 def name_besides(wanted: str, beside: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ from sidepath.cli.bases import (
     load_classifier,
     load_tokenizer,
 )
-from sidepath.cli.beside import composing, load_beside
+from sidepath.cli.beside import composing, load_beside, tell_silent
 from sidepath.cli.folders import require_output
 from sidepath.cli.following import checkpoints_of, drop_checkpoints, follow, require_no_leftovers
 from sidepath.cli.launch import joined, restarted
@@ -68,6 +68,7 @@ def _train_in(processes: Processes, call: Call, run: TrainRun) -> Report:
     planned = _planned(model, method, data, config)
     _tell(data, planned, config)
     adapter = inject(model, method, output.name)
+    tell_silent(adapter, run.beside)
     if run.distributed == "fsdp":
         from sidepath.training.sharding import shard
 

@@ -21,6 +21,7 @@ from sidepath.methods.whole import Whole
 
 HEAD = "head"
 """Among modules trained whole: whatever heads the model has."""
+Dtype = Literal["float32", "bfloat16", "float16", "base"]
 Views = Mapping[str, View]
 """The views of some places by their paths."""
 Saved = Mapping[str, Tensor] | None
@@ -157,6 +158,17 @@ _BESIDE: Mapping[str, Callable[[View], Delta]] = {
     "own": Own,
 }
 """What stands beside a module for the kinds of site that are the same for every method."""
+
+
+def dtype_of(setting: Dtype, view: View) -> torch.dtype:
+    """The dtype that a setting names; `base`: the one that the module computes in."""
+    if setting != "base":
+        named: torch.dtype = getattr(torch, setting)
+        return named
+    if isinstance(view, DenseView):
+        return view.dtype
+    floating = (p.dtype for p in view.module.parameters() if p.is_floating_point())
+    return next(floating, torch.float32)
 
 
 def filled(make: Callable[[], Delta], tensors: Saved) -> Delta:

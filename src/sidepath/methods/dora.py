@@ -40,7 +40,7 @@ class Dora(WeightDelta):
         assert isinstance(view, LinearView)
         r, self.alpha, self.scaling, self.dropout, with_bias, dtype = settings
         self.r = r
-        dtype, device = dtype or view.dtype, view.weight.device
+        device = view.weight.device
         own = accumulation_dtype(view.dtype)
         rows, columns = view.shape
         if tensors is None:

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +19,21 @@ from sidepath.core.adapted import CHILD, SidePaths
 from sidepath.core.delta import Delta
 from sidepath.core.views import View
 from sidepath.errors import AdapterError, UnknownAdapter
-from sidepath.methods.base import AllSaved, Method, Saved, Selection, Site, Views, filled
+from sidepath.methods.base import (
+    AllSaved,
+    Dtype,
+    Method,
+    Saved,
+    Selection,
+    Site,
+    Views,
+    dtype_of,
+    filled,
+)
 from sidepath.methods.bottleneck import (
     AdapterLayer,
     StreamDelta,
     device_of,
-    dtype_of,
     stream_width,
 )
 
@@ -56,13 +64,13 @@ class AdapterFusion(Method):
     named, all that stand at the fusion's places when it is injected."""
     targets: tuple[str, ...] = ("mlp-output",)
     """Where they stand: mlp-output for pfeiffer and lin adapters; attention-output and mlp-output
-    for houlsby; mlp-module for parallel ones."""
+    for houlsby; mlp-module for parallel ones. What they have elsewhere stays silent."""
     drop: int = 0
     """No fusion in the first so many blocks, for adapters that are dropped there."""
     regularise: float = 0.01
     """Weight in the loss of `‖V - 1‖²` (Frobenius) of each place, so that V stays near the
     identity (the authors' code); `sidepath train` heeds it, and reports the loss of the data."""
-    dtype: Literal["float32", "bfloat16", "float16", "base"] = "float32"
+    dtype: Dtype = "float32"
     """Data type of what is trained; `base` takes that of the module it stands beside."""
     train_whole: tuple[str, ...] = ()
     """Modules trained whole in a copy of the fusion's own, such as a classification head."""
@@ -82,14 +90,16 @@ class AdapterFusion(Method):
         return Selection(self.targets, blocks=blocks, train_whole=self.train_whole)
 
     def completed(self, views: Iterable[View]) -> Method:
-        """With `adapters` named: the given ones, else every bottleneck at these places."""
-        names = {
-            name: None
+        """Where no adapters are named: with every bottleneck that stands at any of the places."""
+        if self.adapters:
+            return self
+        found = [
+            name
             for view in views
             for name in names_beside(view)
             if isinstance(beside(view, name), AdapterLayer)
-        }
-        return self if self.adapters else dataclasses.replace(self, adapters=tuple(names))
+        ]
+        return dataclasses.replace(self, adapters=tuple(dict.fromkeys(found)))
 
     def deltas(
         self, sites: Iterable[Site], views: Views, tensors: AllSaved = None
@@ -140,7 +150,7 @@ class AdapterFusion(Method):
             )
 
     def module_delta(self, site: Site, view: View, tensors: Saved = None) -> Delta:
-        dtype = dtype_of(view) if self.dtype == "base" else getattr(torch, self.dtype)
+        dtype = dtype_of(self.dtype, view)
         return filled(lambda: Fusion(view, self.adapters, dtype, self.regularise), tensors)
 
 

@@ -13,12 +13,10 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
-import torch
-
 from sidepath.config import check, require
 from sidepath.core.delta import Delta
 from sidepath.core.views import DenseView
-from sidepath.methods.base import AllSaved, Method, Saved, Selection, Site, Views
+from sidepath.methods.base import AllSaved, Dtype, Method, Saved, Selection, Site, Views, dtype_of
 from sidepath.methods.dora import Dora, refuse
 from sidepath.methods.lowrank import AtPlace, LowRank
 from sidepath.methods.rebased import Rebased
@@ -65,7 +63,7 @@ class LoRA(Method):
     the base matrix's r largest singular directions (Meng et al., 2024); `olora`: at the first r of
     its QR decomposition (Büyükakyüz, 2024). Those two leave the base as it is and train the
     difference to their start, which is saved as plain LoRA of rank 2r."""
-    dtype: Literal["float32", "bfloat16", "float16", "base"] = "float32"
+    dtype: Dtype = "float32"
     """Data type of A and B; `base` takes that of the layer they stand beside."""
     dora: bool = False
     """Train the norm of each of the matrix's rows beside its direction (Liu et al., 2024); for
@@ -128,7 +126,7 @@ class LoRA(Method):
             scaling=self._factor(rank, alpha),
             dropout=self.dropout,
             with_bias=self.bias != "none" and view.bias is not None,
-            dtype=None if self.dtype == "base" else getattr(torch, self.dtype),
+            dtype=dtype_of(self.dtype, view),
         )
         if self.start == "pissa" or self.start == "olora":
             return Rebased(view, settings, self.start, site.parts, tensors)

@@ -38,8 +38,8 @@ class AtPlace(NamedTuple):
     dropout: float
     with_bias: bool
     """Whether the layer's bias is trained as well."""
-    dtype: torch.dtype | None
-    """That of the factors; None: the layer's."""
+    dtype: torch.dtype
+    """That of the factors."""
 
 
 class LowRank(WeightDelta):
@@ -73,7 +73,7 @@ class LowRank(WeightDelta):
         self.__dict__ |= {"r": r, "alpha": alpha, "scaling": scaling, "dropout": dropout}
         whole = isinstance(view, LinearView) and not parts and not with_bias
         self.__dict__ |= {"parts": parts, "kind": view.kind, "bias": None, "whole_linear": whole}
-        dtype, device = dtype or view.dtype, view.weight.device
+        device = view.weight.device
         if tensors is None:
             rows, columns = view.shape
             adapted = sum(stop - start for start, stop in parts) if parts else rows

@@ -106,6 +106,21 @@ def test_places_without_a_fusion_are_counted(run: Run, tiny_base: Path, tmp_path
     assert "is silent" not in ran.err
 
 
+def test_classifiers_are_fused_under_a_head_of_the_fusions_own(
+    run: Run, tiny_base: Path, labelled: Path, tmp_path: Path
+) -> None:
+    common = f"train --base {tiny_base} --data {labelled} --eval-data {labelled} {QUICK}".split()
+    a, fused = tmp_path / "a", tmp_path / "fused"
+    assert run(*common, *BOTTLENECK.split(), "--output", a).code == 0
+    ran = run(*common, "--method", "fusion", "--beside", f"a={a}", "--output", fused, "--json")
+    assert ran.code == 0, ran.err
+    measured = run("eval", "--base", tiny_base, "--data", labelled, "--adapter", fused,
+                   "--beside", f"a={a}", "--json")  # fmt: skip
+    assert measured.document["metrics"] == pytest.approx(ran.document["metrics"], rel=1e-4)
+    keys = json.loads((fused / "sidepath.json").read_text())["tensors"]
+    assert "score.weight" in keys
+
+
 TRAIN = "train --base {base} --data {data} --output {out} --steps 1 --method fusion"
 EVAL = "eval --base {base} --data {data} --metrics loss"
 FAULTS = {

@@ -38,14 +38,13 @@ class Dora(WeightDelta):
     def __init__(self, view: DenseView, settings: AtPlace, tensors: Saved = None) -> None:
         super().__init__()
         assert isinstance(view, LinearView)
-        r, self.alpha, self.scaling, self.dropout, with_bias, dtype = settings
-        self.r = r
+        self.r, self.alpha, self.scaling, self.dropout, with_bias, dtype = settings
         device = view.weight.device
         own = accumulation_dtype(view.dtype)
         rows, columns = view.shape
         if tensors is None:
-            self.A = nn.Parameter(torch.zeros(r, columns, dtype=dtype, device=device))
-            self.B = nn.Parameter(torch.zeros(rows, r, dtype=dtype, device=device))
+            self.A = nn.Parameter(torch.zeros(self.r, columns, dtype=dtype, device=device))
+            self.B = nn.Parameter(torch.zeros(rows, self.r, dtype=dtype, device=device))
             self.magnitude = nn.Parameter(self._norm(view.matrix()).to(own))
         else:
             self.A = nn.Parameter(tensors["A"].to(device, dtype))

@@ -42,7 +42,7 @@ DIGEST = 32
 
 LOAD_FIRST = (
     "load each onto this base first, under its name: sidepath.load(model, folder, name), "
-    "or --beside NAME=FOLDER"
+    "or --beside NAME=FOLDER of train, eval and generate (a fusion cannot be merged)"
 )
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from sidepath.analyse import factors_of, spectrum
 from sidepath.core.views import DenseView, view_of
 from sidepath.errors import DamagedAdapter, StoreError
-from sidepath.methods.lora import LoRA, LowRank
+from sidepath.methods.lora import LoRA
+from sidepath.methods.lowrank import LowRank
 from sidepath.store.adapter import Adapter, inject
 
 

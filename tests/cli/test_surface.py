@@ -28,19 +28,20 @@ TRAIN = (
     " --checkpoint-every --keep-checkpoints --label-smoothing"
 )
 RUN = (
-    f"{COMMON} --data --output --method --eval-data --weights --stream --columns --max-tokens"
-    " --limit --distributed --dry-run --forgetting --forgetting-data --track --resume --overwrite"
+    f"{COMMON} --data --output --method --beside --eval-data --weights --stream --columns"
+    " --max-tokens --limit --distributed --dry-run --forgetting --forgetting-data --track"
+    " --resume --overwrite"
 )
 SURFACE = {
     "demo": "--output --seed",
     "plan": f"--method --batch-size --max-tokens --dtype --gpu-gib {LORA} --lora-dtype",
     "train": f"{RUN} {LORA} --lora-dtype {TRAIN}",
     "eval": (
-        f"{COMMON} --data --adapter --allow-other-base --columns --batch-size --max-new-tokens"
-        " --metrics --max-tokens --limit"
+        f"{COMMON} --data --adapter --beside --allow-other-base --columns --batch-size"
+        " --max-new-tokens --metrics --max-tokens --limit"
     ),
     "generate": (
-        f"{COMMON} --prompt --data --adapter --allow-other-base --columns --max-new-tokens"
+        f"{COMMON} --prompt --data --adapter --beside --allow-other-base --columns --max-new-tokens"
         " --temperature --batch-size --limit --seed"
     ),
     "compare": (

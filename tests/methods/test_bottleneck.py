@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor
 
 from sidepath.errors import ConfigError, MergeError, TargetNotFound, UnsupportedModule
@@ -182,64 +180,6 @@ def test_parallel_is_fresh_equal_and_saved(name: str, tmp_path: Path) -> None:
         assert torch.equal(logits_of(again, inputs), expected)
     remove(model, "a")
     assert [type(module) for module in model.modules()] == types
-
-
-def trained(config: Any, method: Any, cls: Any) -> int:
-    """How many parameters a method trains on a model of any size: nothing has memory."""
-    with torch.device("meta"):
-        model = cls(config)
-    return sum(parameter.numel() for parameter in inject(model, method).parameters())
-
-
-def gpt2(width: int, layers: int) -> Any:
-    return transformers.GPT2Config(n_embd=width, n_layer=layers, n_head=16, vocab_size=8)
-
-
-def bert(width: int, layers: int) -> Any:
-    return transformers.BertConfig(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=16, vocab_size=8,
-        intermediate_size=4 * width,
-    )  # fmt: skip
-
-
-def published(shared: Path, table: str, method: str) -> int:
-    rows = json.loads((shared / "papers" / "recompute_report.json").read_text())
-    found = {
-        row["computed"]
-        for row in rows["rows"]
-        if row["table"] == table
-        and f"{row['method']} ".startswith(method)
-        and row["status"] == "EXACT"
-    }
-    assert len(found) == 1, (table, method, found)
-    return int(found.pop())
-
-
-LARGE = [((1024, 24), 6), ((1024, 24), 224), ((1280, 36), 8), ((1280, 36), 248)]
-
-
-@pytest.mark.parametrize("size", [1, 4, 8, 16, 64])
-def test_counts_of_houlsby_adapters_on_gpt3(shared: Path, size: int) -> None:
-    """12,288 wide and 96 blocks deep: `2 L (2 d r + r + d)`."""
-    count = trained(gpt2(12_288, 96), Bottleneck(size=size), transformers.GPT2Model)
-    assert count == published(shared, "T15", f"AdapterH r={size} ")
-
-
-@pytest.mark.parametrize(("shape", "size"), LARGE)
-def test_counts_of_lin_adapters_on_gpt2(shared: Path, shape: tuple[int, int], size: int) -> None:
-    width, layers = shape
-    count = trained(gpt2(width, layers), Bottleneck("lin", size=size), transformers.GPT2Model)
-    assert count == published(shared, "T3", f"AdapterL r={size} ")
-
-
-def test_counts_of_adapter_drop_and_houlsbys_bert(shared: Path) -> None:
-    base, model = bert(768, 12), transformers.BertModel
-    pfeiffer = Bottleneck("pfeiffer", size=48)
-    assert trained(base, pfeiffer, model) == published(shared, "T2", "AdptD 0.9M")
-    dropped = Bottleneck("pfeiffer", size=48, drop=8)
-    assert trained(base, dropped, model) == published(shared, "T2", "AdptD 0.3M")
-    norms = Bottleneck(size=64, train_whole=("layer.*.LayerNorm",))
-    assert trained(base, norms, model) == published(shared, "Houlsby 3.4", "adapters m=64")
 
 
 @pytest.mark.parametrize(

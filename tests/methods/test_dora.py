@@ -11,33 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sidepath.analyse.factors import factors_of
-from sidepath.core.views import DenseView, view_of
+from sidepath.core.views import DenseView
 from sidepath.errors import ConfigError, StoreError, UnsupportedModule
 from sidepath.injection.merging import merge, unmerge
 from sidepath.injection.registry import registry_of
 from sidepath.injection.surgery import route
-from sidepath.methods.base import Site
 from sidepath.methods.dora import Dora
 from sidepath.methods.lora import LoRA
 from sidepath.store.adapter import inject
 from sidepath.store.plan import plan
 from tests.conftest import outputs, randomise, tiny_gpt2, tiny_llama
 from tests.kinds import DTYPES, KINDS
+from tests.methods.kit import TOLERANCE, delta_beside
 
 LINEAR = ("linear", "linear without bias", "conv1d of transformers")
-TOLERANCE = {
-    torch.float64: 1e-12,
-    torch.float32: 1e-5,
-    torch.bfloat16: 5e-2,
-    torch.float16: 1e-2,
-}
 
 
 def made(layer: nn.Module, **options: object) -> tuple[Dora, DenseView]:
-    view = view_of(layer)
-    assert view is not None
-    config = LoRA(dora=True, **options)  # type: ignore[arg-type]
-    delta = config.dense_delta(Site("layer", "dense"), view)
+    delta, view = delta_beside(layer, LoRA(dora=True, **options))  # type: ignore[arg-type]
     assert isinstance(delta, Dora)
     return delta, view
 

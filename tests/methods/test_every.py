@@ -25,7 +25,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "vera": {"r": 16, "d_start": 1.0},
     "bottleneck": {"size": 8},
     "versatile-lm": {"size": 8},
-    "fusion": {"adapters": ("x", "y")},
     "intrinsic": {"d": 40},
 }
 """Settings under which a method is tested, where its defaults are not for a model 32 wide."""
@@ -45,7 +44,7 @@ IMPOSSIBLE = {
     ("prefix", "deberta-v2"): "attention is not causal",
     ("versatile-lm", "vit"): "token-embedding",
     # It composes adapters that are on the model: `test_fusion.py` puts them there.
-    **{("fusion", name): "no such adapter stands" for name in ARCHITECTURES},
+    **{("fusion", name): "no bottleneck adapter stands" for name in ARCHITECTURES},
 }
 """What a method cannot do, and why, in its error's words."""
 

@@ -109,6 +109,7 @@ def test_equal_keys_and_the_identity_give_the_plain_mean() -> None:
 def test_the_papers_count() -> None:
     with torch.device("meta"):
         model = transformers.BertModel(transformers.BertConfig(vocab_size=8))
+    assert plan(model, AdapterFusion(), batch_size=1, tokens=2).trainable == 21_252_096
     planned = plan(model, AdapterFusion(adapters=("a", "b")), batch_size=1, tokens=2)
     assert planned.trainable == 12 * (3 * 768**2 + 2 * 768) == 21_252_096
     assert planned.memory.activations is None, "what the adapters hold is not known there"
@@ -234,7 +235,7 @@ def test_an_adapter_taken_away_is_missed() -> None:
     model = with_adapters("llama", "a", "b")
     fused(model, "a", "b")
     remove(model, "b")
-    with pytest.raises(UnknownAdapter, match='"b"'):
+    with pytest.raises(UnknownAdapter, match="found: a, f\n  expected: a, b"):
         answer(model, "llama")
     answer(model, "llama", "a")
 
@@ -258,8 +259,31 @@ def test_parallel_adapters_are_composed_where_they_stand() -> None:
     assert torch.allclose(answer(model, "gpt2"), alone, atol=1e-5)
 
 
+def test_without_names_it_composes_every_bottleneck_that_stands_there(tmp_path: Path) -> None:
+    model = with_adapters("llama", "b", "v1.0", "a")
+    inject(model, LoRA(r=2, targets=("down_proj",)), "no-bottleneck")
+    inject(model, Bottleneck("pfeiffer", size=4, parallel=True), "elsewhere")
+    adapter = fused(model)
+    assert adapter.config == AdapterFusion(adapters=("b", "v1.0", "a"))
+    randomise(adapter.parameters())
+    expected = answer(model, "llama")
+    again = ARCHITECTURES["llama"]()
+    for label in ("a", "b", "v1.0", "f"):
+        load(again, Adapter(label, model).save(tmp_path / label))
+    assert torch.equal(answer(again, "llama"), expected)
+
+
+def test_without_names_and_without_bottlenecks_it_says_so() -> None:
+    model = ARCHITECTURES["llama"]()
+    inject(model, LoRA(r=2, targets=("down_proj",)), "lora")
+    with pytest.raises(AdapterError, match="no bottleneck adapter stands") as caught:
+        fused(model)
+    assert "mlp-output" in str(caught.value)
+    assert list(registry_of(model).adapters) == ["lora"]
+
+
 @pytest.mark.parametrize(
-    "settings", [{}, {"adapters": ("a", "a")}, {"adapters": ("a",), "targets": ()}]
+    "settings", [{"adapters": ("a", "a")}, {"targets": ()}, {"regularise": -1.0}]
 )
 def test_impossible_settings(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

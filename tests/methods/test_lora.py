@@ -14,22 +14,16 @@ from torch import Tensor, nn
 from sidepath.core.views import DenseView, view_of
 from sidepath.errors import ConfigError
 from sidepath.methods.base import Site
-from sidepath.methods.lora import LoRA, LowRank, name_matches
+from sidepath.methods.lora import LoRA, name_matches
+from sidepath.methods.lowrank import LowRank
 from tests.kinds import DTYPES, KINDS
-
-TOLERANCE = {
-    torch.float64: 1e-12,
-    torch.float32: 1e-5,
-    torch.bfloat16: 5e-2,
-    torch.float16: 1e-2,
-}
+from tests.methods.kit import TOLERANCE, delta_beside
 
 
 def made(layer: nn.Module, **settings_: object) -> tuple[LowRank, DenseView]:
-    view = view_of(layer)
-    assert view is not None
-    config = LoRA(dtype="base", **settings_)  # type: ignore[arg-type]
-    return config.dense_delta(Site("layer", "dense"), view), view
+    delta, view = delta_beside(layer, LoRA(dtype="base", **settings_))  # type: ignore[arg-type]
+    assert isinstance(delta, LowRank)
+    return delta, view
 
 
 def trained(delta: LowRank) -> LowRank:

@@ -25,6 +25,7 @@ from sidepath.store.adapter import inject, load
 from sidepath.training.trained import trained_of
 from tests.conftest import MODELS, outputs, randomise, tiny_gpt2, tiny_llama
 from tests.kinds import DTYPES, KINDS
+from tests.methods.kit import delta_beside
 
 
 @settings(max_examples=30, deadline=None)
@@ -79,10 +80,7 @@ STARTS = ("pissa", "olora")
 
 
 def rebased(layer: nn.Module, start: str, **options: object) -> tuple[Rebased, DenseView]:
-    view = view_of(layer)
-    assert view is not None
-    config = LoRA(start=start, **options)  # type: ignore[arg-type]
-    delta = config.dense_delta(Site("layer", "dense"), view)
+    delta, view = delta_beside(layer, LoRA(start=start, **options))  # type: ignore[arg-type]
     assert isinstance(delta, Rebased)
     return delta, view
 

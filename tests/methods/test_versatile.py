@@ -18,7 +18,8 @@ from sidepath.methods.versatile import TaskEmbedding, VersatileLM
 from sidepath.store.adapter import inject
 from tests.conftest import randomise
 from tests.methods.architectures import ARCHITECTURES, inputs_of, logits_of
-from tests.methods.test_bottleneck import trained, written_out
+from tests.methods.kit import trained
+from tests.methods.test_bottleneck import written_out
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "deberta-v2"])

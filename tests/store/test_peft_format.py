@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sidepath.errors import DamagedAdapter
-from sidepath.methods.lora import LoRA, LowRank
+from sidepath.methods.lora import LoRA
+from sidepath.methods.lowrank import LowRank
 from sidepath.store.adapter import SidepathNotice, inject, load
 from tests.conftest import Vision, outputs, randomise, tiny_bert, tiny_gpt2, tiny_llama
 

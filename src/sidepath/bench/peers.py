@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from sidepath.errors import ParityError
 from sidepath.injection.surgery import activate
-from sidepath.methods.lora import LoRA, LowRank
+from sidepath.methods.lora import LoRA
+from sidepath.methods.lowrank import LowRank
 from sidepath.store.adapter import inject
 
 PEER_MISSING = "PEFT is not installed, so its columns are empty: pip install 'sidepath[bench]'"

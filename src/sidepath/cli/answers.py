@@ -13,6 +13,7 @@ from sidepath.cli.bases import (
     load_classifier,
     load_tokenizer,
 )
+from sidepath.cli.beside import load_beside, name_besides, require_use
 from sidepath.cli.output import Report, Table, note, progress
 from sidepath.cli.runs import EvalRun, GenerateRun
 from sidepath.cli.surface import Call
@@ -20,7 +21,7 @@ from sidepath.errors import ConfigError, DamagedAdapter, DataError, StoreError
 from sidepath.store import manifest as manifests
 
 NAME = "adapter"
-"""What the one adapter is called on the model, whatever its folder is called."""
+"""What the answering adapter is called on the model, whatever its folder is called."""
 
 
 def evaluate(call: Call) -> Report:
@@ -94,7 +95,8 @@ def generate(call: Call) -> Report:
 def _answering(
     run: EvalRun | GenerateRun, folder: Path, labels: tuple[str, ...], pad_id: int
 ) -> nn.Module:
-    """The base with the adapter, if any, active on it."""
+    """The base with the adapter, if any, active on it, and those it composes beside it."""
+    from sidepath.injection.surgery import activate
     from sidepath.store.adapter import load
 
     if labels and run.adapter is None:
@@ -108,7 +110,11 @@ def _answering(
     else:
         model = load_causal(folder, run.dtype, run.device, run.quantise)
     if run.adapter is not None:
-        load(model, run.adapter, NAME, allow_other_base=run.allow_other_base)
+        load_beside(model, run.beside, allow_other_base=run.allow_other_base)
+        name = name_besides(NAME, run.beside)
+        adapter = load(model, run.adapter, name, allow_other_base=run.allow_other_base)
+        require_use(adapter.config, run.beside)
+        activate(model, name)
     return model.eval()
 
 

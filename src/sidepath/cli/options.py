@@ -150,7 +150,11 @@ def parse_value(flag: Flag, given: str | bool | Sequence[str]) -> Any:
     if optional and [text.lower() for text in texts] == ["none"]:
         return None
     if _is_table(flag.kind):
-        return dict(_parse_pair(flag, text) for text in texts)
+        pairs = [_parse_pair(flag, text) for text in texts]
+        keys = [key for key, _ in pairs]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ConfigError(f"{flag.name}: given twice", found=", ".join(twice))
+        return dict(pairs)
     if _is_tuple(flag.kind):
         item_kind = typing.get_args(flag.kind)[0]
         items = [item for text in texts for item in (_split(text) if flag.splits else [text])]

@@ -45,6 +45,9 @@ class TrainRun(BaseRun):
     """Folder that the adapter is saved into."""
     method: str = "lora"
     """The method of adaptation."""
+    beside: dict[str, str] = field(default_factory=dict)
+    """Adapters that a fusion composes, as NAME=FOLDER: they are loaded onto the base first and
+    stay as they are; give the flag again for more."""
     eval_data: str | None = None
     """Held-out data in the same form; their metrics are reported."""
     weights: tuple[float, ...] | None = None
@@ -113,17 +116,38 @@ class PlanRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalRun(BaseRun):
-    """What `eval` measures."""
+class AnswerRun(BaseRun):
+    """What the commands share that let a base or an adapter answer."""
 
-    data: str
-    """Evaluation data in the training data's form."""
     adapter: str | None = None
     """Folder of the adapter; the base alone when not given."""
+    beside: dict[str, str] = field(default_factory=dict)
+    """Adapters that a fusion composes, as NAME=FOLDER with the names they had in training; give
+    the flag again for more."""
     allow_other_base: bool = False
     """Apply an adapter although its fingerprint says that it was made for another base."""
     columns: dict[str, str] = field(default_factory=dict)
     """Which column of the file holds a field, as in `prompt=question`."""
+    limit: int | None = None
+    """Use only the first rows of the data."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self,
+            {
+                "beside": not self.beside or self.adapter is not None,
+                "limit": self.limit is None or self.limit >= 1,
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRun(AnswerRun):
+    """What `eval` measures."""
+
+    data: str
+    """Evaluation data in the training data's form."""
     batch_size: int = 8
     """Rows in one forward pass."""
     max_new_tokens: int = 64
@@ -132,8 +156,6 @@ class EvalRun(BaseRun):
     """Metrics to measure; all that the data allow when not given."""
     max_tokens: int = 1024
     """Longest row in tokens; longer ones are truncated and counted."""
-    limit: int | None = None
-    """Use only the first rows of the data."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,33 +165,24 @@ class EvalRun(BaseRun):
                 "batch_size": self.batch_size >= 1,
                 "max_new_tokens": self.max_new_tokens >= 1,
                 "max_tokens": self.max_tokens >= 2,
-                "limit": self.limit is None or self.limit >= 1,
             },
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateRun(BaseRun):
+class GenerateRun(AnswerRun):
     """What `generate` completes, and how."""
 
     prompt: tuple[str, ...] = field(default=(), metadata={"splits": False})
     """A prompt to complete; give the flag again for more."""
     data: str | None = None
     """A JSONL or CSV file whose prompts are completed."""
-    adapter: str | None = None
-    """Folder of the adapter; the base alone when not given."""
-    allow_other_base: bool = False
-    """Apply an adapter although its fingerprint says that it was made for another base."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Which column of the file holds a field, as in `prompt=question`."""
     max_new_tokens: int = 64
     """Longest completion in tokens."""
     temperature: float = 0.0
     """Softmax temperature of the sampling; 0 always takes the likeliest token."""
     batch_size: int = 8
     """Prompts completed at once."""
-    limit: int | None = None
-    """Use only the first rows of the data."""
     seed: int = 0
     """Seed of the sampling."""
 
@@ -181,7 +194,6 @@ class GenerateRun(BaseRun):
                 "max_new_tokens": self.max_new_tokens >= 1,
                 "temperature": self.temperature >= 0,
                 "batch_size": self.batch_size >= 1,
-                "limit": self.limit is None or self.limit >= 1,
             },
         )
 

@@ -14,6 +14,7 @@ from sidepath.cli.bases import (
     load_classifier,
     load_tokenizer,
 )
+from sidepath.cli.beside import composing, load_beside, tell_silent
 from sidepath.cli.folders import require_output
 from sidepath.cli.following import checkpoints_of, drop_checkpoints, follow, require_no_leftovers
 from sidepath.cli.launch import joined, restarted
@@ -49,7 +50,7 @@ def train(call: Call) -> Report:
 def _train_in(processes: Processes, call: Call, run: TrainRun) -> Report:
     """The whole command in one of its processes; the first one writes."""
     settings = call.settings
-    method = settings.build(run.method, METHODS[run.method])
+    method = composing(settings.build(run.method, METHODS[run.method]), run.beside)
     config = settings.build("train", TrainConfig)
     output = Path(run.output)
     check_name(None, output.name)
@@ -63,9 +64,11 @@ def _train_in(processes: Processes, call: Call, run: TrainRun) -> Report:
     text = _own_text(run, data, folder, method.positions)
     torch.manual_seed(config.seed)
     model, method = _base_for(run, method, data, folder)
+    load_beside(model, run.beside)
     planned = _planned(model, method, data, config)
     _tell(data, planned, config)
     adapter = inject(model, method, output.name)
+    tell_silent(adapter, run.beside)
     if run.distributed == "fsdp":
         from sidepath.training.sharding import shard
 

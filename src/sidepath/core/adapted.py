@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from sidepath.core.around import CallView, call_class
 from sidepath.core.delta import Delta
 from sidepath.core.routed import routed
-from sidepath.core.routing import Routing, key_of
+from sidepath.core.routing import Routing, key_of, name_of
 from sidepath.core.views import View
 
 CHILD = "sidepath"
@@ -44,6 +44,10 @@ class SidePaths(nn.Module):
         delta = self._modules.get(key_of(name))
         assert delta is None or isinstance(delta, Delta)
         return delta
+
+    def names(self) -> list[str]:
+        """The adapters that have a delta here, in the order they came."""
+        return [name_of(key) for key in self._modules]
 
 
 class Adapted(nn.Module):

@@ -51,6 +51,10 @@ class Delta(nn.Module, ABC):
         `into`: memory that may be written and given back for a tensor of that name.
         """
 
+    def penalty(self) -> Tensor | None:
+        """What training adds to each step's loss for the delta itself, whatever the data."""
+        return None
+
     def tensors(self) -> dict[str, Tensor]:
         """The trained tensors, by their name within the delta."""
         return dict(self.named_parameters())

@@ -85,6 +85,11 @@ def key_of(name: str) -> str:
     return "@" + name.replace(".", "/")
 
 
+def name_of(key: str) -> str:
+    """The inverse of `key_of`; no adapter's name has a slash."""
+    return key[1:].replace("/", ".")
+
+
 def first_row(index: RowIndex) -> int:
     """The first of some rows of a batch."""
     return int(index.start) if isinstance(index, slice) else int(index[0])

@@ -51,6 +51,8 @@ def put_in(
     places = {site.path: site for site in sites}
     try:
         views = {path: _view_at(model, registry, site) for path, site in places.items()}
+        if tensors is None:
+            config = config.completed(views.values())
         deltas = config.deltas(places.values(), views, tensors)
         for path, delta in deltas.items():
             _as_the_module(delta, views[path].module.training, trainable)

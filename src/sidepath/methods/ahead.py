@@ -19,9 +19,25 @@ from torch import Tensor, nn
 from sidepath.core.around import CallDelta
 from sidepath.core.views import View
 from sidepath.errors import ConfigError, RoutingError, UnsupportedModule
+from sidepath.methods.base import Method, Selection
 
+MAX_POSITIONS = 65_536
 MARK = "_sidepath_ahead"
 """Where a cache says whose trained positions it begins with."""
+
+
+class AheadMethod(Method):
+    """What methods of trained positions before each row have in common."""
+
+    tokens: int
+    train_whole: tuple[str, ...]
+
+    def selection(self) -> Selection:
+        return Selection((), body=True, train_whole=self.train_whole)
+
+    @property
+    def positions(self) -> int:
+        return self.tokens
 
 
 class Ahead(CallDelta):

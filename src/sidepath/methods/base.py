@@ -21,6 +21,13 @@ from sidepath.methods.whole import Whole
 
 HEAD = "head"
 """Among modules trained whole: whatever heads the model has."""
+Dtype = Literal["float32", "bfloat16", "float16", "base"]
+Views = Mapping[str, View]
+"""The views of some places by their paths."""
+Saved = Mapping[str, Tensor] | None
+"""What a loaded delta is made of, by the names of `Delta.tensors`; None: a fresh one is made."""
+AllSaved = Mapping[str, Mapping[str, Tensor]] | None
+"""The same for all deltas of an adapter, by the paths they stand at."""
 SiteKind = Literal["dense", "module", "bias", "whole", "own", "body"]
 
 
@@ -75,6 +82,12 @@ class Method(ABC):
         missing = tuple(head for head in heads if head not in held)
         return dataclasses.replace(self, train_whole=(*held, *missing))  # type: ignore[type-var]
 
+    def completed(self, views: Iterable[View]) -> Method:
+        """The settings of a fresh adapter at these places: these, with what they leave to the model
+        named.
+        """
+        return self
+
     def saved(self) -> Method:
         """The settings its saved form is loaded with: these, unless training has another form."""
         return self
@@ -83,13 +96,14 @@ class Method(ABC):
         """The learning rate of one trained tensor, as a multiple of the run's."""
         return 1.0
 
-    def dense_delta(
-        self, site: Site, view: DenseView, tensors: Mapping[str, Tensor] | None = None
-    ) -> Delta:
-        """The delta beside a matrix: drawn from torch's random state, or made of its `tensors`."""
-        raise NotImplementedError
+    def dense_delta(self, site: Site, view: DenseView, tensors: Saved = None) -> Delta:
+        """The delta beside a matrix: drawn from torch's random state, or made of its `tensors`.
 
-    def body_delta(self, view: View, tensors: Mapping[str, Tensor] | None = None) -> Delta:
+        Methods that change what any module gives make it as for any module.
+        """
+        return self.module_delta(site, view, tensors)
+
+    def body_delta(self, view: View, tensors: Saved = None) -> Delta:
         """The delta around the call of the model's body, as `dense_delta` makes one."""
         raise ConfigError(f'"{self.method}" changes no call of a model\'s body')
 
@@ -98,9 +112,7 @@ class Method(ABC):
         """How many positions of the model's context the adapter takes for itself."""
         return 0
 
-    def module_delta(
-        self, site: Site, view: View, tensors: Mapping[str, Tensor] | None = None
-    ) -> Delta:
+    def module_delta(self, site: Site, view: View, tensors: Saved = None) -> Delta:
         """The delta beside a whole module, for methods that change what a module gives."""
         raise UnsupportedModule(
             f"{self.method} stands beside a matrix, and this module is none",
@@ -109,7 +121,7 @@ class Method(ABC):
             hint="name the dense layers inside, where there are such",
         )
 
-    def delta(self, site: Site, view: View, tensors: Mapping[str, Tensor] | None = None) -> Delta:
+    def delta(self, site: Site, view: View, tensors: Saved = None) -> Delta:
         """The delta for a site, on the device of the module it stands beside.
 
         Fresh, or made of `tensors` (those that `Delta.tensors` names, in its shapes; a bias that
@@ -126,10 +138,7 @@ class Method(ABC):
         return filled(lambda: _BESIDE[site.kind](view), tensors)
 
     def deltas(
-        self,
-        sites: Iterable[Site],
-        views: Mapping[str, View],
-        tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+        self, sites: Iterable[Site], views: Views, tensors: AllSaved = None
     ) -> dict[str, Delta]:
         """The deltas of all sites, by path; `tensors` holds each one's, by path.
 
@@ -151,7 +160,18 @@ _BESIDE: Mapping[str, Callable[[View], Delta]] = {
 """What stands beside a module for the kinds of site that are the same for every method."""
 
 
-def filled(make: Callable[[], Delta], tensors: Mapping[str, Tensor] | None) -> Delta:
+def dtype_of(setting: Dtype, view: View) -> torch.dtype:
+    """The dtype that a setting names; `base`: the one that the module computes in."""
+    if setting != "base":
+        named: torch.dtype = getattr(torch, setting)
+        return named
+    if isinstance(view, DenseView):
+        return view.dtype
+    floating = (p.dtype for p in view.module.parameters() if p.is_floating_point())
+    return next(floating, torch.float32)
+
+
+def filled(make: Callable[[], Delta], tensors: Saved) -> Delta:
     """What `make` makes; with `tensors` these are copied in, and nothing random is drawn."""
     if tensors is None:
         return make()

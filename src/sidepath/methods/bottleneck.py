@@ -18,7 +18,7 @@ from sidepath.config import check, require
 from sidepath.core.delta import Delta, LayerDelta
 from sidepath.core.views import DenseView, View, view_of
 from sidepath.errors import UnsupportedModule
-from sidepath.methods.base import Method, Selection, Site, filled
+from sidepath.methods.base import Dtype, Method, Saved, Selection, Site, dtype_of, filled
 
 MAX_SIZE = 65_536
 
@@ -79,7 +79,7 @@ class Bottleneck(Method):
     """`zero`: the second layer is zero, so that nothing changes before the first step;
     `near-identity`: both are small and normal, as in the papers (houlsby: deviation 0.01, cut at
     two; others 0.02)."""
-    dtype: Literal["float32", "bfloat16", "float16", "base"] = "float32"
+    dtype: Dtype = "float32"
     """Data type of the adapters; `base` takes that of the module they stand beside."""
     train_whole: tuple[str, ...] = ()
     """Modules trained whole in a copy of the adapter's own, such as a classification head."""
@@ -99,14 +99,7 @@ class Bottleneck(Method):
         blocks = (self.drop or None, None)
         return Selection(targets, blocks=blocks, train_whole=self.train_whole)
 
-    def dense_delta(
-        self, site: Site, view: DenseView, tensors: Mapping[str, Tensor] | None = None
-    ) -> Delta:
-        return self.module_delta(site, view, tensors)
-
-    def module_delta(
-        self, site: Site, view: View, tensors: Mapping[str, Tensor] | None = None
-    ) -> Delta:
+    def module_delta(self, site: Site, view: View, tensors: Saved = None) -> Delta:
         kind = KINDS[self.kind]
 
         def made() -> Delta:
@@ -117,7 +110,7 @@ class Bottleneck(Method):
                 scale=self.scale,
                 norm=kind.norm,
                 parallel=self.parallel,
-                dtype=None if self.dtype == "base" else getattr(torch, self.dtype),
+                dtype=dtype_of(self.dtype, view),
             )
             if tensors is None:
                 near = self.start == "near-identity"
@@ -160,12 +153,12 @@ class AdapterLayer(StreamDelta):
         scale: float = 1.0,
         norm: bool = False,
         parallel: bool = False,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.size, self.activation, self.scale, self.parallel = size, activation, scale, parallel
         width = stream_width(view)
-        where: dict[str, Any] = {"dtype": dtype or dtype_of(view), "device": device_of(view)}
+        where: dict[str, Any] = {"dtype": dtype, "device": device_of(view)}
         self.down = nn.Parameter(torch.zeros(size, width, **where))
         self.down_bias = nn.Parameter(torch.zeros(size, **where))
         self.up = nn.Parameter(torch.zeros(width, size, **where))
@@ -231,14 +224,6 @@ def stream_width(view: View) -> int:
         found=type(view.module).__name__,
         expected="a module with a linear layer or a router that reads the stream",
     )
-
-
-def dtype_of(view: View) -> torch.dtype:
-    """The dtype that a module computes in."""
-    if isinstance(view, DenseView):
-        return view.dtype
-    floating = (p.dtype for p in view.module.parameters() if p.is_floating_point())
-    return next(floating, torch.float32)
 
 
 def device_of(view: View) -> torch.device:

@@ -5,8 +5,7 @@ Dimensions: `...` any leading, O out, I in, R rank.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -17,8 +16,10 @@ from sidepath.core.delta import WeightDelta, accumulation_dtype, add_bias
 from sidepath.core.views import DenseView, LinearView, View
 from sidepath.errors import UnsupportedModule
 from sidepath.kernels.lowrank import low_rank
-from sidepath.methods.base import Site
+from sidepath.methods.base import Saved, Site, Views
 from sidepath.methods.bias import trained_bias
+from sidepath.methods.lowrank import AtPlace
+from sidepath.methods.starts import draw_
 
 
 class Dora(WeightDelta):
@@ -34,27 +35,16 @@ class Dora(WeightDelta):
     B: nn.Parameter
     magnitude: nn.Parameter
 
-    def __init__(
-        self,
-        view: DenseView,
-        *,
-        r: int,
-        alpha: float,
-        scaling: float,
-        dropout: float = 0.0,
-        with_bias: bool = False,
-        dtype: torch.dtype | None = None,
-        tensors: Mapping[str, Tensor] | None = None,
-    ) -> None:
+    def __init__(self, view: DenseView, settings: AtPlace, tensors: Saved = None) -> None:
         super().__init__()
         assert isinstance(view, LinearView)
-        self.r, self.alpha, self.scaling, self.dropout = r, alpha, scaling, dropout
-        dtype, device = dtype or view.dtype, view.weight.device
+        self.r, self.alpha, self.scaling, self.dropout, with_bias, dtype = settings
+        device = view.weight.device
         own = accumulation_dtype(view.dtype)
         rows, columns = view.shape
         if tensors is None:
-            self.A = nn.Parameter(torch.zeros(r, columns, dtype=dtype, device=device))
-            self.B = nn.Parameter(torch.zeros(rows, r, dtype=dtype, device=device))
+            self.A = nn.Parameter(torch.zeros(self.r, columns, dtype=dtype, device=device))
+            self.B = nn.Parameter(torch.zeros(rows, self.r, dtype=dtype, device=device))
             self.magnitude = nn.Parameter(self._norm(view.matrix()).to(own))
         else:
             self.A = nn.Parameter(tensors["A"].to(device, dtype))
@@ -66,12 +56,8 @@ class Dora(WeightDelta):
 
     @torch.no_grad()
     def start_(self, start: Literal["kaiming", "gaussian"]) -> None:
-        """Draw A as `LowRank.start_` does; B stays zero. In place."""
-        if start == "gaussian":
-            self.A.normal_(std=1.0 / self.r)
-        else:
-            bound = 1.0 / math.sqrt(self.A.shape[1])
-            self.A.uniform_(-bound, bound)
+        """Draw A; B stays zero. In place."""
+        draw_(self.A, start, self.r)
 
     @torch.no_grad()
     def direction(self, W0_OI: Tensor) -> Tensor:
@@ -128,7 +114,7 @@ def why_not(view: View | None, site: Site) -> str | None:
     return None
 
 
-def refuse(sites: Iterable[Site], views: Mapping[str, View]) -> None:
+def refuse(sites: Iterable[Site], views: Views) -> None:
     """Raise one `UnsupportedModule` that names every dense site DoRA cannot take."""
     faults = [
         f"{site.path}: {reason}"

@@ -5,10 +5,10 @@ Dimensions: `...` any leading, D width of the residual stream, N adapters.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +17,33 @@ from torch import Tensor, nn
 from sidepath.config import check, require
 from sidepath.core.adapted import CHILD, SidePaths
 from sidepath.core.delta import Delta
-from sidepath.core.views import DenseView, View
+from sidepath.core.views import View
 from sidepath.errors import AdapterError, UnknownAdapter
-from sidepath.methods.base import Method, Selection, Site, filled
+from sidepath.methods.base import (
+    AllSaved,
+    Dtype,
+    Method,
+    Saved,
+    Selection,
+    Site,
+    Views,
+    dtype_of,
+    filled,
+)
 from sidepath.methods.bottleneck import (
     AdapterLayer,
     StreamDelta,
     device_of,
-    dtype_of,
     stream_width,
 )
 
 DIGEST = 32
 """Bytes of a SHA-256."""
+
+LOAD_FIRST = (
+    "load each onto this base first, under its name: sidepath.load(model, folder, name), "
+    "or --beside NAME=FOLDER of train, eval and generate (a fusion cannot be merged)"
+)
 
 
 @dataclass(frozen=True)
@@ -37,22 +51,26 @@ class AdapterFusion(Method):
     """`y + sum_n softmax_n(q(y) k(z_n)) V z_n`, where `z_n` is what adapter n adds to `y`.
 
     Trained are q, k and V of each place, `3 D² + 2 D` parameters; the adapters get no gradient.
-    They are named as they are loaded on the model, and must be there before the fusion is injected
-    or loaded. What is saved holds, for each place, the SHA-256 of each adapter that stood there:
-    a fusion loads only beside the same adapters, to the bit, and on the same base. One removed
-    later leaves the fusion without an answer (`UnknownAdapter`).
+    They must be on the model before the fusion is injected or loaded. What is saved names them and
+    holds, for each place, the SHA-256 of each adapter that stood there: a fusion loads only beside
+    the same adapters under the same names, to the bit, and on the same base. One removed later
+    leaves the fusion without an answer (`UnknownAdapter`).
     """
 
     method = "fusion"
 
     adapters: tuple[str, ...] = ()
-    """The bottleneck adapters that are composed, by the names they are loaded under."""
+    """The bottleneck adapters that are composed, by the names they are loaded under; when none is
+    named, all that stand at the fusion's places when it is injected."""
     targets: tuple[str, ...] = ("mlp-output",)
     """Where they stand: mlp-output for pfeiffer and lin adapters; attention-output and mlp-output
-    for houlsby; mlp-module for parallel ones."""
+    for houlsby; mlp-module for parallel ones. What they have elsewhere stays silent."""
     drop: int = 0
     """No fusion in the first so many blocks, for adapters that are dropped there."""
-    dtype: Literal["float32", "bfloat16", "float16", "base"] = "float32"
+    regularise: float = 0.01
+    """Weight in the loss of `‖V - 1‖²` (Frobenius) of each place, so that V stays near the
+    identity (the authors' code); `sidepath train` heeds it, and reports the loss of the data."""
+    dtype: Dtype = "float32"
     """Data type of what is trained; `base` takes that of the module it stands beside."""
     train_whole: tuple[str, ...] = ()
     """Modules trained whole in a copy of the fusion's own, such as a classification head."""
@@ -60,9 +78,10 @@ class AdapterFusion(Method):
     def __post_init__(self) -> None:
         check(self)
         rules = {
-            "adapters": bool(self.adapters) and len({*self.adapters}) == len(self.adapters),
+            "adapters": len({*self.adapters}) == len(self.adapters),
             "targets": bool(self.targets),
             "drop": self.drop >= 0,
+            "regularise": 0 <= self.regularise <= 1e6,
         }
         require(self, rules)
 
@@ -70,11 +89,20 @@ class AdapterFusion(Method):
         blocks = (self.drop or None, None)
         return Selection(self.targets, blocks=blocks, train_whole=self.train_whole)
 
+    def completed(self, views: Iterable[View]) -> Method:
+        """Where no adapters are named: with every bottleneck that stands at any of the places."""
+        if self.adapters:
+            return self
+        found = [
+            name
+            for view in views
+            for name in names_beside(view)
+            if isinstance(beside(view, name), AdapterLayer)
+        ]
+        return dataclasses.replace(self, adapters=tuple(dict.fromkeys(found)))
+
     def deltas(
-        self,
-        sites: Iterable[Site],
-        views: Mapping[str, View],
-        tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+        self, sites: Iterable[Site], views: Views, tensors: AllSaved = None
     ) -> dict[str, Delta]:
         """As for every method. Errors: one `AdapterError` with every adapter that is amiss."""
         sites = list(sites)
@@ -86,15 +114,19 @@ class AdapterFusion(Method):
         return super().deltas(sites, views, tensors)
 
     def _check(
-        self, places: Sequence[str], views: Mapping[str, View], saved: Mapping[str, Tensor | None]
+        self, places: Sequence[str], views: Views, saved: Mapping[str, Tensor | None]
     ) -> None:
+        if not self.adapters:
+            raise AdapterError(
+                "no bottleneck adapter stands where the fusion acts",
+                where=", ".join(self.targets),
+                hint=LOAD_FIRST,
+            )
         faults = []
         for number, name in enumerate(self.adapters):
             layers = {path: beside(views[path], name) for path in places}
             if not any(layers.values()):
-                faults.append(
-                    f'"{name}": no such adapter stands at any of the {len(places)} places'
-                )
+                faults.append(f'"{name}": stands at none of the {len(places)} places')
                 continue
             for path, layer in layers.items():
                 composed = saved[path]
@@ -110,22 +142,16 @@ class AdapterFusion(Method):
                     faults.append(f'"{name}": beside {path} is not the one that was composed')
         if faults:
             raise AdapterError(
-                "the adapters that the fusion composes are not on the model",
-                expected=f"bottleneck adapters {', '.join(self.adapters)} at {self.targets}",
+                "the fusion cannot compose these adapters",
+                expected=f"bottleneck adapters {', '.join(self.adapters)} "
+                f"at {', '.join(self.targets)}",
                 faults=faults,
-                hint="load each of them onto this base first, under these names",
+                hint=LOAD_FIRST,
             )
 
-    def dense_delta(
-        self, site: Site, view: DenseView, tensors: Mapping[str, Tensor] | None = None
-    ) -> Delta:
-        return self.module_delta(site, view, tensors)
-
-    def module_delta(
-        self, site: Site, view: View, tensors: Mapping[str, Tensor] | None = None
-    ) -> Delta:
-        dtype = dtype_of(view) if self.dtype == "base" else getattr(torch, self.dtype)
-        return filled(lambda: Fusion(view, self.adapters, dtype), tensors)
+    def module_delta(self, site: Site, view: View, tensors: Saved = None) -> Delta:
+        dtype = dtype_of(self.dtype, view)
+        return filled(lambda: Fusion(view, self.adapters, dtype, self.regularise), tensors)
 
 
 class Fusion(StreamDelta):
@@ -139,9 +165,11 @@ class Fusion(StreamDelta):
     names: tuple[str, ...]
     composed: Tensor
 
-    def __init__(self, view: View, names: tuple[str, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self, view: View, names: tuple[str, ...], dtype: torch.dtype, regularise: float
+    ) -> None:
         super().__init__()
-        self.names = names
+        self.names, self.regularise = names, regularise
         device, width = device_of(view), stream_width(view)
         value = torch.full((width, width), 1e-6, dtype=dtype, device=device).fill_diagonal_(1.0)
         self.query = nn.Parameter(torch.empty_like(value).normal_(std=0.02))
@@ -155,16 +183,16 @@ class Fusion(StreamDelta):
         self.register_buffer("composed", composed)
 
     def onto(self, y: Tensor, x: Tensor, base: View) -> Tensor:
-        added = []
-        for name in self.names:
-            layer = beside(base, name)
-            if not isinstance(layer, AdapterLayer):
-                raise UnknownAdapter(
-                    f'the fusion composes adapter "{name}", which is not on the model any more',
-                    found=type(layer).__name__,
-                    hint="load it again under this name",
-                )
-            added.append(layer.update(x if layer.parallel else y, frozen=True))
+        standing = [beside(base, name) for name in self.names]
+        layers = [layer for layer in standing if isinstance(layer, AdapterLayer)]
+        if not layers or len(layers) < len(self.names):  # none at all: in a plan's twin
+            raise UnknownAdapter(
+                "an adapter that the fusion composes is not on the model any more",
+                found=", ".join(names_beside(base)),
+                expected=", ".join(self.names),
+                hint="load it again under this name",
+            )
+        added = [layer.update(x if layer.parallel else y, frozen=True) for layer in layers]
         z = torch.stack([z_n.to(self.value.dtype) for z_n in added], dim=-2)
         return y + self.composition(y.to(z.dtype), z).to(y.dtype)
 
@@ -175,6 +203,12 @@ class Fusion(StreamDelta):
         weights = (query.unsqueeze(-2) * key).sum(-1).softmax(-1)
         return (weights.unsqueeze(-1) * F.linear(z, self.value)).sum(-2)
 
+    def penalty(self) -> Tensor | None:
+        if not self.regularise:
+            return None
+        identity = torch.eye(len(self.value), dtype=self.value.dtype, device=self.value.device)
+        return self.regularise * (self.value - identity).square().sum()
+
     def tensors(self) -> dict[str, Tensor]:
         """What is trained, and the digests of what it was trained over."""
         return {**super().tensors(), "composed": self.composed}
@@ -184,6 +218,12 @@ def beside(view: View, name: str) -> Delta | None:
     """What the adapter of that name has beside a view's module."""
     side = view.module._modules.get(CHILD)
     return side.get(name) if isinstance(side, SidePaths) else None
+
+
+def names_beside(view: View) -> list[str]:
+    """The adapters that have something beside a view's module, in the order they came."""
+    side = view.module._modules.get(CHILD)
+    return side.names() if isinstance(side, SidePaths) else []
 
 
 def digest_of(layer: AdapterLayer) -> Tensor:

@@ -18,7 +18,7 @@ from sidepath.core.views import View
 from sidepath.errors import ConfigError
 from sidepath.kernels.hadamard import Fastfood
 from sidepath.kernels.hashed import seed_of
-from sidepath.methods.base import Method, Selection, Site
+from sidepath.methods.base import AllSaved, Method, Selection, Site, Views
 from sidepath.methods.own import InPlaceOf, held_by
 
 THETA, SCALES = "theta", "scales"
@@ -57,10 +57,7 @@ class IntrinsicDimension(Method):
         return Selection((), own=True, train_whole=self.train_whole)
 
     def deltas(
-        self,
-        sites: Iterable[Site],
-        views: Mapping[str, View],
-        tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+        self, sites: Iterable[Site], views: Views, tensors: AllSaved = None
     ) -> dict[str, Delta]:
         """As `Method.deltas`: the first module's delta owns what is trained, the others borrow it.
 

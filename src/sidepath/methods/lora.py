@@ -11,17 +11,14 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import Literal
 
 from sidepath.config import check, require
 from sidepath.core.delta import Delta
-from sidepath.core.views import DenseView, View
-from sidepath.methods.base import Method, Selection, Site
+from sidepath.core.views import DenseView
+from sidepath.methods.base import AllSaved, Dtype, Method, Saved, Selection, Site, Views, dtype_of
 from sidepath.methods.dora import Dora, refuse
-from sidepath.methods.lowrank import LowRank as LowRank
+from sidepath.methods.lowrank import AtPlace, LowRank
 from sidepath.methods.rebased import Rebased
 
 MAX_RANK = 65_536
@@ -66,7 +63,7 @@ class LoRA(Method):
     the base matrix's r largest singular directions (Meng et al., 2024); `olora`: at the first r of
     its QR decomposition (Büyükakyüz, 2024). Those two leave the base as it is and train the
     difference to their start, which is saved as plain LoRA of rank 2r."""
-    dtype: Literal["float32", "bfloat16", "float16", "base"] = "float32"
+    dtype: Dtype = "float32"
     """Data type of A and B; `base` takes that of the layer they stand beside."""
     dora: bool = False
     """Train the norm of each of the matrix's rows beside its direction (Liu et al., 2024); for
@@ -121,33 +118,30 @@ class LoRA(Method):
     def _factor(self, rank: int, alpha: float) -> float:
         return alpha / rank if self.scaling == "alpha/r" else alpha / math.sqrt(rank)
 
-    def dense_delta(
-        self, site: Site, view: DenseView, tensors: Mapping[str, Tensor] | None = None
-    ) -> Delta:
+    def dense_delta(self, site: Site, view: DenseView, tensors: Saved = None) -> Delta:
         rank, alpha = self.rank_of(site.path), self.alpha_of(site.path)
-        common: dict[str, Any] = {
-            "r": rank,
-            "alpha": alpha,
-            "scaling": self._factor(rank, alpha),
-            "dropout": self.dropout,
-            "with_bias": self.bias != "none" and view.bias is not None,
-            "dtype": None if self.dtype == "base" else getattr(torch, self.dtype),
-            "tensors": tensors,
-        }
+        settings = AtPlace(
+            r=rank,
+            alpha=alpha,
+            scaling=self._factor(rank, alpha),
+            dropout=self.dropout,
+            with_bias=self.bias != "none" and view.bias is not None,
+            dtype=dtype_of(self.dtype, view),
+        )
         if self.start == "pissa" or self.start == "olora":
-            return Rebased(view, parts=site.parts, start=self.start, **common)
+            return Rebased(view, settings, self.start, site.parts, tensors)
         delta: Dora | LowRank
-        delta = Dora(view, **common) if self.dora else LowRank(view, parts=site.parts, **common)
+        if self.dora:
+            delta = Dora(view, settings, tensors)
+        else:
+            delta = LowRank(view, settings, site.parts, tensors)
         if tensors is None:
             # What quantising took away is known where the unquantised weights are (`start_at_`).
             delta.start_("gaussian" if self.start == "gaussian" else "kaiming")
         return delta
 
     def deltas(
-        self,
-        sites: Iterable[Site],
-        views: Mapping[str, View],
-        tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+        self, sites: Iterable[Site], views: Views, tensors: AllSaved = None
     ) -> dict[str, Delta]:
         """See `Method.deltas`. Errors: `UnsupportedModule` with every site DoRA cannot take."""
         sites = tuple(sites)

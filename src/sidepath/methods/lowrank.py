@@ -6,9 +6,7 @@ P adapted rows in all (O when the whole matrix is adapted).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +24,22 @@ from sidepath.kernels.lowrank import (
     product_matrix,
 )
 from sidepath.kernels.routed import Factors
+from sidepath.methods.base import Saved
 from sidepath.methods.bias import trained_bias
-from sidepath.methods.starts import best_factors
+from sidepath.methods.starts import Find, best_factors, draw_
+
+
+class AtPlace(NamedTuple):
+    """LoRA's settings at one place, its patterns resolved."""
+
+    r: int
+    alpha: float
+    scaling: float
+    dropout: float
+    with_bias: bool
+    """Whether the layer's bias is trained as well."""
+    dtype: torch.dtype
+    """That of the factors."""
 
 
 class LowRank(WeightDelta):
@@ -50,23 +62,18 @@ class LowRank(WeightDelta):
     def __init__(
         self,
         view: DenseView,
-        *,
-        r: int,
-        alpha: float,
-        scaling: float,
-        dropout: float = 0.0,
+        settings: AtPlace,
         parts: tuple[Part, ...] = (),
-        with_bias: bool = False,
-        dtype: torch.dtype | None = None,
-        tensors: Mapping[str, Tensor] | None = None,
+        tensors: Saved = None,
     ) -> None:
         super().__init__()
+        r, alpha, scaling, dropout, with_bias, dtype = settings
         # Written where torch keeps them: a model has hundreds of these, and its `__setattr__`
         # looks through six tables each time.
         self.__dict__ |= {"r": r, "alpha": alpha, "scaling": scaling, "dropout": dropout}
         whole = isinstance(view, LinearView) and not parts and not with_bias
         self.__dict__ |= {"parts": parts, "kind": view.kind, "bias": None, "whole_linear": whole}
-        dtype, device = dtype or view.dtype, view.weight.device
+        device = view.weight.device
         if tensors is None:
             rows, columns = view.shape
             adapted = sum(stop - start for start, stop in parts) if parts else rows
@@ -81,28 +88,25 @@ class LowRank(WeightDelta):
 
     @torch.no_grad()
     def start_(self, start: Literal["kaiming", "gaussian"]) -> None:
-        """Draw the random factor; the other stays zero. In place.
+        """Draw the random factor, A as `draw_` does; the other stays zero. In place.
 
-        kaiming: U(-1/sqrt(I), 1/sqrt(I)) (the original code); gaussian: N(0, 1/r²) (the paper
-        names no deviation; this is the one in common use). An embedding's B: N(0, 1).
+        An embedding's B: N(0, 1).
         """
         if self.kind == "embedding":
             self.B.normal_()
-        elif start == "gaussian":
-            self.A.normal_(std=1.0 / self.r)
         else:
-            bound = 1.0 / math.sqrt(self.A.shape[1])
-            self.A.uniform_(-bound, bound)
+            draw_(self.A, start, self.r)
 
     @torch.no_grad()
-    def start_at_(self, M_OI: Tensor) -> None:
-        """Start at the `ΔW` nearest to a matrix: with parts, nearest in each part's rows. In place.
+    def start_at_(self, M_OI: Tensor, find: Find = best_factors) -> None:
+        """Start at factors of a matrix: with parts, of each part's rows. In place.
 
-        `s B A` is the best approximation of rank r in the Frobenius norm, but for its rounding to
-        the factors' dtype.
+        With `best_factors` `s B A` is its best approximation of rank r in the Frobenius norm, but
+        for its rounding to the factors' dtype.
         """
+        M_OI = M_OI.to(accumulation_dtype(M_OI.dtype)) / self.scaling
         rows = self.parts or ((0, M_OI.shape[0]),)
-        factors = [best_factors(M_OI[start:stop] / self.scaling, self.r) for start, stop in rows]
+        factors = [find(M_OI[start:stop], self.r) for start, stop in rows]
         self.A.copy_(torch.cat([A_RI for A_RI, _ in factors]))
         self.B.copy_(torch.cat([B_OR for _, B_OR in factors]))
 

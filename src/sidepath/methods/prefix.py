@@ -7,7 +7,6 @@ D features of an embedding.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +17,22 @@ from sidepath.config import check, require
 from sidepath.core.delta import Delta
 from sidepath.core.views import View
 from sidepath.errors import TrainError, UnsupportedModule
-from sidepath.methods.ahead import Ahead, BodyCall, config_of, word_embedding
-from sidepath.methods.base import Method, Selection, filled
-from sidepath.methods.prompt import MAX_POSITIONS
+from sidepath.methods.ahead import (
+    MAX_POSITIONS,
+    Ahead,
+    AheadMethod,
+    BodyCall,
+    config_of,
+    word_embedding,
+)
+from sidepath.methods.base import Saved, filled
 
 START = 0.02
 """Standard deviation of keys and values at the start without a network: transformers' own."""
 
 
 @dataclass(frozen=True)
-class PrefixTuning(Method):
+class PrefixTuning(AheadMethod):
     """Every layer's attention sees P trained keys and values before the row's own.
 
     Saved are 2 L P H K numbers, H the heads of keys and values (fewer than those of queries where
@@ -53,14 +58,7 @@ class PrefixTuning(Method):
         }
         require(self, rules)
 
-    def selection(self) -> Selection:
-        return Selection((), body=True, train_whole=self.train_whole)
-
-    @property
-    def positions(self) -> int:
-        return self.tokens
-
-    def body_delta(self, view: View, tensors: Mapping[str, Tensor] | None = None) -> Delta:
+    def body_delta(self, view: View, tensors: Saved = None) -> Delta:
         hidden = self.hidden if tensors is None else None
         return filled(lambda: Prefix(view, self.tokens, hidden), tensors)
 

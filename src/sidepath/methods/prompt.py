@@ -5,7 +5,7 @@ Dimensions: B rows, T tokens, P trained positions, D features of an embedding, L
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,14 +17,20 @@ from sidepath.config import check, require
 from sidepath.core.delta import Delta
 from sidepath.core.views import EmbeddingView, View
 from sidepath.errors import UnsupportedModule
-from sidepath.methods.ahead import Ahead, BodyCall, config_of, cut, word_embedding
-from sidepath.methods.base import Method, Selection, filled
-
-MAX_POSITIONS = 65_536
+from sidepath.methods.ahead import (
+    MAX_POSITIONS,
+    Ahead,
+    AheadMethod,
+    BodyCall,
+    config_of,
+    cut,
+    word_embedding,
+)
+from sidepath.methods.base import Saved, filled
 
 
 @dataclass(frozen=True)
-class PromptTuning(Method):
+class PromptTuning(AheadMethod):
     """`[P; E(x)]` in the place of the embeddings `E(x)`: P is trained, the base is frozen.
 
     The model then knows `tokens` positions less of its context. Of an encoder the trained
@@ -48,14 +54,7 @@ class PromptTuning(Method):
         check(self)
         require(self, {"tokens": 1 <= self.tokens <= MAX_POSITIONS})
 
-    def selection(self) -> Selection:
-        return Selection((), body=True, train_whole=self.train_whole)
-
-    @property
-    def positions(self) -> int:
-        return self.tokens
-
-    def body_delta(self, view: View, tensors: Mapping[str, Tensor] | None = None) -> Delta:
+    def body_delta(self, view: View, tensors: Saved = None) -> Delta:
         return filled(lambda: Prompt(view, self.tokens, self.start, self.every_layer), tensors)
 
 

@@ -6,17 +6,18 @@ Dimensions: O out, I in, R rank, N parts of a fused projection, P adapted rows i
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sidepath.core.delta import accumulation_dtype, add_bias
+from sidepath.core.delta import add_bias
 from sidepath.core.views import DenseView, View
 from sidepath.kernels.lowrank import Part, add_parts
 from sidepath.kernels.routed import Factors
-from sidepath.methods.lowrank import LowRank
+from sidepath.methods.base import Saved
+from sidepath.methods.lowrank import AtPlace, LowRank
 from sidepath.methods.starts import best_factors, first_factors
 
 
@@ -37,27 +38,18 @@ class Rebased(LowRank):
     def __init__(
         self,
         view: DenseView,
-        *,
+        settings: AtPlace,
         start: Literal["pissa", "olora"],
         parts: tuple[Part, ...] = (),
-        **common: Any,
+        tensors: Saved = None,
     ) -> None:
-        super().__init__(view, parts=parts, **common)
+        super().__init__(view, settings, parts, tensors)
         # The fused kernels know one product beside a layer.
         self.__dict__["whole_linear"] = False
-        if common.get("tensors") is None:
-            self._start_beside(view.matrix(), start)
+        if tensors is None:
+            self.start_at_(view.matrix(), best_factors if start == "pissa" else first_factors)
         self.register_buffer("A0", self.A.detach().clone())
         self.register_buffer("B0", self.B.detach().clone())
-
-    @torch.no_grad()
-    def _start_beside(self, W0_OI: Tensor, start: str) -> None:
-        find = best_factors if start == "pissa" else first_factors
-        rows = self.parts or ((0, W0_OI.shape[0]),)
-        dtype = accumulation_dtype(W0_OI.dtype)
-        found = [find(W0_OI[a:b].to(dtype) / self.scaling, self.r) for a, b in rows]
-        self.A.copy_(torch.cat([A_RI for A_RI, _ in found]))
-        self.B.copy_(torch.cat([B_OR for _, B_OR in found]))
 
     def factors(self) -> Factors | None:
         return None

@@ -1,16 +1,35 @@
-"""Starts of a low-rank delta that look at the weight it stands beside.
+"""Starts of a low-rank delta: random ones, and those that look at the weight it stands beside.
 
 Dimensions: O out, I in, R rank.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sidepath.core.delta import accumulation_dtype
+
+Find = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""From a matrix (O, I) and a rank to factors `A (R, I)` and `B (O, R)` of a part of it."""
+
+
+@torch.no_grad()
+def draw_(A_RI: Tensor, start: Literal["kaiming", "gaussian"], r: int) -> None:
+    """Fill A from torch's random state. In place.
+
+    kaiming: U(-1/sqrt(I), 1/sqrt(I)) (the original code); gaussian: N(0, 1/r²) (the paper names
+    no deviation; this is the one in common use).
+    """
+    if start == "gaussian":
+        A_RI.normal_(std=1.0 / r)
+    else:
+        bound = 1.0 / math.sqrt(A_RI.shape[1])
+        A_RI.uniform_(-bound, bound)
 
 
 def best_factors(M_OI: Tensor, r: int) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,8 @@ P adapted rows in all (O when the whole matrix is adapted).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,17 @@ from sidepath.core.delta import Delta, WeightDelta, accumulation_dtype
 from sidepath.core.views import DenseView, View
 from sidepath.kernels.folding import fold_parts
 from sidepath.kernels.lowrank import Part, add_parts
-from sidepath.methods.base import Method, Selection, Site, filled
+from sidepath.methods.base import (
+    AllSaved,
+    Dtype,
+    Method,
+    Saved,
+    Selection,
+    Site,
+    Views,
+    dtype_of,
+    filled,
+)
 
 MAX_RANK = 65_536
 MAX_SEED = 2**32 - 1
@@ -52,7 +61,7 @@ class VeRA(Method):
     """Adapt only these blocks, counted from 0; all when not given."""
     train_whole: tuple[str, ...] = ()
     """Modules trained whole in a copy of the adapter's own, such as a classification head."""
-    dtype: Literal["float32", "bfloat16", "float16", "base"] = "float32"
+    dtype: Dtype = "float32"
     """Data type of d, b, A and B; `base` takes that of the layer they stand beside."""
 
     def __post_init__(self) -> None:
@@ -71,10 +80,7 @@ class VeRA(Method):
         return Selection(self.targets, self.exclude, self.layers, train_whole=self.train_whole)
 
     def deltas(
-        self,
-        sites: Iterable[Site],
-        views: Mapping[str, View],
-        tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+        self, sites: Iterable[Site], views: Views, tensors: AllSaved = None
     ) -> dict[str, Delta]:
         """See `Method.deltas`: the factors are drawn once, as large as the largest layer's."""
         found = super().deltas(sites, views, tensors)
@@ -83,10 +89,8 @@ class VeRA(Method):
         )
         return found
 
-    def dense_delta(
-        self, site: Site, view: DenseView, tensors: Mapping[str, Tensor] | None = None
-    ) -> Delta:
-        dtype = None if self.dtype == "base" else getattr(torch, self.dtype)
+    def dense_delta(self, site: Site, view: DenseView, tensors: Saved = None) -> Delta:
+        dtype = dtype_of(self.dtype, view)
         made = (self.r, self.d_start, self.dropout, site.parts, dtype)
         delta = filled(lambda: Vectors(view, *made), tensors)
         assert isinstance(delta, Vectors)
@@ -112,14 +116,14 @@ class Vectors(WeightDelta):
         d_start: float,
         dropout: float,
         parts: tuple[Part, ...],
-        dtype: torch.dtype | None,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         rows, columns = view.shape
         self.parts, self.dropout, self.bias = parts, dropout, None
         self.shape = (r, sum(stop - start for start, stop in parts) if parts else rows, columns)
         self.scaling = 6.0 / math.sqrt(r * columns)
-        dtype, device = dtype or view.dtype, view.weight.device
+        device = view.weight.device
         self.d = nn.Parameter(torch.full((r * (len(parts) or 1),), d_start).to(device, dtype))
         self.b = nn.Parameter(torch.zeros(self.shape[1], dtype=dtype, device=device))
 

@@ -5,7 +5,6 @@ Dimensions: `...` any leading, D width of the residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from sidepath.config import check, require
 from sidepath.core.delta import Delta, LayerDelta
 from sidepath.core.views import DenseView, View
-from sidepath.methods.base import Method, Selection, Site, filled
-from sidepath.methods.bottleneck import MAX_SIZE, AdapterLayer, device_of, dtype_of
+from sidepath.methods.base import Dtype, Method, Saved, Selection, Site, dtype_of, filled
+from sidepath.methods.bottleneck import MAX_SIZE, AdapterLayer, device_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class VersatileLM(Method):
     """Whether a vector of the task's own is added to every token's embedding."""
     start: Literal["zero", "near-identity"] = "zero"
     """`zero`: nothing changes before the first step; `near-identity`: small and normal (0.02)."""
-    dtype: Literal["float32", "bfloat16", "float16", "base"] = "float32"
+    dtype: Dtype = "float32"
     """Data type of what is trained; `base` takes that of the module it stands beside."""
     train_whole: tuple[str, ...] = ()
     """Modules trained whole in a copy of the adapter's own, such as a classification head."""
@@ -49,24 +48,16 @@ class VersatileLM(Method):
         targets = ("blocks", *(("token-embedding",) if self.task_embedding else ()))
         return Selection(targets, train_whole=self.train_whole)
 
-    def _dtype(self, view: View) -> torch.dtype:
-        dtype: torch.dtype
-        dtype = dtype_of(view) if self.dtype == "base" else getattr(torch, self.dtype)
-        return dtype
-
-    def dense_delta(
-        self, site: Site, view: DenseView, tensors: Mapping[str, Tensor] | None = None
-    ) -> Delta:
+    def dense_delta(self, site: Site, view: DenseView, tensors: Saved = None) -> Delta:
         deviation = 0.02 if self.start == "near-identity" else 0.0
         return filled(
-            lambda: TaskEmbedding(view, self._dtype(view), 0.0 if tensors else deviation), tensors
+            lambda: TaskEmbedding(view, dtype_of(self.dtype, view), 0.0 if tensors else deviation),
+            tensors,
         )
 
-    def module_delta(
-        self, site: Site, view: View, tensors: Mapping[str, Tensor] | None = None
-    ) -> Delta:
+    def module_delta(self, site: Site, view: View, tensors: Saved = None) -> Delta:
         def made() -> Delta:
-            dtype = self._dtype(view)
+            dtype = dtype_of(self.dtype, view)
             delta = AdapterLayer(view, size=self.size, activation="relu", norm=True, dtype=dtype)
             if tensors is None:
                 delta.start_(0.02 if self.start == "near-identity" else None)

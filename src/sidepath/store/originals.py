@@ -15,7 +15,8 @@ from sidepath.core.views import PackedView, view_of
 from sidepath.errors import ConfigError, StoreError
 from sidepath.injection.registry import Installed
 from sidepath.methods.base import Method, Site
-from sidepath.methods.lora import LoRA, LowRank
+from sidepath.methods.lora import LoRA
+from sidepath.methods.lowrank import LowRank
 from sidepath.store.fingerprint import (
     Fingerprint,
     checkpoint_files,

@@ -22,7 +22,8 @@ from sidepath.core.views import DenseView, view_of
 from sidepath.errors import DamagedAdapter, StoreError, nearest
 from sidepath.methods.base import Site
 from sidepath.methods.dora import why_not
-from sidepath.methods.lora import LoRA, LowRank
+from sidepath.methods.lora import LoRA
+from sidepath.methods.lowrank import LowRank
 from sidepath.store.tensors import TensorInfo
 
 PREFIX = "base_model.model."

@@ -21,7 +21,7 @@ from sidepath.injection.architecture import modules_of
 from sidepath.injection.places import preset_paths
 from sidepath.injection.quantising import dequantise_
 from sidepath.injection.registry import require_registry
-from sidepath.methods.lora import LowRank
+from sidepath.methods.lowrank import LowRank
 from sidepath.store.manifest import Manifest
 from sidepath.store.tensors import FLOATING
 

@@ -17,7 +17,7 @@ from sidepath.errors import MergeError
 from sidepath.injection.registry import Installed, require_registry
 from sidepath.injection.surgery import activate
 from sidepath.methods.bias import BiasOnly
-from sidepath.methods.lora import LowRank
+from sidepath.methods.lowrank import LowRank
 
 TOGETHER = "together"
 

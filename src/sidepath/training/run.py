@@ -159,6 +159,7 @@ class Run(state.Standing):
         parameters = list(self.trained.parameters.values())
         loss, norm = self._checked(step, losses)
         clip_gradients(parameters, self.config.clip, norm)
+        self.trained.penalise()  # behind the checks of what the data gave, and not clipped
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1

@@ -44,6 +44,15 @@ class Trained:
             for name, tensor in self.tensors.items():
                 tensor.copy_(state[name])
 
+    def penalise(self) -> None:
+        """Add the gradients of the deltas' own penalties, once a step and in every process alike:
+        they are no share of a batch.
+        """
+        for delta in {} if self.adapter is None else self.adapter.deltas.values():
+            penalty = delta.penalty()
+            if penalty is not None:
+                penalty.backward()  # type: ignore[no-untyped-call]
+
     def require_gradients(self) -> None:
         """The one-step probe: raise a `TrainError` naming every delta that got no gradient.
 

@@ -25,6 +25,7 @@ HEAD = (
 )
 SWEEP_HEAD = ("method", "rate", "validation", "loss", "")
 LATENCY_HEAD = ("method", "form", "batch", "base ms", "ms", "ratio", "of", "operators", "base's")
+SEARCH_HEAD = ("d", "score", "95 % interval", "")
 PICTURE_MISSING = "no picture: pip install 'sidepath[report]'"
 
 
@@ -33,9 +34,6 @@ def table_rows(document: Document) -> list[list[object]]:
     found: list[list[object]] = []
     for row in document["rows"]:
         metric, beside, latency = row["metric"], row["beside_first"], row["latency"]
-        spread = None
-        if metric is not None and metric["low"] is not None:
-            spread = f"{metric['low']:.4g} to {metric['high']:.4g}"
         told = None if beside is None else f"{beside['mean']:+.4g}: {beside['verdict']}"
         peak = row["peak_memory_bytes"]
         found.append(
@@ -45,7 +43,7 @@ def table_rows(document: Document) -> list[list[object]]:
                 row["bytes"],
                 None if row["learning_rate"] is None else f"{row['learning_rate']:g}",
                 None if metric is None else float(metric["mean"]),
-                spread,
+                None if metric is None else _spread(metric),
                 told,
                 row["seconds"],
                 None if peak is None else round(peak / 2**20, 1),
@@ -93,9 +91,58 @@ def latency_rows(document: Document) -> list[list[object]]:
     ]
 
 
+def _spread(found: Mapping[str, Any]) -> str | None:
+    return None if found["low"] is None else f"{found['low']:.4g} to {found['high']:.4g}"
+
+
+def search_rows(document: Document) -> list[list[object]]:
+    """Every dimension that a search tried, below `SEARCH_HEAD`."""
+    tried = document["intrinsic"]["trials"] if "intrinsic" in document else []
+    return [
+        [one["d"], one["score"], _spread(one), "reached" if one["reached"] else "short of it"]
+        for one in tried
+    ]
+
+
+def sections(document: Document) -> list[tuple[str, Sequence[str], list[list[object]]]]:
+    """The tables behind the first one that there is something to say in: title, head, rows."""
+    found = (
+        (_search_title(document), SEARCH_HEAD, search_rows(document)),
+        ("learning rates tried, on validation rows", SWEEP_HEAD, sweep_rows(document)),
+        ("latency beside the base", LATENCY_HEAD, latency_rows(document)),
+    )
+    return [(title, head, rows) for title, head, rows in found if rows]
+
+
+def _search_title(document: Document) -> str:
+    found = document.get("intrinsic")
+    if found is None:
+        return ""
+    return f"dimensions tried ({found['kind']}), to reach {found['target']:.4g}"
+
+
+def verdict_of_search(document: Document) -> list[str]:
+    """What a search came to, in one sentence; nothing where there was none."""
+    found = document.get("intrinsic")
+    if found is None:
+        return []
+    name = f"d{100 * found['share']:.4g}"
+    goal = f"{found['share']:g} x {found['full']:.4g} of full fine-tuning = {found['target']:.4g}"
+    if found["d"] is None:
+        most = found["dimensions"][-1]
+        return [
+            f"{name} is above {most:,}, the largest dimension tried: {goal} was not reached; "
+            "search higher with --dimensions"
+        ]
+    least = found["d"] == found["dimensions"][0]
+    rest = "the smallest tried: search lower with --dimensions" if least else "an upper bound"
+    return [f"{name} = {found['d']:,} trained numbers reach {goal} ({rest})"]
+
+
 def notes(document: Document) -> list[str]:
     """What has to be known to read the table."""
-    told = [
+    told = verdict_of_search(document)
+    told += [
         f"{one['method']} took no part: {' '.join(str(one['reason']).split())}"
         for one in document["excluded"]
     ]
@@ -131,11 +178,8 @@ def markdown(document: Document) -> str:
         _grid(HEAD, table_rows(document)),
         "\n".join(f"- {note}" for note in notes(document)),
     ]
-    for title, head, rows in (
-        ("Learning rates tried, on validation rows", SWEEP_HEAD, sweep_rows(document)),
-        ("Latency beside the base", LATENCY_HEAD, latency_rows(document)),
-    ):
-        parts += [f"## {title}", _grid(head, rows)] if rows else []
+    for title, head, rows in sections(document):
+        parts += [f"## {title[0].upper()}{title[1:]}", _grid(head, rows)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 from typing import Any
 
@@ -13,7 +14,7 @@ from sidepath.compare.entrants import Entrant
 from sidepath.compare.material import Material, material_of
 from sidepath.compare.setting import Setting, Trial
 from sidepath.data.dataset import Data
-from sidepath.errors import SidepathError
+from sidepath.errors import MissingExtra, NonFinite, SidepathError
 from sidepath.injection.architecture import modules_of
 from sidepath.store.adapter import Adapter, inject
 from sidepath.store.plan import file_bytes
@@ -31,10 +32,13 @@ def run_trial(setting: Setting, trial: Trial) -> dict[str, Any]:
     of the adapter, the order of the rows and dropout all follow from the trial's seed. (With
     another number of threads, rounding may differ.) `seconds` is the median step's time, times
     the steps: the steps in which memory is counted take longer and do not count so.
+    Raises: `MissingExtra`; whatever the data's checks raise.
     """
     material = material_of(setting)
     try:
         return _figures(setting, trial, material)
+    except MissingExtra:  # says nothing of the method, and must not be remembered as if it did
+        raise
     except SidepathError as error:
         return {"failed": str(error)}
     finally:
@@ -95,4 +99,7 @@ def _measured(
         batch_size=max(32, 2 * setting.train.batch_size),
         max_new_tokens=setting.max_new_tokens,
     )
-    return {"value": found[material.metric], "loss": found["loss"]}
+    value, loss = found[material.metric], found["loss"]
+    if not (math.isfinite(value) and math.isfinite(loss)):  # a NaN would win or lose by chance
+        raise NonFinite(f"after training, the {material.metric} is {value} and the loss {loss}")
+    return {"value": value, "loss": loss}

@@ -232,7 +232,11 @@ def frontier(points: Sequence[tuple[str, float, float]], *, higher: bool) -> lis
 
 
 def picture(document: Document) -> bytes:
-    """The metric over trained parameters with its intervals, and the frontier, as a PNG."""
+    """The metric over trained parameters, as a PNG: each seed a small point, their means with the
+    intervals, the frontier, and what a search was to reach.
+
+    The axis shows the seeds' range: an interval of a few seeds may be many times as long.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -241,27 +245,44 @@ def picture(document: Document) -> bytes:
     rows = [row for row in document["rows"] if row["metric"]]
     drawn = Drawn(figsize=(8.0, 5.0), layout="constrained")
     axis = drawn.subplots()
-    for row in rows:
-        metric = row["metric"]
-        x, y = row["trainable"], metric["mean"]
-        if metric["low"] is not None:
-            axis.plot([x, x], [metric["low"], metric["high"]], color="#8a8a94", linewidth=1.5)
-        axis.plot(x, y, "o", color="#0072b2", markersize=6)
-        axis.annotate(row["method"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
     points = {row["method"]: (row["trainable"], row["metric"]["mean"]) for row in rows}
+    for row in rows:
+        _draw(axis, row)
     on = frontier(
         [(name, *point) for name, point in points.items()], higher=document["higher_is_better"]
     )
-    axis.step(
-        *zip(*[points[name] for name in on], strict=True),
-        where="post",
-        color="#0b6e4f",
-        linewidth=1,
-    )
+    steps = [
+        *(points[name] for name in on),
+        (max(x for x, _ in points.values()), points[on[-1]][1]),
+    ]
+    axis.step(*zip(*steps, strict=True), where="post", color="#0b6e4f", linewidth=1)
+    if "intrinsic" in document:
+        axis.axhline(document["intrinsic"]["target"], color="#d55e00", linewidth=1, linestyle="--")
+    values = [value for row in rows for value in row["metric"]["values"]]
+    room = 0.15 * (max(values) - min(values)) or 0.05 * abs(max(values)) or 1.0
+    axis.set_ylim(min(values) - room, max(values) + room)
     axis.set_xscale("log")
     axis.set_xlabel("trained parameters", fontsize=9)
-    axis.set_ylabel(f"{document['metric']}, mean of the seeds and 95 % interval", fontsize=9)
+    axis.set_ylabel(f"{document['metric']}: seeds, their mean and its 95 % interval", fontsize=9)
     axis.grid(alpha=0.25)
     buffer = io.BytesIO()
     drawn.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _draw(axis: Any, row: Mapping[str, Any]) -> None:
+    """One entrant."""
+    metric, x = row["metric"], row["trainable"]
+    values = metric["values"]
+    axis.plot([x] * len(values), values, "o", color="#56b4e9", markersize=3, alpha=0.8)
+    if metric["low"] is not None:
+        axis.plot([x, x], [metric["low"], metric["high"]], color="#8a8a94", linewidth=1, zorder=1)
+    axis.plot(x, metric["mean"], "o", color="#0072b2", markersize=6)
+    axis.annotate(
+        row["method"],
+        (x, metric["mean"]),
+        xytext=(6, 4),
+        textcoords="offset points",
+        fontsize=8,
+        clip_on=False,
+    )

@@ -39,8 +39,8 @@ class CompareRun(BaseRun):
     share: float = 0.9
     """The share of full fine-tuning's score to reach: 0.9 finds what the papers call d90."""
     dimensions: tuple[int, ...] | None = None
-    """Smallest and largest dimension to search in, and how many between, as in `100,50000,12`; from
-    100 to a tenth of the base's parameters when not given."""
+    """Smallest and largest dimension to search in, and how many, each by the same factor above the
+    last, as in `100,50000,12`; 12 from 100 to a tenth of the base's parameters when not given."""
     subspace: Literal["did", "said"] = "said"
     """One random projection into all parameters (did), or with a trained scale a layer (said)."""
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)

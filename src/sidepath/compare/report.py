@@ -7,7 +7,10 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Document = Mapping[str, Any]
 JSON, MARKDOWN, PICTURE = "compare.json", "compare.md", "pareto.png"
@@ -156,11 +159,16 @@ def notes(document: Document) -> list[str]:
         for row in document["rows"]
         for one in row["failed"]
     ]
+    if any(row["metric"] and len(row["metric"]["values"]) == 2 for row in document["rows"]):
+        told.append(
+            "an interval of two seeds reaches 9 standard deviations to each side and says little: "
+            "give 3 seeds or more"
+        )
     pairs = [row["beside_first"]["pairs"] for row in document["rows"] if row["beside_first"]]
     if pairs:
         told.append(
-            f"differences: paired over {max(pairs)} seeds, t-test adjusted for {len(pairs)} "
-            "comparisons (Holm); the sign-flip test cannot fall below "
+            f"differences: paired over {max(pairs)} seeds, t-test adjusted for their number, "
+            f"{len(pairs)} (Holm); the sign-flip test cannot fall below "
             f"{2.0 ** (1 - max(pairs)):.2g} here. They tell luck of training apart, not luck of "
             "the test rows"
         )
@@ -232,19 +240,26 @@ def frontier(points: Sequence[tuple[str, float, float]], *, higher: bool) -> lis
 
 
 def picture(document: Document) -> bytes:
-    """The metric over trained parameters, as a PNG: each seed a small point, their means with the
+    """`drawn`, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    buffer = io.BytesIO()
+    drawn(document).savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def drawn(document: Document) -> Figure:
+    """The metric over trained parameters: each seed a small point, their means with the
     intervals, the frontier, and what a search was to reach.
 
     The axis shows the seeds' range: an interval of a few seeds may be many times as long.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib.figure import Figure as Drawn
+    from matplotlib.figure import Figure
 
     rows = [row for row in document["rows"] if row["metric"]]
-    drawn = Drawn(figsize=(8.0, 5.0), layout="constrained")
-    axis = drawn.subplots()
+    figure = Figure(figsize=(8.0, 5.0), layout="constrained")
+    axis = figure.subplots()
     points = {row["method"]: (row["trainable"], row["metric"]["mean"]) for row in rows}
     for row in rows:
         _draw(axis, row)
@@ -265,9 +280,7 @@ def picture(document: Document) -> bytes:
     axis.set_xlabel("trained parameters", fontsize=9)
     axis.set_ylabel(f"{document['metric']}: seeds, their mean and its 95 % interval", fontsize=9)
     axis.grid(alpha=0.25)
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    return buffer.getvalue()
+    return figure
 
 
 def _draw(axis: Any, row: Mapping[str, Any]) -> None:

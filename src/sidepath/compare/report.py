@@ -1,16 +1,14 @@
-"""A comparison for people: tables, notes, Markdown, and the picture of the frontier."""
+"""A comparison for people: tables, notes, Markdown, and the files it leaves."""
 
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from sidepath.compare.picture import picture
 
 Document = Mapping[str, Any]
 JSON, MARKDOWN, PICTURE = "compare.json", "compare.md", "pareto.png"
@@ -149,6 +147,11 @@ def notes(document: Document) -> list[str]:
         f"{one['method']} took no part: {' '.join(str(one['reason']).split())}"
         for one in document["excluded"]
     ]
+    if any(one["form"] == "merged" for row in document["rows"] for one in row["latency"]):
+        told.append(
+            "latency: a merged adapter runs the base's own operators, so that where its ratio is "
+            "not 1, the machine's noise is"
+        )
     edge = [row["method"] for row in document["rows"] if row["at_edge"]]
     if edge:
         told.append(
@@ -223,79 +226,3 @@ def write(folder: Path, document: Document) -> list[str]:
 def has_matplotlib() -> bool:
     """Whether the picture can be drawn."""
     return importlib.util.find_spec("matplotlib") is not None
-
-
-def frontier(points: Sequence[tuple[str, float, float]], *, higher: bool) -> list[str]:
-    """Of (name, cost, value), the names that no other beats in both: cheaper and at least as good,
-    or as cheap and better; in order of cost.
-    """
-    sign = 1.0 if higher else -1.0
-    best = float("-inf")
-    kept = []
-    for name, _, value in sorted(points, key=lambda one: (one[1], -sign * one[2])):
-        if sign * value > best:
-            best = sign * value
-            kept.append(name)
-    return kept
-
-
-def picture(document: Document) -> bytes:
-    """`drawn`, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    buffer = io.BytesIO()
-    drawn(document).savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def drawn(document: Document) -> Figure:
-    """The metric over trained parameters: each seed a small point, their means with the
-    intervals, the frontier, and what a search was to reach.
-
-    The axis shows the seeds' range: an interval of a few seeds may be many times as long.
-    """
-    from matplotlib.figure import Figure
-
-    rows = [row for row in document["rows"] if row["metric"]]
-    figure = Figure(figsize=(8.0, 5.0), layout="constrained")
-    axis = figure.subplots()
-    points = {row["method"]: (row["trainable"], row["metric"]["mean"]) for row in rows}
-    for row in rows:
-        _draw(axis, row)
-    on = frontier(
-        [(name, *point) for name, point in points.items()], higher=document["higher_is_better"]
-    )
-    steps = [
-        *(points[name] for name in on),
-        (max(x for x, _ in points.values()), points[on[-1]][1]),
-    ]
-    axis.step(*zip(*steps, strict=True), where="post", color="#0b6e4f", linewidth=1)
-    if "intrinsic" in document:
-        axis.axhline(document["intrinsic"]["target"], color="#d55e00", linewidth=1, linestyle="--")
-    values = [value for row in rows for value in row["metric"]["values"]]
-    room = 0.15 * (max(values) - min(values)) or 0.05 * abs(max(values)) or 1.0
-    axis.set_ylim(min(values) - room, max(values) + room)
-    axis.set_xscale("log")
-    axis.set_xlabel("trained parameters", fontsize=9)
-    axis.set_ylabel(f"{document['metric']}: seeds, their mean and its 95 % interval", fontsize=9)
-    axis.grid(alpha=0.25)
-    return figure
-
-
-def _draw(axis: Any, row: Mapping[str, Any]) -> None:
-    """One entrant."""
-    metric, x = row["metric"], row["trainable"]
-    values = metric["values"]
-    axis.plot([x] * len(values), values, "o", color="#56b4e9", markersize=3, alpha=0.8)
-    if metric["low"] is not None:
-        axis.plot([x, x], [metric["low"], metric["high"]], color="#8a8a94", linewidth=1, zorder=1)
-    axis.plot(x, metric["mean"], "o", color="#0072b2", markersize=6)
-    axis.annotate(
-        row["method"],
-        (x, metric["mean"]),
-        xytext=(6, 4),
-        textcoords="offset points",
-        fontsize=8,
-        clip_on=False,
-    )

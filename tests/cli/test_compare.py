@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,32 @@ def test_a_preset_that_only_times(run: Run, tmp_path: Path, tiny_base: Path) -> 
     assert ran.document["trials"]["ran"] == 0
 
 
+def test_a_search_for_the_intrinsic_dimension(run: Run, tmp_path: Path, tiny_base: Path) -> None:
+    """Real training of a tiny base, to the end; and again without training."""
+    rows = tmp_path / "rows.tsv"
+    told = [f"{('bad', 'good')[at % 2]} film {at}\t{at % 2}" for at in range(40)]
+    rows.write_text("\n".join(["text\tlabel", *told]) + "\n")
+    words = ["compare", "--intrinsic", "--data", rows, "--eval-data", rows, "--base", tiny_base]
+    words += ["--seeds", 2, "--learning-rates", "1e-3,1e-2", "--steps", 3, "--batch-size", 8]
+    words += ["--dimensions", "20,320,3", "--subspace", "did", "--output", tmp_path / "out"]
+    ran = run(*words, "--json")
+    assert ran.code == 0, ran.err
+    found = ran.document["intrinsic"]
+    assert (found["share"], found["kind"], found["dimensions"]) == (0.9, "did", [20, 80, 320])
+    assert found["target"] == pytest.approx(0.9 * found["full"])
+    full, *inside = ran.document["rows"]
+    assert [row["settings"]["d"] for row in inside] == [trial["d"] for trial in found["trials"]]
+    # The head that no checkpoint filled is trained whole beside the d numbers.
+    assert len({row["trainable"] - row["settings"]["d"] for row in inside}) == 1
+    assert all(len(row["metric"]["values"]) == len(row["sweep"]) == 2 for row in (full, *inside))
+    assert found["full"] == full["metric"]["mean"] > 0
+    again = run(*words)
+    assert again.code == 0, again.err
+    assert "dimensions tried (did)" in again.out
+    assert "d90" in again.out
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["trials"]["ran"] == 0
+
+
 def test_everything_wrong_with_a_file_is_said_at_once(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "bad.toml"
     file.write_text(
@@ -98,10 +125,20 @@ def test_everything_wrong_with_a_file_is_said_at_once(run: Run, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("text", "flags", "fragment"),
     [
-        ("[compare]\nseeds = 2\n", (), "either [[method]] tables or --preset"),
-        ('[[method]]\nname = "lora"\n', ("--preset", "which-rank"), "either [[method]]"),
+        ("[compare]\nseeds = 2\n", (), "one of [[method]] tables, --preset and --intrinsic"),
+        ('[[method]]\nname = "lora"\n', ("--preset", "which-rank"), "one of [[method]]"),
+        ('[[method]]\nname = "lora"\n', ("--intrinsic",), "one of [[method]]"),
+        ("[compare]\nintrinsic = true\n", ("--preset", "latency"), "one of [[method]]"),
+        ('[[method]]\nname = "lora"\n', ("--share", 0.8), "share: only --intrinsic reads it"),
+        ("[compare]\nintrinsic = true\nrounds = 3\n", (), "rounds: --intrinsic times nothing"),
+        ("[compare]\nintrinsic = true\nshare = 1.5\n", (), "share = 1.5"),
+        ("[compare]\nintrinsic = true\n", ("--dimensions", "9,3,2"), "dimensions = (9, 3, 2)"),
+        ("[compare]\nintrinsic = true\n", ("--dimensions", "2,9e9,3"), "--dimensions"),
+        ("[compare]\nintrinsic = true\n", ("--metric", "loss"), "more is better"),
+        ("[compare]\nintrinsic = true\n", ("--dimensions", "3,4000000,2"), "d = 4000000: "),
         ("method = 3\n", (), "expected tables [[method]]"),
         ('[[method]]\nname = "lora"\n', ("--latency", "3by4"), "ROWSxTOKENS"),
+        ('[[method]]\nname = "bitfit"\n', ("--latency", "none", "--limit", 40), "no bias to train"),
         ('[[method]]\nname = "lora"\n', ("--data", "gone.tsv"), "no test rows"),
         ('[[method]]\nname = "bitfit"\n', ("--limit", 40), "no bias to train"),
         ("= 3", (), "not TOML"),

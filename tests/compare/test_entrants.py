@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
+
 from sidepath.compare.entrants import entrants_of
 from sidepath.methods.lora import LoRA
 
@@ -49,3 +52,13 @@ def test_the_sweep_is_as_wide_for_all_and_labels_are_apart() -> None:
     _, faults = entrants_of(tables, [1e-3, 1e-2])
     assert "found lora 2, probe 1" in faults[0]
     assert 'two entrants are called "lora"' in faults[1]
+
+
+def test_the_examples_entrants() -> None:
+    """Every one tries as many rates as the others, or the file would be refused."""
+    example = Path(__file__).resolve().parents[2] / "examples" / "compare-sst2.toml"
+    tables = tomllib.loads(example.read_text())
+    found, faults = entrants_of(tables["method"], tables["compare"]["learning_rates"])
+    assert not faults
+    kinds = {"lora", "full", "probe", "bitfit", "bottleneck", "prefix", "prompt", "vera"}
+    assert {entrant.config.method for entrant in found} == kinds

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from sidepath.compare.latency import Shape, latencies, shapes_of
@@ -33,6 +35,29 @@ def test_what_cannot_be_merged_is_measured_apart(monkeypatch: pytest.MonkeyPatch
     found = latencies(setting(), entrants()[0], [Shape(2, 8)], rounds=1)[0]
     assert found.form == "apart"
     assert found.operators > found.base_operators
+
+
+def test_what_only_training_needs_is_not_timed() -> None:
+    """A prefix is made by a network while it is trained, and answers without it."""
+    made, plain = entrants(
+        {"name": "prefix", "tokens": 3, "hidden": 8},
+        {"name": "prefix", "label": "plain", "tokens": 3, "hidden": None},
+    )
+    one, other = (
+        latencies(setting(), given, [Shape(2, 8)], rounds=1)[0] for given in (made, plain)
+    )
+    assert one.form == "apart"
+    assert one.operators == other.operators > one.base_operators
+
+
+def test_a_head_that_no_checkpoint_filled_is_the_same_on_both_sides(tmp_path: Path) -> None:
+    path = tmp_path / "rows.tsv"
+    path.write_text(
+        "\n".join(["text\tlabel", *(f"film {at}\t{at % 2}" for at in range(12))]) + "\n"
+    )
+    given = setting(data=str(path), eval_data=str(path), metric=None)
+    (lora,) = entrants({"name": "lora", "r": 2})
+    assert latencies(given, lora, [Shape(1, 8)], rounds=1)[0].form == "merged"
 
 
 def test_shapes() -> None:

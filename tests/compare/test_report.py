@@ -9,7 +9,8 @@ import pytest
 
 from sidepath.compare.contest import Standing
 from sidepath.compare.outcome import excluded, rows_of, verdict
-from sidepath.compare.report import frontier, markdown, notes, picture, table_rows, write
+from sidepath.compare.picture import drawn, frontier, picture
+from sidepath.compare.report import markdown, notes, table_rows, write
 from sidepath.compare.statistics import difference
 
 from .kit import entrants
@@ -84,6 +85,29 @@ def test_the_frontier() -> None:
     assert frontier(points, higher=False) == ["e"]
 
 
+def test_the_picture_shows_the_seeds_however_long_their_interval_is() -> None:
+    """Two seeds a tenth apart have an interval of 1.3 to each side."""
+    pytest.importorskip("matplotlib")
+    found = document(standing(0, [0.5, 0.6], 10), standing(1, [0.6, 0.8], 20))
+    assert found["rows"][0]["metric"]["low"] < 0
+    low, high = drawn(found).axes[0].get_ylim()
+    assert 0.4 < low < 0.5
+    assert 0.8 < high < 0.9
+    assert drawn(document(standing(0, [0.5, 0.5], 10))).axes[0].get_ylim()[0] < 0.5
+    found["intrinsic"] = {"target": 0.55}
+    assert any(set(line.get_ydata()) == {0.55} for line in drawn(found).axes[0].get_lines())
+
+
+def test_entrants_of_one_budget_stand_side_by_side() -> None:
+    pytest.importorskip("matplotlib")
+    found = document(standing(0, [0.5, 0.6], 1000), standing(1, [0.6, 0.8], 1010))
+    axis = drawn(found).axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["lora", "probe"]
+    assert axis.get_xscale() == "linear"
+    apart = document(standing(0, [0.5, 0.6], 1000), standing(1, [0.6, 0.8], 2000))
+    assert drawn(apart).axes[0].get_xscale() == "log"
+
+
 def test_for_people(tmp_path: Path) -> None:
     out = Standing(entrants({"name": "bitfit"})[0], reason="no bias\n  to train")
     found = document(standing(0, [0.5, 0.6], 10), standing(1, [0.6, 0.8], 20), out)
@@ -91,6 +115,7 @@ def test_for_people(tmp_path: Path) -> None:
     assert "| lora | 10 | 40 | 0.001 | 0.55 |" in text
     assert "bitfit took no part: no bias to train" in text
     assert "cannot fall below 0.5" in text
+    assert "two seeds" in text
     assert len(table_rows(found)) == 2
     assert any("sweep's edge" in note for note in notes(found))
     pytest.importorskip("matplotlib")

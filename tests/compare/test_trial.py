@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from typing import Any
 
@@ -112,6 +113,28 @@ def test_what_cannot_be_trained_says_why() -> None:
     assert "no bias to train" in found["failed"]
     burst = run_trial(setting(), Trial(entrants({"name": "full"})[0], 1e30, 0, "sweep"))
     assert "not finite" in burst["failed"]
+
+
+@pytest.mark.parametrize("name", ["loss", "exact_match"])
+def test_figures_that_are_no_numbers_are_a_failure(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A NaN in a sweep is neither less nor more than another rate's value."""
+    found = {"loss": 1.0, "exact_match": 0.5} | {name: math.nan}
+    monkeypatch.setattr(trials, "evaluate", lambda *_, **__: found)
+    trial = Trial(entrants()[0], 1e-2, 0, "sweep")
+    assert "nan" in run_trial(setting(metric="exact_match"), trial)["failed"]
+
+
+def test_what_is_not_installed_is_not_remembered_as_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lacking(*_: Any, **__: Any) -> dict[str, float]:
+        raise MissingExtra("needs what is not there")
+
+    monkeypatch.setattr(trials, "evaluate", lacking)
+    with pytest.raises(MissingExtra):
+        run_trial(setting(), Trial(entrants()[0], 1e-2, 0, "sweep"))
 
 
 def test_labelled_rows_get_a_head_that_is_trained(tmp_path: Any) -> None:

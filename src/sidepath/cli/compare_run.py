@@ -32,6 +32,17 @@ class CompareRun(BaseRun):
     preset: Literal["none", "which-matrices", "which-rank", "latency"] = "none"
     """Entrants of the LoRA paper's Tables 5, 6 and 1, made to fit the base, in place of
     [[method]] tables; `latency` trains nothing."""
+    intrinsic: bool = False
+    """Search for the task's intrinsic dimension (Li et al. 2018; Aghajanyan et al. 2020), in place
+    of entrants: the fewest trained numbers that reach a share of full fine-tuning's score. In d of
+    D dimensions, the learning rates are those of full fine-tuning times sqrt(D / d)."""
+    share: float = 0.9
+    """The share of full fine-tuning's score to reach: 0.9 finds what the papers call d90."""
+    dimensions: tuple[int, ...] | None = None
+    """Smallest and largest dimension to search in, and how many, each by the same factor above the
+    last, as in `100,50000,12`; 12 from 100 to a tenth of the base's parameters when not given."""
+    subspace: Literal["did", "said"] = "said"
+    """One random projection into all parameters (did), or with a trained scale a layer (said)."""
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
     """Learning rates tried for each entrant that names none of its own."""
     seeds: tuple[int, ...] = (3,)
@@ -46,7 +57,7 @@ class CompareRun(BaseRun):
     """Longest row in tokens; longer ones are truncated and counted."""
     max_new_tokens: int = 16
     """Longest generated completion in tokens, for the metrics that read text."""
-    latency: tuple[str, ...] = ("1x128",)
+    latency: tuple[str, ...] | None = ("1x128",)
     """Batches, as ROWSxTOKENS, that inference is timed at beside the base; `none` times nothing."""
     rounds: int = 20
     """Forward passes of each kind that latency is taken from."""
@@ -64,6 +75,8 @@ class CompareRun(BaseRun):
             {
                 "learning_rates": bool(self.learning_rates) and min(self.learning_rates) > 0,
                 "seeds": bool(self.seeds) and min(self.seeds) >= 0 and self.seeds != (0,),
+                "share": 0 < self.share <= 1,
+                "dimensions": self.dimensions is None or _searchable(self.dimensions),
                 "validation": 0 < self.validation < 1,
                 "limit": self.limit is None or self.limit >= 2,
                 "eval_limit": self.eval_limit is None or self.eval_limit >= 1,
@@ -79,3 +92,8 @@ class CompareRun(BaseRun):
         """The seeds that are meant."""
         one = len(self.seeds) == 1
         return tuple(range(self.seeds[0])) if one else tuple(dict.fromkeys(self.seeds))
+
+
+def _searchable(dimensions: tuple[int, ...]) -> bool:
+    """Whether these are a smallest, a larger largest, and a number of at least two."""
+    return len(dimensions) == 3 and 1 <= dimensions[0] < dimensions[1] and dimensions[2] >= 2

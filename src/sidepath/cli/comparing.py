@@ -24,19 +24,17 @@ from sidepath.cli.output import Report, Table, note, progress
 from sidepath.cli.runs import Dtype, Quantise
 from sidepath.cli.settings import Settings, known_tables, read_tables
 from sidepath.cli.surface import Call, other_tables
+from sidepath.compare.dimension import Search, run_search
 from sidepath.compare.entrants import Entrant, entrants_of
 from sidepath.compare.latency import shapes_of
 from sidepath.compare.material import DEMO
 from sidepath.compare.presets import PRESETS, SHAPES
 from sidepath.compare.report import (
     HEAD,
-    LATENCY_HEAD,
     PICTURE_MISSING,
-    SWEEP_HEAD,
     has_matplotlib,
-    latency_rows,
     notes,
-    sweep_rows,
+    sections,
     table_rows,
 )
 from sidepath.compare.run import Comparison, run_comparison
@@ -58,6 +56,14 @@ FIXED = (
     "keep_checkpoints",
 )
 """Settings of the training loop that a comparison decides itself."""
+
+_UNUSED: Mapping[bool, Mapping[str, str]] = {
+    True: dict.fromkeys(
+        ("latency", "rounds"), "--intrinsic times nothing: what it trains folds in"
+    ),
+    False: dict.fromkeys(("share", "dimensions", "subspace"), "only --intrinsic reads it"),
+}
+"""Settings that a search, or anything but a search, would ignore; and why."""
 
 
 @dataclass(frozen=True)
@@ -93,26 +99,26 @@ class FolderBases:
 
 
 def compare(call: Call) -> Report:
-    """Every entrant of a settings file or a preset, on one data set."""
+    """Every entrant of a settings file or a preset, on one data set; or a search in dimensions."""
     run, train, entrants = _read(call)
     quiet()
     output = Path(run.output)
     require_place(output)
     bases = FolderBases(base_folder(run.base), run.dtype, run.device, run.quantise)
     setting = _setting(run, train, bases)
+    workers = Workers(run.workers, run.through)
+    if run.intrinsic:
+        (full,) = entrants
+        search = Search(setting, full, output, workers, run.subspace, run.share, run.dimensions)
+        return _report(run_search(search, progress=progress, say=note))
     if run.preset != "none":
         tables = PRESETS[run.preset](bases.causal())
         entrants, faults = entrants_of(tables, run.learning_rates)
         _require(faults, f"--preset {run.preset}")
     timing_only = run.preset == "latency"
+    shapes = shapes_of(SHAPES if timing_only else run.latency or ())
     comparison = Comparison(
-        setting,
-        entrants,
-        output,
-        Workers(run.workers, run.through),
-        shapes_of(SHAPES if timing_only else run.latency),
-        run.rounds,
-        train=not timing_only,
+        setting, entrants, output, workers, shapes, run.rounds, train=not timing_only
     )
     return _report(run_comparison(comparison, progress=progress, say=note))
 
@@ -138,14 +144,24 @@ def _read(call: Call) -> tuple[CompareRun, TrainConfig, list[Entrant]]:
         for name in FIXED
         if settings.values["train"][name][1] != "default"
     ]
-    listed = isinstance(methods, list) and all(isinstance(one, dict) for one in methods)
     rates = (1.0,) if run is None else run.learning_rates
+    listed = isinstance(methods, list) and all(isinstance(one, dict) for one in methods)
+    faults += [] if listed else ["method: expected tables [[method]]"]
+    if run is not None:
+        ways = (bool(methods), run.preset != "none", run.intrinsic)
+        if sum(ways) != 1:
+            faults.append("entrants: give one of [[method]] tables, --preset and --intrinsic")
+        given = {
+            name for name, (_, where) in settings.values["compare"].items() if where != "default"
+        }
+        faults += [
+            f"[compare] {name}: {why}"
+            for name, why in _UNUSED[run.intrinsic].items()
+            if name in given
+        ]
+        methods = [{"name": "full"}] if run.intrinsic and not methods else methods
     entrants, wrong = entrants_of(methods if listed else [], rates)
-    faults += wrong if listed else ["method: expected tables [[method]]"]
-    preset = run is not None and run.preset != "none"
-    if run is not None and preset == bool(methods):
-        faults.append("entrants: give either [[method]] tables or --preset")
-    _require(faults, file)
+    _require([*faults, *wrong], file)
     assert run is not None
     assert train is not None
     return run, train, entrants
@@ -203,11 +219,8 @@ def _report(document: Mapping[str, Any]) -> Report:
     if any(row["metric"] for row in document["rows"]):
         title = f"{document['metric']} on {document['data']['test']:,} rows"
         told += [Table(title, HEAD, table_rows(document)), ""]
-    for title, head, rows in (
-        ("learning rates tried, on validation rows", SWEEP_HEAD, sweep_rows(document)),
-        ("latency beside the base", LATENCY_HEAD, latency_rows(document)),
-    ):
-        told += [Table(title, head, rows), ""] if rows else []
+    for title, head, rows in sections(document):
+        told += [Table(title, head, rows), ""]
     told += [*notes(document), f"in {document['output']}: {', '.join(document['files'])}"]
     if not has_matplotlib():
         told.append(PICTURE_MISSING)

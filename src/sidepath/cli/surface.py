@@ -116,7 +116,7 @@ VERBS: Mapping[str, Verb] = {
         details="CONFIG is a TOML file: tables [compare] and [train] with the settings below, and "
         "a table [[method]] for each entrant: name, fields of that method, and if need be a label, "
         "learning_rates of its own, and a grid of fields' values, all combinations of which take "
-        "part.",
+        "part. --preset and --intrinsic need none.",
         training=True,
     ),
     "inspect": Verb(

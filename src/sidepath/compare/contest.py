@@ -63,14 +63,16 @@ class Contest:
         An entrant that cannot adapt this base, or fails in every trial, is reported as such.
         Raises: `TrainError` when that is so of all of them; whatever the data's checks raise.
         """
+        standings = self.tried()
+        self._require_some(standings)
+        return standings
+
+    def tried(self) -> list[Standing]:
+        """As `run`; that no entrant can be trained is no error."""
         material = material_of(self.setting)
-        standings = self.admitted()
-        able = [standing for standing in standings if standing.reason is None]
-        self._sweep(able, material)
-        self._require_some(standings)
-        able = [standing for standing in able if standing.reason is None]
-        self._finals(able, material)
-        self._require_some(standings)
+        standings = [self._admitted(entrant) for entrant in self.entrants]
+        self._sweep([one for one in standings if one.reason is None], material)
+        self._finals([one for one in standings if one.reason is None], material)
         return standings
 
     def admitted(self) -> list[Standing]:
@@ -133,6 +135,8 @@ class Contest:
         self, what: str, trials: Sequence[Trial], material: Material
     ) -> dict[tuple[str, float, int], Result]:
         """The trials' results, from the run table or carried out, each recorded at once."""
+        if not trials:
+            return {}
         data, base = material.identity(), self.setting.bases.identity()
         known: dict[str, Result] = {}
         waiting: dict[str, tuple[Trial, dict[str, Any]]] = {}

@@ -6,8 +6,11 @@ beside the times: what a machine's noise hides, the count shows.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from sidepath.compare.setting import Setting
 from sidepath.compare.trial import NAME, base_for, fresh
 from sidepath.errors import ConfigError, MergeError
 from sidepath.injection.merging import merge
+from sidepath.store.adapter import load
 from sidepath.training.trained import device_of
 
 
@@ -74,12 +78,10 @@ def latencies(
     """Measure an entrant, untrained, at each shape: what was learned costs no time.
 
     Shapes longer than the base's context are cut to it. Holds two bases in memory.
-    Raises what `inject` raises.
+    Raises what `inject`, `save` and `load` raise.
     """
-    material = material_of(setting)
-    torch.manual_seed(0)
-    base, _ = base_for(setting, material)
-    adapted = fresh(setting, entrant, 0).model
+    adapted = _as_loaded(setting, entrant)
+    base = _base(setting)
     form = _folded(adapted)
     context = setting.bases.context()
     return [
@@ -88,6 +90,23 @@ def latencies(
         )
         for one in shapes
     ]
+
+
+def _base(setting: Setting) -> nn.Module:
+    torch.manual_seed(0)  # as `fresh` draws the heads that no checkpoint filled
+    return base_for(setting, material_of(setting))[0]
+
+
+def _as_loaded(setting: Setting, entrant: Entrant) -> nn.Module:
+    """The entrant as its saved folder gives it back: without what only training needs, such as
+    the network that makes a prefix.
+    """
+    with TemporaryDirectory() as place:
+        folder = fresh(setting, entrant, 0).save(Path(place) / NAME)
+        gc.collect()  # the base it was saved from is one big cycle
+        model = _base(setting)
+        load(model, folder, NAME)
+    return model
 
 
 def _folded(model: nn.Module) -> str:

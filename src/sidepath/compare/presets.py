@@ -15,7 +15,6 @@ from torch import nn
 from sidepath.errors import UnsupportedModule
 from sidepath.injection.architecture import attention_matrices
 from sidepath.injection.surgery import remove
-from sidepath.methods import METHODS
 from sidepath.methods.lora import LoRA
 from sidepath.store.adapter import inject
 
@@ -25,6 +24,7 @@ RANK = 8
 MATRICES = ("q", "k", "v", "o", "qk", "qv", "qkvo")
 RANKS = (1, 2, 4, 8, 64)
 RANKED = ("q", "qv", "qkvo")
+ADAPTERS = ("Houlsby", "Pfeiffer", "Lin")
 SHAPES = ("32x512", "16x256", "1x128")
 """Table 1's batches, in rows and tokens."""
 
@@ -68,17 +68,14 @@ def which_rank(model: nn.Module) -> list[Table]:
 
 
 def latency(model: nn.Module) -> list[Table]:
-    """LoRA, and every adapter of inner layers that there is; only their latency is measured."""
-    known = {
-        "bottleneck": [
-            {"label": "adapter Houlsby", "kind": "houlsby"},
-            {"label": "adapter Lin", "kind": "lin"},
-        ],
-    }
-    others = [
-        {"name": name, **one} for name, many in known.items() for one in many if name in METHODS
+    """LoRA, and the adapters of inner layers beside it; only their latency is measured."""
+    return [
+        {"name": "lora", "r": RANK},
+        *(
+            {"name": "bottleneck", "label": f"adapter {paper}", "kind": paper.lower()}
+            for paper in ADAPTERS
+        ),
     ]
-    return [{"name": "lora", "r": RANK}, *others]
 
 
 PRESETS: Mapping[str, Callable[[nn.Module], list[Table]]] = {

@@ -1,13 +1,14 @@
-"""A comparison for people: tables, notes, Markdown, and the picture of the frontier."""
+"""A comparison for people: tables, notes, Markdown, and the files it leaves."""
 
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from sidepath.compare.picture import picture
 
 Document = Mapping[str, Any]
 JSON, MARKDOWN, PICTURE = "compare.json", "compare.md", "pareto.png"
@@ -25,6 +26,7 @@ HEAD = (
 )
 SWEEP_HEAD = ("method", "rate", "validation", "loss", "")
 LATENCY_HEAD = ("method", "form", "batch", "base ms", "ms", "ratio", "of", "operators", "base's")
+SEARCH_HEAD = ("d", "score", "95 % interval", "")
 PICTURE_MISSING = "no picture: pip install 'sidepath[report]'"
 
 
@@ -33,9 +35,6 @@ def table_rows(document: Document) -> list[list[object]]:
     found: list[list[object]] = []
     for row in document["rows"]:
         metric, beside, latency = row["metric"], row["beside_first"], row["latency"]
-        spread = None
-        if metric is not None and metric["low"] is not None:
-            spread = f"{metric['low']:.4g} to {metric['high']:.4g}"
         told = None if beside is None else f"{beside['mean']:+.4g}: {beside['verdict']}"
         peak = row["peak_memory_bytes"]
         found.append(
@@ -45,7 +44,7 @@ def table_rows(document: Document) -> list[list[object]]:
                 row["bytes"],
                 None if row["learning_rate"] is None else f"{row['learning_rate']:g}",
                 None if metric is None else float(metric["mean"]),
-                spread,
+                None if metric is None else _spread(metric),
                 told,
                 row["seconds"],
                 None if peak is None else round(peak / 2**20, 1),
@@ -93,12 +92,66 @@ def latency_rows(document: Document) -> list[list[object]]:
     ]
 
 
+def _spread(found: Mapping[str, Any]) -> str | None:
+    return None if found["low"] is None else f"{found['low']:.4g} to {found['high']:.4g}"
+
+
+def search_rows(document: Document) -> list[list[object]]:
+    """Every dimension that a search tried, below `SEARCH_HEAD`."""
+    tried = document["intrinsic"]["trials"] if "intrinsic" in document else []
+    return [
+        [one["d"], one["score"], _spread(one), "reached" if one["reached"] else "short of it"]
+        for one in tried
+    ]
+
+
+def sections(document: Document) -> list[tuple[str, Sequence[str], list[list[object]]]]:
+    """The tables behind the first one that there is something to say in: title, head, rows."""
+    found = (
+        (_search_title(document), SEARCH_HEAD, search_rows(document)),
+        ("learning rates tried, on validation rows", SWEEP_HEAD, sweep_rows(document)),
+        ("latency beside the base", LATENCY_HEAD, latency_rows(document)),
+    )
+    return [(title, head, rows) for title, head, rows in found if rows]
+
+
+def _search_title(document: Document) -> str:
+    found = document.get("intrinsic")
+    if found is None:
+        return ""
+    return f"dimensions tried ({found['kind']}), to reach {found['target']:.4g}"
+
+
+def verdict_of_search(document: Document) -> list[str]:
+    """What a search came to, in one sentence; nothing where there was none."""
+    found = document.get("intrinsic")
+    if found is None:
+        return []
+    name = f"d{100 * found['share']:.4g}"
+    goal = f"{found['share']:g} x {found['full']:.4g} of full fine-tuning = {found['target']:.4g}"
+    if found["d"] is None:
+        most = found["dimensions"][-1]
+        return [
+            f"{name} is above {most:,}, the largest dimension tried: {goal} was not reached; "
+            "search higher with --dimensions"
+        ]
+    least = found["d"] == found["dimensions"][0]
+    rest = "the smallest tried: search lower with --dimensions" if least else "an upper bound"
+    return [f"{name} = {found['d']:,} trained numbers reach {goal} ({rest})"]
+
+
 def notes(document: Document) -> list[str]:
     """What has to be known to read the table."""
-    told = [
+    told = verdict_of_search(document)
+    told += [
         f"{one['method']} took no part: {' '.join(str(one['reason']).split())}"
         for one in document["excluded"]
     ]
+    if any(one["form"] == "merged" for row in document["rows"] for one in row["latency"]):
+        told.append(
+            "latency: a merged adapter runs the base's own operators, so that where its ratio is "
+            "not 1, the machine's noise is"
+        )
     edge = [row["method"] for row in document["rows"] if row["at_edge"]]
     if edge:
         told.append(
@@ -109,11 +162,16 @@ def notes(document: Document) -> list[str]:
         for row in document["rows"]
         for one in row["failed"]
     ]
+    if any(row["metric"] and len(row["metric"]["values"]) == 2 for row in document["rows"]):
+        told.append(
+            "an interval of two seeds reaches 9 standard deviations to each side and says little: "
+            "give 3 seeds or more"
+        )
     pairs = [row["beside_first"]["pairs"] for row in document["rows"] if row["beside_first"]]
     if pairs:
         told.append(
-            f"differences: paired over {max(pairs)} seeds, t-test adjusted for {len(pairs)} "
-            "comparisons (Holm); the sign-flip test cannot fall below "
+            f"differences: paired over {max(pairs)} seeds, t-test adjusted for their number, "
+            f"{len(pairs)} (Holm); the sign-flip test cannot fall below "
             f"{2.0 ** (1 - max(pairs)):.2g} here. They tell luck of training apart, not luck of "
             "the test rows"
         )
@@ -131,11 +189,8 @@ def markdown(document: Document) -> str:
         _grid(HEAD, table_rows(document)),
         "\n".join(f"- {note}" for note in notes(document)),
     ]
-    for title, head, rows in (
-        ("Learning rates tried, on validation rows", SWEEP_HEAD, sweep_rows(document)),
-        ("Latency beside the base", LATENCY_HEAD, latency_rows(document)),
-    ):
-        parts += [f"## {title}", _grid(head, rows)] if rows else []
+    for title, head, rows in sections(document):
+        parts += [f"## {title[0].upper()}{title[1:]}", _grid(head, rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -171,53 +226,3 @@ def write(folder: Path, document: Document) -> list[str]:
 def has_matplotlib() -> bool:
     """Whether the picture can be drawn."""
     return importlib.util.find_spec("matplotlib") is not None
-
-
-def frontier(points: Sequence[tuple[str, float, float]], *, higher: bool) -> list[str]:
-    """Of (name, cost, value), the names that no other beats in both: cheaper and at least as good,
-    or as cheap and better; in order of cost.
-    """
-    sign = 1.0 if higher else -1.0
-    best = float("-inf")
-    kept = []
-    for name, _, value in sorted(points, key=lambda one: (one[1], -sign * one[2])):
-        if sign * value > best:
-            best = sign * value
-            kept.append(name)
-    return kept
-
-
-def picture(document: Document) -> bytes:
-    """The metric over trained parameters with its intervals, and the frontier, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib.figure import Figure as Drawn
-
-    rows = [row for row in document["rows"] if row["metric"]]
-    drawn = Drawn(figsize=(8.0, 5.0), layout="constrained")
-    axis = drawn.subplots()
-    for row in rows:
-        metric = row["metric"]
-        x, y = row["trainable"], metric["mean"]
-        if metric["low"] is not None:
-            axis.plot([x, x], [metric["low"], metric["high"]], color="#8a8a94", linewidth=1.5)
-        axis.plot(x, y, "o", color="#0072b2", markersize=6)
-        axis.annotate(row["method"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
-    points = {row["method"]: (row["trainable"], row["metric"]["mean"]) for row in rows}
-    on = frontier(
-        [(name, *point) for name, point in points.items()], higher=document["higher_is_better"]
-    )
-    axis.step(
-        *zip(*[points[name] for name in on], strict=True),
-        where="post",
-        color="#0b6e4f",
-        linewidth=1,
-    )
-    axis.set_xscale("log")
-    axis.set_xlabel("trained parameters", fontsize=9)
-    axis.set_ylabel(f"{document['metric']}, mean of the seeds and 95 % interval", fontsize=9)
-    axis.grid(alpha=0.25)
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    return buffer.getvalue()

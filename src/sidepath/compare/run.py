@@ -14,7 +14,7 @@ from sidepath.compare.contest import Contest, Progress, Standing
 from sidepath.compare.entrants import Entrant
 from sidepath.compare.latency import Latency, Shape, latencies
 from sidepath.compare.material import Material, material_of
-from sidepath.compare.outcome import excluded, row_of, rows_of
+from sidepath.compare.outcome import Row, excluded, row_of, rows_of
 from sidepath.compare.report import write
 from sidepath.compare.runs import RunTable
 from sidepath.compare.setting import Setting, code_version
@@ -65,8 +65,26 @@ def run_comparison(comparison: Comparison, *, progress: Progress, say: Say) -> d
             if one.reason is None
         ]
     )
-    document = {
-        "rows": rows,
+    document = document_of(setting, standings, rows, ran=ran, began=began, output=comparison.output)
+    return {**document, "files": write(comparison.output, document)}
+
+
+def document_of(
+    setting: Setting,
+    standings: Sequence[Standing],
+    rows: Sequence[Row],
+    *,
+    ran: int,
+    began: float,
+    output: Path,
+) -> dict[str, Any]:
+    """The rows, and everything that has to be known of how they came to be.
+
+    `ran` counts the trials that were not in the run table; `began` is `perf_counter`'s time.
+    """
+    material = material_of(setting)
+    return {
+        "rows": list(rows),
         "excluded": excluded(standings),
         "metric": material.metric,
         "higher_is_better": material.higher_is_better,
@@ -78,9 +96,8 @@ def run_comparison(comparison: Comparison, *, progress: Progress, say: Say) -> d
         "machine": machine(),
         "code": code_version(),
         "seconds": time.perf_counter() - began,
-        "output": str(comparison.output),
+        "output": str(output),
     }
-    return {**document, "files": write(comparison.output, document)}
 
 
 def _latencies(

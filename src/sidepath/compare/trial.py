@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 from typing import Any
 
@@ -13,7 +14,7 @@ from sidepath.compare.entrants import Entrant
 from sidepath.compare.material import Material, material_of
 from sidepath.compare.setting import Setting, Trial
 from sidepath.data.dataset import Data
-from sidepath.errors import SidepathError
+from sidepath.errors import MissingExtra, NonFinite, SidepathError
 from sidepath.injection.architecture import modules_of
 from sidepath.store.adapter import Adapter, inject
 from sidepath.store.plan import file_bytes
@@ -32,10 +33,13 @@ def run_trial(setting: Setting, trial: Trial) -> dict[str, Any]:
     another number of threads, rounding may differ.) `seconds` is the median step's time, times
     the steps: the steps in which memory is counted take longer and do not count so. Where features
     are computed once, early in the run, the time of that is added.
+    Raises: `MissingExtra`; whatever the data's checks raise.
     """
     material = material_of(setting)
     try:
         return _figures(setting, trial, material)
+    except MissingExtra:  # says nothing of the method, and must not be remembered as if it did
+        raise
     except SidepathError as error:
         return {"failed": str(error)}
     finally:
@@ -97,4 +101,7 @@ def _measured(
         batch_size=max(32, 2 * setting.train.batch_size),
         max_new_tokens=setting.max_new_tokens,
     )
-    return {"value": found[material.metric], "loss": found["loss"]}
+    value, loss = found[material.metric], found["loss"]
+    if not (math.isfinite(value) and math.isfinite(loss)):  # a NaN would win or lose by chance
+        raise NonFinite(f"after training, the {material.metric} is {value} and the loss {loss}")
+    return {"value": value, "loss": loss}

@@ -61,11 +61,7 @@ def _in_processes(
         for done in as_completed(running):
             yield running[done], done.result()
     except BrokenProcessPool as error:
-        raise TrainError(
-            "a worker process died",
-            hint="what was finished is in the run table: the same command goes on from there; "
-            "if memory was short, give fewer --workers",
-        ) from error
+        raise _died() from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -96,10 +92,27 @@ def _through_ray(
     remote = ray.remote(num_cpus=1)(run)
     waiting = list(trials)
     running: dict[Any, Trial] = {}
-    while waiting or running:
-        while waiting and len(running) < count:
-            trial = waiting.pop(0)
-            running[remote.remote(setting, trial)] = trial
-        finished, _ = ray.wait(list(running), num_returns=1)
-        for reference in finished:
-            yield running.pop(reference), ray.get(reference)
+    try:
+        while waiting or running:
+            while waiting and len(running) < count:
+                trial = waiting.pop(0)
+                running[remote.remote(setting, trial)] = trial
+            finished, _ = ray.wait(list(running), num_returns=1)
+            for reference in finished:
+                result = ray.get(reference)
+                yield running.pop(reference), result
+    except ray.exceptions.RayTaskError:  # what the trial itself raised
+        raise
+    except ray.exceptions.RayError as error:
+        raise _died() from error
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+
+
+def _died() -> TrainError:
+    return TrainError(
+        "a worker process died",
+        hint="what was finished is in the run table: the same command goes on from there; "
+        "if memory was short, give fewer --workers",
+    )

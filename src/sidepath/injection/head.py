@@ -19,7 +19,7 @@ from sidepath.core.adapted import CHILD
 from sidepath.core.fused import all_watched, watched
 from sidepath.core.quant import qualified
 from sidepath.errors import UnsupportedModule
-from sidepath.injection.architecture import body_path
+from sidepath.injection.body import body_path
 from sidepath.injection.registry import registry_of
 from sidepath.kernels.head import head_loss
 

@@ -61,7 +61,7 @@ def test_random_directions_show_what_the_closed_form_says() -> None:
 
 def test_the_papers_random_column_is_the_closed_form() -> None:
     """Table 7: a square W of norm 61.95 and d = 12,288 gives 0.02 at r=4 and 0.33 at r=64."""
-    assert 4 * 61.95 / 12288 == pytest.approx(0.0202, abs=5e-5)
+    assert pytest.approx(0.0202, abs=5e-5) == 4 * 61.95 / 12288
     W = weight(24, 24)
     found = against(W, drawn(24, 24, 4, seed=0))
     assert found.expected_on_random == pytest.approx(4 * float(W.norm()) / 24)

@@ -51,7 +51,7 @@ def shared(first_RD: Tensor, second_SD: Tensor) -> list[list[float]]:
 
 
 def grassmann_distance(phi: float, i: int, j: int) -> float:
-    """d = sqrt(p - Σ σ²) = sqrt(p (1 - φ)), p = min(i, j): the projection distance of two
+    """D = sqrt(p - Σ σ²) = sqrt(p (1 - φ)), p = min(i, j): the projection distance of two
     subspaces; 0 when the smaller lies in the larger, sqrt(p) when they are orthogonal.
 
     The paper's appendix G prints φ = (1 - d²) / p; what follows from its own d is φ = 1 - d² / p.

@@ -30,6 +30,6 @@ def fetched(text: str) -> list[str]:
     """Everything by which a page could ask for something outside of itself."""
     page = Collector(text)
     links = [str(value) for name in ("src", "href", "xlink:href") for value in page.values(name)]
-    outside = [link for link in links if not link.startswith("#")]
+    outside = [link for link in links if not link.startswith(("#", "data:image/png;"))]
     scripts = [name for name, _ in page.tags if name in ("script", "link", "iframe", "object")]
     return outside + scripts + re.findall(r"@import|url\((?!#)", text)

@@ -17,6 +17,7 @@ FLOORS = {
     "errors": 0,
     "config": 0,
     "base": 0,
+    "page": 0,
     "kernels": 1,
     "core": 1,
     "methods": 2,

@@ -9,39 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidepath.analyse import Factors, similarity, spectrum
-from sidepath.errors import StoreError
+from sidepath.analyse import Factors, Spectrum, decompose, spectrum
+from tests.analyse.kit import any_factors, dense_update
 
 
-def dense_update(factors: Factors) -> torch.Tensor:
-    """Slow reference: ΔW built row range by row range."""
-    sizes = factors.sizes or (factors.B_Or.shape[0],)
-    r, start, rows = factors.r, 0, []
-    for part, size in enumerate(sizes):
-        B = factors.B_Or[start : start + size].double()
-        A = factors.A_RI[part * r : (part + 1) * r].double()
-        rows.append(factors.scaling * B @ A)
-        start += size
-    return torch.cat(rows)
-
-
-@st.composite
-def factors_strategy(draw: st.DrawFn) -> Factors:
-    r = draw(st.integers(1, 6))
-    columns = draw(st.integers(1, 12))
-    sizes = tuple(draw(st.lists(st.integers(1, 9), min_size=0, max_size=3)))
-    whole = draw(st.integers(1, 12))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    rows, parts = (sum(sizes), len(sizes)) if sizes else (whole, 1)
-    return Factors(
-        torch.randn(parts * r, columns, generator=generator),
-        torch.randn(rows, r, generator=generator),
-        draw(st.sampled_from([0.5, 2.0, -1.0])),
-        sizes,
-    )
-
-
-@given(factors_strategy())
+@given(any_factors())
 @settings(max_examples=60, deadline=None)
 def test_matches_dense_svd_for_every_shape_and_block_structure(factors: Factors) -> None:
     dense = torch.linalg.svdvals(dense_update(factors))
@@ -76,28 +48,37 @@ def test_fresh_update_has_rank_zero() -> None:
     assert (result.effective_rank, result.norm) == (0.0, 0.0)
 
 
-@given(st.integers(1, 5), st.integers(1, 5), st.integers(6, 14), st.integers(0, 2**31))
-@settings(max_examples=30, deadline=None)
-def test_similarity_follows_the_papers_formula(r1: int, r2: int, width: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    first = Factors(torch.randn(r1, width, generator=generator), torch.zeros(4, r1), 1.0)
-    second = Factors(torch.randn(r2, width, generator=generator), torch.zeros(4, r2), 1.0)
-    U1 = torch.linalg.svd(first.A_RI.double()).Vh.T
-    U2 = torch.linalg.svd(second.A_RI.double()).Vh.T
-    phi = similarity(first, second)
-    for i in range(1, r1 + 1):
-        for j in range(1, r2 + 1):
-            expected = (U1[:, :i].T @ U2[:, :j]).norm() ** 2 / min(i, j)
-            assert phi[i - 1][j - 1] == pytest.approx(float(expected), abs=1e-9)
+@given(any_factors())
+@settings(max_examples=60, deadline=None)
+def test_directions_are_orthonormal_and_build_the_update(factors: Factors) -> None:
+    found = decompose(factors)
+    rebuilt = (found.U_OK * found.sigma_K) @ found.V_KI
+    torch.testing.assert_close(rebuilt, dense_update(factors), atol=1e-10, rtol=1e-10)
+    one = torch.eye(len(found.sigma_K), dtype=torch.float64)
+    torch.testing.assert_close(found.U_OK.T @ found.U_OK, one, atol=1e-10, rtol=0)
+    torch.testing.assert_close(found.V_KI @ found.V_KI.T, one, atol=1e-10, rtol=0)
 
 
-def test_an_update_shares_all_directions_with_itself() -> None:
-    factors = Factors(torch.randn(4, 9), torch.randn(5, 4), 1.0)
-    phi = similarity(factors, factors)
-    assert all(phi[i][j] == pytest.approx(1.0) for i in range(4) for j in range(4))
+def test_stable_rank_is_the_energy_in_units_of_the_largest() -> None:
+    assert Spectrum((2.0, 2.0, 1.0)).stable_rank == pytest.approx(9 / 4)
+    assert Spectrum((5.0, 0.0)).stable_rank == pytest.approx(1.0)
+    assert Spectrum((0.0, 0.0)).stable_rank == 0.0
 
 
-def test_different_inputs_are_refused() -> None:
-    small = Factors(torch.randn(2, 5), torch.randn(3, 2), 1.0)
-    with pytest.raises(StoreError, match="different inputs"):
-        similarity(small, Factors(torch.randn(2, 6), torch.randn(3, 2), 1.0))
+@given(st.lists(st.floats(0, 100), max_size=8), st.floats(0.01, 1.0))
+def test_rank_of_an_energy_is_the_first_that_reaches_it(values: list[float], energy: float) -> None:
+    ordered = sorted(values, reverse=True)
+    total = sum(value * value for value in ordered)
+    found = Spectrum(tuple(ordered)).rank_of(energy)
+    if total == 0 or total < 1e-200:
+        assert found <= len(ordered)
+        return
+    held = [sum(v * v for v in ordered[:k]) / total for k in range(len(ordered) + 1)]
+    assert held[found] >= energy * (1 - 1e-9)
+    assert found == 0 or held[found - 1] < energy * (1 + 1e-9)
+
+
+def test_half_precision_factors_are_read_as_they_are() -> None:
+    A, B = torch.randn(3, 8).bfloat16(), torch.randn(6, 3).half()
+    found = spectrum(Factors(A, B, 1.0)).singular_values
+    assert found == pytest.approx(torch.linalg.svdvals(B.double() @ A.double()).tolist()[:3])

@@ -165,27 +165,6 @@ def test_labels_are_learned_by_a_head_trained_whole(
     assert settings["id2label"] == {"0": "0", "1": "1"}
 
 
-def test_inspect_one_and_two(run: Run, tiny_base: Path, trained: Path) -> None:
-    from safetensors.torch import load_file
-
-    layers = run("inspect", trained, "--json").document["layers"]
-    tensors = load_file(trained / "adapter_model.safetensors")
-    assert len(layers) == 14
-    assert all(layer["relative_norm"] is None for layer in layers)
-    based = run("inspect", trained, "--base", tiny_base, "--json").document["layers"]
-    weights = load_file(tiny_base / "model.safetensors")
-    for layer in based:
-        start = f"base_model.model.{layer['name']}.lora_"
-        delta = 8.0 * tensors[f"{start}B.weight"] @ tensors[f"{start}A.weight"]
-        expected = torch.linalg.svdvals(delta.double())[: layer["r"]].tolist()
-        assert layer["singular_values"] == pytest.approx(expected, abs=1e-6)
-        relative = delta.norm() / weights[f"{layer['name']}.weight"].norm()
-        assert layer["relative_norm"] == pytest.approx(float(relative), rel=1e-4)
-    shared = run("inspect", trained, trained, "--json").document["similarity"]
-    assert len(shared) == 14
-    assert all(layer["phi"][i][i] == pytest.approx(1.0) for layer in shared for i in range(2))
-
-
 def test_plan_loads_no_weights(run: Run, tiny_base: Path, trained: Path, tmp_path: Path) -> None:
     only_config = tmp_path / "config only"
     only_config.mkdir()

@@ -49,7 +49,10 @@ SURFACE = {
         " --seeds --validation --limit --eval-limit --max-tokens --max-new-tokens --latency"
         f" --rounds --output --workers --through {TRAIN} --train-workers"
     ),
-    "inspect": "--base",
+    "inspect": (
+        f"{COMMON} --widest --alpha --html --truncate --output --overwrite --advise --tolerance"
+        " --data --metric --columns --limit --max-tokens --max-new-tokens --batch-size"
+    ),
     "merge": "--skip-parity --dtype --quantise --allow-other-base --overwrite",
     "bench": "--rounds --threads --device --output --quick",
     "config": f"{RUN} {LORA} --lora-dtype {TRAIN}",

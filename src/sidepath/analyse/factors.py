@@ -1,6 +1,6 @@
-"""The thin factors of a saved adapter, read from its folder without its base (floor 5).
+"""The thin factors of a saved adapter, read from its folder or file without its base (floor 5).
 
-Dimensions: R rank, I columns, O rows, G groups of a convolution.
+Dimensions: R rank, I columns, O rows, G groups of a convolution, N parts of a fused projection.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sidepath.analyse.spectrum import Factors
-from sidepath.errors import DamagedAdapter, StoreError
+from sidepath.errors import ConfigError, DamagedAdapter, StoreError
 from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
 from sidepath.store.loading import load_tensors
@@ -22,42 +22,98 @@ from sidepath.store.tensors import file_inside, read_header, strict_json
 
 _A_THEN_B = (ENDINGS[0:2], ENDINGS[2:4])
 """The endings of a pair's names: of linear layers and convolutions, of embeddings."""
+_LORALIB = (".lora_A", ".lora_B")
 
 
-def factors_of(folder: Path) -> dict[str, Factors]:
-    """Every low-rank update of an adapter's folder, by module path.
+def factors_of(place: Path, alpha: float | None = None) -> dict[str, Factors]:
+    """Every low-rank update of an adapter, by module path.
 
-    Digests, shapes and values are checked first. Errors: `StoreError` when the folder holds no
-    adapter or none with low-rank updates, `DamagedAdapter` with all faults.
+    `place`: an adapter's folder, ours or PEFT's; or a safetensors file of loralib's names, whose
+    `lora_alpha` is not in it and has to be given (its fused projections have N equal parts; its
+    convolutions cannot be told from linear layers without the base, and are not understood).
+    Digests, shapes and values are checked first.
+
+    Errors: `StoreError` when there is no adapter or none with low-rank updates, `DamagedAdapter`
+    with all faults, `ConfigError` for an alpha that is missing, or that the folder has itself.
     """
-    if not folder.is_dir() or not (folder / WEIGHTS).exists():
+    if place.is_file():
+        return _of_loralib(place, alpha)
+    if not place.is_dir() or not (place / WEIGHTS).exists():
         raise StoreError(
-            "the folder holds no adapter" if folder.is_dir() else "there is no such adapter folder",
-            where=folder,
+            "the folder holds no adapter" if place.is_dir() else "there is no such adapter folder",
+            where=place,
             expected=f"{WEIGHTS} and {CONFIG}",
         )
-    scaling_of = _scalings(folder)
-    path = file_inside(folder, WEIGHTS)
+    if alpha is not None:
+        raise ConfigError("the adapter's settings name its alpha", where=place, found=alpha)
+    scaling_of = _scalings(place)
+    path = file_inside(place, WEIGHTS)
     tensors = load_tensors(path, read_header(path))
+    pairs = _pairs(tensors, _A_THEN_B, path)
     found: dict[str, Factors] = {}
-    for ends_A, ends_B in _A_THEN_B:
+    faults = []
+    for start, (A, B) in pairs.items():
+        name = start.removeprefix(PREFIX)
+        A_RI, B_OR = _matrices(A, B)
+        faults += _misfits(name, A_RI, B_OR, parts=1)
+        found[name] = Factors(A_RI, B_OR, 0.0 if faults else scaling_of(name))
+    return _checked(found, faults, path)
+
+
+def _of_loralib(path: Path, alpha: float | None) -> dict[str, Factors]:
+    tensors = load_tensors(path, read_header(path))
+    pairs = _pairs(tensors, (_LORALIB,), path)
+    if pairs and alpha is None:
+        raise ConfigError(
+            "the file does not hold the alpha that its updates are scaled by",
+            where=path,
+            expected="loralib's lora_alpha",
+            hint="give it with --alpha",
+        )
+    found: dict[str, Factors] = {}
+    faults = []
+    for name, (A, B) in pairs.items():
+        r = B.shape[1] if B.dim() == 2 else 0
+        parts = len(A) // r if r else 0
+        faults += _misfits(name, A, B, parts)
+        sizes = (len(B) // parts,) * parts if parts > 1 else ()
+        found[name] = Factors(A, B, 0.0 if faults else (alpha or 0.0) / r, sizes)
+    return _checked(found, faults, path)
+
+
+def _pairs(
+    tensors: Mapping[str, Tensor], endings: tuple[tuple[str, ...], ...], path: Path
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B by the start of their names."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    lone = []
+    for ends_A, ends_B in endings:
         for key in [key for key in tensors if key.endswith(ends_A)]:
             start = key.removesuffix(ends_A)
-            if start + ends_B not in tensors:
-                raise DamagedAdapter(
-                    "an update lacks its B", where=path, faults=[f"{start}{ends_B}: missing"]
-                )
-            name = start.removeprefix(PREFIX)
-            A_RI, B_OR = _matrices(tensors[key], tensors[start + ends_B])
-            if A_RI.shape[0] != B_OR.shape[1]:
-                raise DamagedAdapter(
-                    "A and B do not fit together",
-                    where=path,
-                    faults=[f"{name}: A {list(A_RI.shape)}, B {list(B_OR.shape)}"],
-                )
-            found[name] = Factors(A_RI, B_OR, scaling_of(name))
+            if start + ends_B in tensors:
+                found[start] = (tensors[key], tensors[start + ends_B])
+            else:
+                lone.append(f"{start}{ends_B}: missing")
+    if lone:
+        raise DamagedAdapter("an update lacks its B", where=path, faults=lone)
+    return found
+
+
+def _misfits(name: str, A_RI: Tensor, B_Or: Tensor, parts: int) -> list[str]:
+    if not (A_RI.dim() == B_Or.dim() == 2):
+        return [f"{name}: A {list(A_RI.shape)}, B {list(B_Or.shape)}, expected matrices"]
+    if 0 in (*A_RI.shape, *B_Or.shape):
+        return [f"{name}: rank {B_Or.shape[1]}, A {list(A_RI.shape)}, B {list(B_Or.shape)}"]
+    if len(A_RI) != parts * B_Or.shape[1] or len(B_Or) % parts:
+        return [f"{name}: A {list(A_RI.shape)}, B {list(B_Or.shape)}"]
+    return []
+
+
+def _checked(found: dict[str, Factors], faults: list[str], path: Path) -> dict[str, Factors]:
+    if faults:
+        raise DamagedAdapter("A and B do not fit together", where=path, faults=faults)
     if not found:
-        raise StoreError("the adapter holds no low-rank update to look at", where=folder)
+        raise StoreError("the adapter holds no low-rank update to look at", where=path)
     return found
 
 

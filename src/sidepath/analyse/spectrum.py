@@ -1,4 +1,4 @@
-"""The spectrum of a low-rank update, without ever building the update (floor 5).
+"""The singular value decomposition of a low-rank update, without ever building the update.
 
 Dimensions: O rows of the adapted matrix, I its columns, R all ranks stacked (n parts x r),
 K singular values.
@@ -6,15 +6,15 @@ K singular values.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sidepath.errors import StoreError
+ENERGIES = (0.9, 0.99)
+"""Shares of the energy (the sum of squares) that a number of directions is told for."""
 
 
 @dataclass(frozen=True)
@@ -35,80 +35,101 @@ class Factors:
         """The rank of each part."""
         return self.B_Or.shape[1]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of ΔW: (O, I)."""
+        return self.B_Or.shape[0], self.A_RI.shape[1]
+
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The singular values of one update and what follows from them.
-
-    `effective_rank` is exp(entropy) of p_i = σ_i / Σσ (Roy and Vetterli 2007, "The effective
-    rank"): 1 when one direction carries all, K when all carry the same, 0 for a zero update.
-    `norm` is the Frobenius norm, sqrt(Σ σ²).
-    """
+    """The singular values σ of one update, largest first, and what follows from them."""
 
     singular_values: tuple[float, ...]
-    effective_rank: float
-    norm: float
+
+    @property
+    def norm(self) -> float:
+        """The Frobenius norm, sqrt(Σ σ²)."""
+        return math.hypot(*self.singular_values)
+
+    @property
+    def effective_rank(self) -> float:
+        """exp(entropy) of p_i = σ_i / Σσ (Roy and Vetterli 2007, "The effective rank"): 1 when
+        one direction carries all, K when all carry the same, 0 for a zero update.
+        """
+        total = math.fsum(self.singular_values)
+        shares = [value / total for value in self.singular_values if value > 0]
+        return math.exp(-math.fsum(p * math.log(p) for p in shares)) if shares else 0.0
+
+    @property
+    def stable_rank(self) -> float:
+        """‖ΔW‖_F² / ‖ΔW‖₂² = Σ σ² / σ₁² (Rudelson and Vershynin 2007); 0 for a zero update."""
+        first = self.singular_values[0] if self.singular_values else 0.0
+        return (self.norm / first) ** 2 if first > 0 else 0.0
+
+    def rank_of(self, energy: float) -> int:
+        """The fewest directions whose σ² sum to this share of Σ σ²; 0 for a zero update."""
+        wanted = energy * self.norm**2
+        sums = itertools.accumulate(value * value for value in self.singular_values)
+        short = sum(1 for reached in sums if reached < wanted * (1 - 1e-12))
+        return min(short + 1, len(self.singular_values)) if self.norm > 0 else 0
 
     def as_dict(self) -> dict[str, object]:
         """Plain values for JSON."""
-        return dataclasses.asdict(self) | {"singular_values": list(self.singular_values)}
+        return {
+            "singular_values": list(self.singular_values),
+            "effective_rank": self.effective_rank,
+            "stable_rank": self.stable_rank,
+            "rank_at_energy": {str(energy): self.rank_of(energy) for energy in ENERGIES},
+            "norm": self.norm,
+        }
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """ΔW = U diag(σ) V, in float64: U (O, K) and Vᵀ (I, K) have orthonormal columns."""
+
+    U_OK: Tensor
+    sigma_K: Tensor
+    V_KI: Tensor
+
+    def first(self, k: int) -> Decomposition:
+        """The k largest directions alone: the nearest matrix of rank k (Eckart and Young 1936)."""
+        return Decomposition(self.U_OK[:, :k], self.sigma_K[:k], self.V_KI[:k])
 
 
 def spectrum(factors: Factors) -> Spectrum:
-    """The singular values of ΔW, largest first, in float64 whatever the factors' dtype.
+    """The singular values of ΔW in float64, whatever the factors' dtype.
 
-    With B = Q_B R_B (block-diagonal over the parts) and Aᵀ = Q_A R_A, the singular values of
-    scaling · B A are those of the small matrix scaling · R_B R_Aᵀ, since Q_B and Q_A have
-    orthonormal columns. Cost O((O + I) R²) in place of O(O I min(O, I)); nothing is changed
-    in place. There are min(O, I, R) of them at most.
+    With B = Q_B R_B (block-diagonal over the parts) and Aᵀ = Q_A R_A, they are those of the
+    small matrix scaling · R_B R_Aᵀ, since Q_B and Q_A have orthonormal columns. Cost
+    O((O + I) R²) in place of O(O I min(O, I)); nothing is changed in place. There are
+    min(O, I, R) of them at most.
     """
-    RB_KR = _triangle_of_B(factors)
-    RA_KR = torch.linalg.qr(_float64(factors.A_RI).T, mode="r").R
+    RB_KR = torch.linalg.qr(whole_B(factors), mode="r").R
+    RA_KR = torch.linalg.qr(float64(factors.A_RI).T, mode="r").R
     sigma_K = torch.linalg.svdvals(RB_KR @ RA_KR.T) * abs(factors.scaling)
-    total = float(sigma_K.sum())
-    p_K = sigma_K / total if total > 0 else torch.zeros_like(sigma_K)
-    effective = float(torch.special.entr(p_K).sum().exp()) if total > 0 else 0.0
-    values = tuple(float(value) for value in sigma_K)
-    return Spectrum(values, effective, float(sigma_K.square().sum().sqrt()))
+    return Spectrum(tuple(sigma_K.tolist()))
 
 
-def similarity(first: Factors, second: Factors) -> list[list[float]]:
-    """φ(i, j) = ‖(U₁ⁱ)ᵀ U₂ʲ‖_F² / min(i, j) of two updates of one layer (LoRA, section 7.2).
-
-    U₁, U₂ are the right-singular vectors of the two A matrices (directions of the input),
-    most important first; i and j run from 1 to each one's rank. 1: the smaller space lies in
-    the larger one; independent random spaces of R^d give max(i, j) / d. Rows of the result
-    are i, columns j. Raises `StoreError` when the two have different inputs.
-    """
-    if first.A_RI.shape[1] != second.A_RI.shape[1]:
-        raise StoreError(
-            "two updates of layers with different inputs cannot be compared",
-            found=f"{first.A_RI.shape[1]} and {second.A_RI.shape[1]} inputs",
-        )
-    shared_RS = (_right_vectors(first.A_RI) @ _right_vectors(second.A_RI).T).square()
-    summed_RS = shared_RS.cumsum(0).cumsum(1)
-    i_R1 = torch.arange(1, summed_RS.shape[0] + 1).unsqueeze(1)
-    j_1S = torch.arange(1, summed_RS.shape[1] + 1).unsqueeze(0)
-    phi: list[list[float]] = (summed_RS / torch.minimum(i_R1, j_1S)).clamp(0, 1).tolist()
-    return phi
+def decompose(factors: Factors) -> Decomposition:
+    """`spectrum` with the directions: Q_B U, σ and (Q_A V)ᵀ of the small matrix's own."""
+    Q_OK, RB_KR = torch.linalg.qr(whole_B(factors))
+    QA_IK, RA_KR = torch.linalg.qr(float64(factors.A_RI).T)
+    U, sigma_K, V = torch.linalg.svd(factors.scaling * RB_KR @ RA_KR.T, full_matrices=False)
+    return Decomposition(Q_OK @ U, sigma_K, V @ QA_IK.T)
 
 
-def _float64(tensor: Tensor) -> Tensor:
+def whole_B(factors: Factors) -> Tensor:
+    """B (O, R) in float64: with parts, their blocks along a diagonal."""
+    B_Or = float64(factors.B_Or)
+    if not factors.sizes:
+        return B_Or
+    blocks = B_Or.split_with_sizes(list(factors.sizes))
+    B_OR: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return B_OR
+
+
+def float64(tensor: Tensor) -> Tensor:
+    """On the CPU, without gradients."""
     return tensor.detach().to("cpu", torch.float64)
-
-
-def _triangle_of_B(factors: Factors) -> Tensor:
-    B_Or = _float64(factors.B_Or)
-    sizes: Sequence[int] = factors.sizes or (B_Or.shape[0],)
-    stops = list(itertools.accumulate(sizes))
-    blocks = [
-        torch.linalg.qr(B_Or[stop - size : stop], mode="r").R
-        for size, stop in zip(sizes, stops, strict=True)
-    ]
-    triangle_KR: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-    return triangle_KR
-
-
-def _right_vectors(A_RI: Tensor) -> Tensor:
-    directions_RI: Tensor = torch.linalg.svd(_float64(A_RI), full_matrices=False).Vh
-    return directions_RI

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -15,10 +17,14 @@ from sidepath.cli.bases import (
 )
 from sidepath.cli.beside import load_beside, name_besides, require_use
 from sidepath.cli.output import Report, Table, note, progress
-from sidepath.cli.runs import EvalRun, GenerateRun
+from sidepath.cli.runs import BaseRun, EvalRun, GenerateRun
 from sidepath.cli.surface import Call
 from sidepath.errors import ConfigError, DamagedAdapter, DataError, StoreError
 from sidepath.store import manifest as manifests
+
+if TYPE_CHECKING:
+    from sidepath.cli.inspect_run import InspectRun
+    from sidepath.data.dataset import Data
 
 NAME = "adapter"
 """What the answering adapter is called on the model, whatever its folder is called."""
@@ -26,21 +32,12 @@ NAME = "adapter"
 
 def evaluate(call: Call) -> Report:
     """Metrics of a base, or of an adapter on it, on held-out data."""
-    from sidepath.data.dataset import load_data
     from sidepath.training.evaluate import evaluate as measure
 
     run = call.settings.build("eval", EvalRun)
-    labels = _labels_of(run.adapter)
+    labels = labels_of(run.adapter)
     folder = base_folder(run.base)
-    data = load_data(
-        run.data,
-        load_tokenizer(folder),
-        max_tokens=min(run.max_tokens, context_tokens(folder) or run.max_tokens),
-        limit=run.limit,
-        task="auto" if labels is None else "classify",
-        labels=labels,
-        columns=run.columns,
-    )
+    data = data_for(run, folder, labels)
     model = _answering(run, folder, data.labels, data.pad_id)
     note(f"measuring on {len(data):,} rows of {data.name}")
     metrics = measure(
@@ -61,7 +58,7 @@ def generate(call: Call) -> Report:
     run = call.settings.build("generate", GenerateRun)
     if bool(run.prompt) == (run.data is not None):
         raise ConfigError("give prompts with --prompt, or a file of them with --data; not both")
-    if _labels_of(run.adapter) is not None:
+    if labels_of(run.adapter) is not None:
         raise ConfigError(
             "the adapter is a classifier: it writes no text",
             where=run.adapter,
@@ -92,6 +89,29 @@ def generate(call: Call) -> Report:
     return Report({"outputs": outputs}, [Table("", ["prompt", "text"], rows)])
 
 
+def data_for(run: EvalRun | InspectRun, folder: Path, labels: Sequence[str] | None) -> Data:
+    """The rows that a base, or an adapter of these classes, is measured on."""
+    from sidepath.data.dataset import load_data
+
+    return load_data(
+        str(run.data),
+        load_tokenizer(folder),
+        max_tokens=min(run.max_tokens, context_tokens(folder) or run.max_tokens),
+        limit=run.limit,
+        task="auto" if labels is None else "classify",
+        labels=labels,
+        columns=run.columns,
+    )
+
+
+def model_for(run: BaseRun, folder: Path, labels: Sequence[str], pad_id: int) -> nn.Module:
+    """The base, with a head for these classes where there are any."""
+    if labels:
+        options = (run.dtype, run.device, run.quantise)
+        return load_classifier(folder, labels, pad_id, *options)[0]
+    return load_causal(folder, run.dtype, run.device, run.quantise)
+
+
 def _answering(
     run: EvalRun | GenerateRun, folder: Path, labels: tuple[str, ...], pad_id: int
 ) -> nn.Module:
@@ -105,10 +125,7 @@ def _answering(
             where=run.data,
             hint="give the adapter that was trained on such data with --adapter",
         )
-    if labels:
-        model, _ = load_classifier(folder, labels, pad_id, run.dtype, run.device, run.quantise)
-    else:
-        model = load_causal(folder, run.dtype, run.device, run.quantise)
+    model = model_for(run, folder, labels, pad_id)
     if run.adapter is not None:
         load_beside(model, run.beside, allow_other_base=run.allow_other_base)
         name = name_besides(NAME, run.beside)
@@ -118,7 +135,7 @@ def _answering(
     return model.eval()
 
 
-def _labels_of(adapter: str | None) -> tuple[str, ...] | None:
+def labels_of(adapter: str | Path | None) -> tuple[str, ...] | None:
     """The classes an adapter was trained to tell apart, or None when it is no classifier."""
     if adapter is None:
         return None

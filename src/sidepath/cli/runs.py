@@ -219,17 +219,6 @@ class MergeRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectRun:
-    """What `inspect` compares an adapter with."""
-
-    base: str | None = None
-    """Folder of the base; with it each update's norm is also given relative to its weight's."""
-
-    def __post_init__(self) -> None:
-        check(self)
-
-
-@dataclass(frozen=True, kw_only=True)
 class DemoRun:
     """What `demo` writes."""
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sidepath.cli.compare_run import CompareRun
+from sidepath.cli.inspect_run import InspectRun
 from sidepath.cli.options import Parser, Sections, add_flags, flags_of, parse_value
 from sidepath.cli.output import Report
 from sidepath.cli.runs import (
@@ -20,7 +21,6 @@ from sidepath.cli.runs import (
     DemoRun,
     EvalRun,
     GenerateRun,
-    InspectRun,
     MergeRun,
     PlanRun,
     TrainRun,
@@ -120,7 +120,7 @@ VERBS: Mapping[str, Verb] = {
         training=True,
     ),
     "inspect": Verb(
-        "show each layer's singular values, or what two adapters share",
+        "show what an adapter learned or two share, make it smaller, say how small is enough",
         "inspect",
         InspectRun,
         "sidepath.cli.inspecting:inspect",

@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sidepath.page import (
+    COLOURS,
+    PICTURES_MISSING,
+    canvas,
+    figure,
+    has_matplotlib,
+    page,
+    svg,
+    table,
+)
 from sidepath.store.plan import readable
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1f; --paper: #ffffff; --soft: #5c5c66;
-        --line: #d8d8de; --tint: #f4f4f7; --good: #0b6e4f; }
-@media (prefers-color-scheme: dark) { :root { --ink: #ececf1; --paper: #17171a; --soft: #a5a5b0;
-        --line: #3a3a42; --tint: #222227; --good: #63d2a6; } }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-       max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin-top: 2.4rem }
-p.lead { color: var(--soft); margin-top: 0 }
-.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .93rem }
-th, td { padding: .4rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
-         vertical-align: top } th:first-child, td:first-child, td.text, th.text { text-align: left }
-thead th { border-bottom: 2px solid var(--line); font-weight: 600 }
-td.best { color: var(--good); font-weight: 600 }
-td.text { font-family: ui-monospace, monospace; font-size: .84rem; white-space: pre-wrap;
-          overflow-wrap: anywhere; min-width: 9rem }
-figure { margin: 1rem 0; background: #fff; border: 1px solid var(--line); border-radius: 6px;
-         padding: .5rem } figure svg { width: 100%; height: auto; display: block }
-figcaption { color: #444; font-size: .88rem; padding: .3rem }
-code, pre { font-family: ui-monospace, monospace; font-size: .86rem }
-pre { background: var(--tint); padding: .8rem; overflow-x: auto; border-radius: 6px }
-"""
-
-PICTURES_MISSING = "Pictures need matplotlib: pip install 'sidepath[report]'."
 
 
 def write_report(path: Path, result: Mapping[str, Any]) -> None:
@@ -55,31 +39,7 @@ def write_report(path: Path, result: Mapping[str, Any]) -> None:
         "<h2>One batch, every row its own adapter</h2>",
         _mixed(result["routed"], equal=result["routed_equal"]),
     ]
-    title = "<title>Sidepath demo</title>"
-    view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    head = f'<meta charset="utf-8">{view}{title}<style>{STYLE}</style>'
-    text = "\n".join(body)
-    path.write_text(
-        f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{text}\n</body></html>\n',
-        encoding="utf-8",
-    )
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int] = ()) -> str:
-    """A table; cells are escaped, columns listed in `text` hold running text."""
-    css = dict.fromkeys(text, ' class="text"')
-    heads = "".join(
-        f"<th{css.get(at, '')}>{html.escape(name)}</th>" for at, name in enumerate(head)
-    )
-    lines = [
-        "".join(f"<td{css.get(at, '')}>{html.escape(cell)}</td>" for at, cell in enumerate(row))
-        for row in rows
-    ]
-    cells = "".join(f"<tr>{line}</tr>" for line in lines)
-    return (
-        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{cells}</tbody></table></div>"
-    )
+    path.write_text(page("Sidepath demo", body), encoding="utf-8")
 
 
 def score_rows(tasks: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -184,27 +144,19 @@ def _mixed(routed: Mapping[str, Any], *, equal: bool) -> str:
 
 
 def _pictures(tasks: Sequence[Mapping[str, Any]]) -> str:
-    try:
-        import matplotlib
-    except ImportError:
+    if not has_matplotlib():
         return f"<p>{PICTURES_MISSING}</p>"
-    matplotlib.use("svg")
     described = "Loss of each training step, LoRA and full fine-tuning, by task"
-    return (
-        f'<figure role="img" aria-label="{described}">{_loss_curves(tasks)}'
-        f"<figcaption>{described}: cross-entropy in nats per supervised token, running mean of "
-        "10 steps.</figcaption></figure>"
-    )
+    units = "cross-entropy in nats per supervised token, running mean of 10 steps"
+    return figure(_loss_curves(tasks), described, f"{described}: {units}.")
 
 
 def _loss_curves(tasks: Sequence[Mapping[str, Any]]) -> str:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
-    styles = (("LoRA", "lora_losses", "#0072b2", "-"), ("full", "full_losses", "#d55e00", "--"))
+    drawn = canvas(10, 3)
+    axes = drawn.subplots(1, len(tasks), squeeze=False)[0]
+    styles = (("LoRA", "lora_losses", "-"), ("full", "full_losses", "--"))
     for axis, task in zip(axes, tasks, strict=True):
-        for label, key, colour, line in styles:
+        for (label, key, line), colour in zip(styles, COLOURS, strict=False):
             axis.plot(running_mean(task[key], 10), line, color=colour, label=label, linewidth=1.6)
         axis.set_title(task["name"], fontsize=11)
         axis.set_xlabel("step")
@@ -212,10 +164,7 @@ def _loss_curves(tasks: Sequence[Mapping[str, Any]]) -> str:
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("loss (nats per token)")
     axes[0].legend(frameon=False)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return svg(drawn, "losses")
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:

@@ -7,11 +7,12 @@ P adapted rows in all (O when the whole matrix is adapted).
 from __future__ import annotations
 
 import dataclasses
+import glob
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, TypeVar
 
 from sidepath.config import check, require
 from sidepath.core.delta import Delta
@@ -21,6 +22,7 @@ from sidepath.methods.dora import Dora, refuse
 from sidepath.methods.lowrank import AtPlace, LowRank
 from sidepath.methods.rebased import Rebased
 
+T = TypeVar("T")
 MAX_RANK = 65_536
 MAX_ALPHA = 1e6
 REBASED = ("pissa", "olora")
@@ -181,3 +183,19 @@ def name_matches(pattern: str, path: str) -> bool:
     if "." not in pattern:
         return fnmatchcase(path.rpartition(".")[2], pattern)
     return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
+
+
+def by_path(values: Mapping[str, T], usual: T | None = None) -> dict[str, T]:
+    """Patterns that give each of these module paths its value, for a table whose last match wins.
+
+    Paths with the `usual` value need no pattern, unless another path's would catch them.
+    """
+    needed = [path for path, value in values.items() if value != usual]
+    caught = [
+        path
+        for path, value in values.items()
+        if value == usual and any(name_matches(glob.escape(other), path) for other in needed)
+    ]
+    # A path comes after every path that is a tail of it.
+    ordered = sorted([*needed, *caught], key=lambda path: path.count("."))
+    return {glob.escape(path): values[path] for path in ordered}

@@ -21,7 +21,7 @@ from sidepath.errors import ConfigError, UnsupportedModule
 from sidepath.injection.registry import check_name, registry_of
 from sidepath.injection.surgery import disabled, refuse_merged
 from sidepath.injection.targets import resolve
-from sidepath.methods.lora import LoRA
+from sidepath.methods.lora import LoRA, by_path
 from sidepath.methods.lowrank import LowRank
 from sidepath.store.adapter import Adapter, inject
 
@@ -145,15 +145,12 @@ def _with_ranks(config: LoRA, ranks: Mapping[str, int]) -> LoRA:
     """The settings with a rank for each path, and the alpha that keeps each one's scaling."""
     power = 1.0 if config.scaling == "alpha/r" else 0.5
     others = {path: rank for path, rank in ranks.items() if rank}
-    # The last match wins: a path comes after every path that is a tail of it.
-    ordered = sorted(others, key=lambda path: path.count("."))
+    alphas = {path: config.alpha * (rank / config.r) ** power for path, rank in others.items()}
     return dataclasses.replace(
         config,
         exclude=(*config.exclude, *(glob.escape(path) for path, rank in ranks.items() if not rank)),
-        rank_pattern={glob.escape(path): others[path] for path in ordered},
-        alpha_pattern={
-            glob.escape(path): config.alpha * (others[path] / config.r) ** power for path in ordered
-        },
+        rank_pattern=by_path(others),
+        alpha_pattern=by_path(alphas),
     )
 
 

@@ -236,8 +236,8 @@ def write_settings(
         "init_lora_weights": True,
         "target_modules": _targets(dense, modules),
         "modules_to_save": whole or None,
-        "rank_pattern": {_anchored(path): n for path, n in ranks.items() if n != r},
-        "alpha_pattern": {_anchored(path): n for path, n in alphas.items() if n != alpha},
+        "rank_pattern": {anchored(path): n for path, n in ranks.items() if n != r},
+        "alpha_pattern": {anchored(path): n for path, n in alphas.items() if n != alpha},
     }
 
 
@@ -250,7 +250,8 @@ def commonest(values: Iterable[T]) -> T:
     return Counter(values).most_common(1)[0][0]
 
 
-def _anchored(path: str) -> str:
+def anchored(path: str) -> str:
+    """The pattern by which PEFT means this path alone."""
     return "^" + re.escape(path)
 
 

@@ -139,7 +139,7 @@ def to_disk(delta: Delta, view: DenseView | None) -> dict[str, Tensor]:
     if isinstance(delta, LowRank) and view is not None:
         A, B = tensors["A"], tensors["B"]
         if view.kind == "conv":
-            A = _spread_groups(A.reshape(-1, *view.weight.shape[1:]), groups_of(view))
+            A = spread_groups(A.reshape(-1, *view.weight.shape[1:]), groups_of(view))
             B = B.reshape(*B.shape, *(1 for _ in view.weight.shape[2:]))
         elif delta.parts:
             B = _spread_parts(B, delta.parts, view.shape[0])
@@ -160,7 +160,7 @@ def from_disk(tensors: dict[str, Tensor], site: Site, module: nn.Module) -> dict
         assert view is not None
         groups = groups_of(view)
         A_grouped = A[: len(A) // groups, : A.shape[1] // groups]
-        if not torch.equal(_spread_groups(A_grouped, groups), A):
+        if not torch.equal(spread_groups(A_grouped, groups), A):
             raise ValueError(
                 "lora_A mixes the groups of a grouped convolution, which no delta of its "
                 "weight can do"
@@ -174,7 +174,7 @@ def from_disk(tensors: dict[str, Tensor], site: Site, module: nn.Module) -> dict
     return tensors
 
 
-def _spread_groups(A: Tensor, groups: int) -> Tensor:
+def spread_groups(A: Tensor, groups: int) -> Tensor:
     """(R, I / G, kernel) to (G R, I, kernel): the same block for each group, zero elsewhere."""
     rank, channels = A.shape[:2]
     spread = A.new_zeros(groups * rank, groups * channels, *A.shape[2:])

@@ -47,7 +47,8 @@ SURFACE = {
     "compare": (
         f"{COMMON} --data --eval-data --otherwise --metric --columns --preset --learning-rates"
         " --seeds --validation --limit --eval-limit --max-tokens --max-new-tokens --latency"
-        f" --rounds --output --workers --through {TRAIN} --train-workers"
+        " --rounds --output --workers --through --intrinsic --share --dimensions --subspace"
+        f" {TRAIN} --train-workers"
     ),
     "inspect": (
         f"{COMMON} --widest --alpha --html --truncate --output --overwrite --advise --tolerance"

@@ -15,6 +15,7 @@ import torch
 from sidepath.config import TrainConfig
 from sidepath.data.dataset import Data, load_data
 from sidepath.errors import ResumeError, StoreError, WriteFailed
+from sidepath.training import checkpoint
 from sidepath.training.checkpoint import Checkpoint, latest, save
 from sidepath.training.loop import train
 from sidepath.training.report import StepReport
@@ -334,6 +335,22 @@ def test_leftovers_of_every_step_are_cleared_by_resuming_and_by_saving(tmp_path:
 def test_a_checkpoint_that_a_killed_swap_set_aside_is_found(tmp_path: Path) -> None:
     path = save(tmp_path, state(5), keep=2)
     path.rename(tmp_path / ".step-00000005.sidepath-00000000.old")
+    found, notices = latest(tmp_path)
+    assert found is not None
+    assert (found.step, notices) == (5, [])
+
+
+def test_a_listing_that_holds_neither_of_two_checkpoints_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one is pruned and the next appears, a folder may be listed without either of them."""
+    save(tmp_path, state(5), keep=2)
+    numbered, missed = checkpoint._numbered, iter([[], [], []])
+    monkeypatch.setattr(
+        checkpoint,
+        "_numbered",
+        lambda folder: [] if next(missed, None) is not None else numbered(folder),
+    )
     found, notices = latest(tmp_path)
     assert found is not None
     assert (found.step, notices) == (5, [])

@@ -149,7 +149,9 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     for _ in range(_ATTEMPTS):
         before = _present(folder)
         found, faults = _newest_whole(folder)
-        if _present(folder) == before:  # else another process saved or pruned meanwhile
+        # Else another process saved or pruned meanwhile. And where one does, a folder that is
+        # being listed may seem to hold neither the checkpoint that goes nor the one that comes.
+        if before and _present(folder) == before:
             break
     if found is None and faults:
         raise ResumeError(

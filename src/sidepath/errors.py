@@ -189,3 +189,8 @@ def guessed(fault: str, name: str, known: Iterable[str]) -> str:
     """A fault about `name`, and behind a colon what may have been meant by it."""
     hint = meant(name, known)
     return f"{fault}: {hint}" if hint else fault
+
+
+def in_one_line(said: object) -> str:
+    """What an error says over several lines, in one."""
+    return "; ".join(" ".join(line.split()) for line in str(said).splitlines() if line.strip())

@@ -109,11 +109,11 @@ def test_entrants_of_one_budget_stand_side_by_side() -> None:
 
 
 def test_for_people(tmp_path: Path) -> None:
-    out = Standing(entrants({"name": "bitfit"})[0], reason="no bias\n  to train")
+    out = Standing(entrants({"name": "bitfit"})[0], reason="no bias to train\n  next: another")
     found = document(standing(0, [0.5, 0.6], 10), standing(1, [0.6, 0.8], 20), out)
     text = markdown(found)
     assert "| lora | 10 | 40 | 0.001 | 0.55 |" in text
-    assert "bitfit took no part: no bias to train" in text
+    assert "bitfit took no part: no bias to train; next: another" in text
     assert "cannot fall below 0.5" in text
     assert "two seeds" in text
     assert len(table_rows(found)) == 2

@@ -18,7 +18,7 @@ from sidepath.compare.runs import RunTable
 from sidepath.compare.setting import Setting, Trial, digest_of
 from sidepath.compare.trial import facts_of, fresh
 from sidepath.compare.workers import Workers
-from sidepath.errors import SidepathError, TrainError
+from sidepath.errors import SidepathError, TrainError, in_one_line
 
 Advance = Callable[..., None]
 Progress = Callable[[str], AbstractContextManager[Advance]]
@@ -166,9 +166,7 @@ class Contest:
             return
         raise TrainError(
             "no entrant can be trained on this base and these data",
-            faults=[
-                f"{one.entrant.label}: {' '.join(str(one.reason).split())}" for one in standings
-            ],
+            faults=[f"{one.entrant.label}: {in_one_line(one.reason)}" for one in standings],
         )
 
 

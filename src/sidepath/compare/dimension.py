@@ -26,7 +26,7 @@ from sidepath.compare.runs import RunTable
 from sidepath.compare.setting import LOWER_IS_BETTER, Setting
 from sidepath.compare.trial import facts_of, fresh
 from sidepath.compare.workers import Workers
-from sidepath.errors import ConfigError, SidepathError, TrainError
+from sidepath.errors import ConfigError, SidepathError, TrainError, in_one_line
 from sidepath.methods.intrinsic import IntrinsicDimension
 from sidepath.training.evaluate import CAUSAL, CLASSIFY
 
@@ -155,7 +155,7 @@ def _possible(search: Search) -> tuple[int, ...]:
         try:
             fresh(search.setting, inside(search, d, D), 0)
         except SidepathError as error:
-            faults.append(f"d = {d}: {' '.join(str(error).split())}")
+            faults.append(f"d = {d}: {in_one_line(error)}")
         gc.collect()  # the base that was tried on is one big cycle
     if faults:
         raise ConfigError("this base cannot be trained in these dimensions", faults=faults)

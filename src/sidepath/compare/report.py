@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sidepath.compare.picture import picture
+from sidepath.errors import in_one_line
 
 Document = Mapping[str, Any]
 JSON, MARKDOWN, PICTURE = "compare.json", "compare.md", "pareto.png"
@@ -144,7 +145,7 @@ def notes(document: Document) -> list[str]:
     """What has to be known to read the table."""
     told = verdict_of_search(document)
     told += [
-        f"{one['method']} took no part: {' '.join(str(one['reason']).split())}"
+        f"{one['method']} took no part: {in_one_line(one['reason'])}"
         for one in document["excluded"]
     ]
     if any(one["form"] == "merged" for row in document["rows"] for one in row["latency"]):
@@ -158,7 +159,7 @@ def notes(document: Document) -> list[str]:
             f"best rate at the sweep's edge (a better one may lie beyond): {', '.join(edge)}"
         )
     told += [
-        f"{row['method']}: seed {one['seed']} failed: {' '.join(str(one['reason']).split())}"
+        f"{row['method']}: seed {one['seed']} failed: {in_one_line(one['reason'])}"
         for row in document["rows"]
         for one in row["failed"]
     ]

@@ -23,7 +23,7 @@ import sidepath
 from common import interleaved, machine, markdown, ratios, show
 from sidepath import LoRA
 from sidepath.core.quant import is_packed, state_of
-from sidepath.injection.architecture import preset_paths
+from sidepath.injection.places import preset_paths
 from sidepath.injection.quantising import quantise_
 
 

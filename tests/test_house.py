@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -71,6 +72,29 @@ def _allowed(room: str, name: str) -> bool:
         return False
     same = FLOORS[other] == FLOORS[room]
     return FLOORS[other] < FLOORS[room] or (same and (room, other) in DOWN_WITHIN)
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "scripts"])
+def test_scripts_that_no_test_runs_import_what_there_is(folder: str) -> None:
+    root = SOURCE.parents[1]
+    missing = [
+        f"{path.relative_to(root)}: {node.module}.{alias.name}"
+        for path in sorted((root / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sidepath")
+        for alias in node.names
+        if not _is_there(str(node.module), alias.name)
+    ]
+    assert missing == []
+
+
+def _is_there(module: str, name: str) -> bool:
+    try:
+        return name in dir(importlib.import_module(module)) or bool(
+            importlib.import_module(f"{module}.{name}")
+        )
+    except ImportError:
+        return False
 
 
 def test_every_import_goes_down() -> None:

@@ -76,7 +76,9 @@ def main() -> None:
         "peak_bytes": used.ru_maxrss * 1024,
         "machine": machine(),
     }
-    said = f"{found['layers']} layers in {seconds:.1f} s, peak {found['peak_bytes'] / 2**30:.2f} GiB"
+    said = (
+        f"{found['layers']} layers in {seconds:.1f} s, peak {found['peak_bytes'] / 2**30:.2f} GiB"
+    )
     show(found, said)
 
 

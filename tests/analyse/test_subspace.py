@@ -14,6 +14,7 @@ from sidepath.analyse import Factors, decompose, similarity
 from sidepath.analyse.subspace import (
     expected_at_random,
     grassmann_distance,
+    grids,
     of_updates,
     random_like,
     shared,
@@ -112,3 +113,14 @@ def test_the_control_has_the_same_shapes_and_follows_its_seed() -> None:
     assert (control.A_RI.shape, control.B_Or.shape) == (factors.A_RI.shape, factors.B_Or.shape)
     assert torch.equal(control.A_RI, random_like(factors, 1).A_RI)
     assert not torch.equal(control.A_RI, random_like(factors, 2).A_RI)
+
+
+def test_an_update_that_changes_nothing_shares_no_directions_but_those_of_a() -> None:
+    trained = drawn(6, 5, 2, seed=3)
+    fresh = Factors(trained.A_RI, torch.zeros_like(trained.B_Or), 1.0)
+    found = grids(trained, fresh)
+    assert found["A"][-1][-1] == pytest.approx(1.0)
+    assert found["B"] == found["inputs"] == found["outputs"] == []
+    both = grids(trained, trained)
+    assert all(both[name][-1][-1] == pytest.approx(1.0) for name in ("B", "inputs", "outputs"))
+    assert both["random"] != grids(trained, drawn(6, 5, 2, seed=4))["A"]

@@ -119,7 +119,8 @@ def test_two_adapters_share_what_they_share(
     for row in found.document["similarity"]:
         assert (len(row["phi"]), len(row["phi"][0])) == (2, 3)
         assert row["expected"] == pytest.approx(3 / 16)
-        assert 0 <= row["outputs"] <= 1
+        shapes = {name: (len(phi), len(phi[0])) for name, phi in row["grids"].items()}
+        assert shapes == dict.fromkeys(("B", "inputs", "outputs", "random"), (2, 3))
     assert "What it shares with part" in Collector(path.read_text()).text
 
 

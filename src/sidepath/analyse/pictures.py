@@ -13,7 +13,9 @@ from sidepath.page import COLOURS, canvas, svg
 Layer = Mapping[str, Any]
 LINES = ("-", "--", ":", "-.")
 SHOWN = 6
-"""Similarity grids on one page: those of the layers with the largest updates."""
+"""Layers whose similarity grids are on one page."""
+GRIDS = {"A": "A", "inputs": "ΔW, inputs", "outputs": "ΔW, outputs", "random": "random A"}
+"""The grids of a layer that are drawn, and their titles."""
 
 
 def by_kind(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
@@ -85,26 +87,24 @@ def energies(layers: Sequence[Layer]) -> str:
 
 
 def similarities(pairs: Sequence[Mapping[str, Any]]) -> str:
-    """φ(i, j) as grids, one a layer, all on the scale 0 to 1."""
+    """φ(i, j) as grids on the scale 0 to 1: a line a layer, the control last."""
     shown = pairs[:SHOWN]
-    columns = min(3, len(shown))
-    lines = math.ceil(len(shown) / columns)
-    drawn = canvas(10, 0.6 + 3.0 * lines)
-    axes = drawn.subplots(lines, columns, squeeze=False)
-    flat = [axis for row in axes for axis in row]
-    image = None
-    for axis, pair in zip(flat, shown, strict=False):
-        phi = pair["phi"]
-        extent = (0.5, len(phi[0]) + 0.5, len(phi) + 0.5, 0.5)
-        image = axis.imshow(phi, cmap="cividis", vmin=0, vmax=1, aspect="auto", extent=extent)
-        axis.set_title(_short(pair["name"]), fontsize=9)
-        axis.set_xlabel("j, directions of the second", fontsize=8)
-        axis.set_ylabel("i, of the first", fontsize=8)
-        for ticks in (axis.xaxis, axis.yaxis):
-            ticks.get_major_locator().set_params(integer=True)
-    for axis in flat[len(shown) :]:
-        axis.set_visible(False)
-    drawn.colorbar(image, ax=flat, label="φ(i, j)")
+    drawn = canvas(10, 0.6 + 2.6 * len(shown))
+    axes = drawn.subplots(len(shown), len(GRIDS), squeeze=False)
+    for line, pair in zip(axes, shown, strict=True):
+        for axis, (name, title) in zip(line, GRIDS.items(), strict=True):
+            phi = pair["phi"] if name == "A" else pair["grids"][name]
+            if not phi:  # an update that changes nothing
+                axis.set_axis_off()
+                continue
+            extent = (0.5, len(phi[0]) + 0.5, len(phi) + 0.5, 0.5)
+            image = axis.imshow(phi, cmap="cividis", vmin=0, vmax=1, aspect="auto", extent=extent)
+            axis.set_title(title, fontsize=8)
+            axis.set_xlabel("j, of the second", fontsize=8)
+            for ticks in (axis.xaxis, axis.yaxis):
+                ticks.get_major_locator().set_params(integer=True)
+        line[0].set_ylabel(f"{_short(pair['name'])}\ni, of the first", fontsize=8)
+    drawn.colorbar(image, ax=axes, label="φ(i, j)")
     return svg(drawn, "similarities")
 
 

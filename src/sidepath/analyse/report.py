@@ -138,7 +138,8 @@ def _similarity(document: Document) -> list[str]:
             lambda: pictures.similarities(ordered),
             "Similarity of the first i directions of one adapter with the first j of the other",
             f"φ(i, j) for the {min(pictures.SHOWN, len(pairs))} layers whose first directions are "
-            "most alike; all axes count directions, the most important first.",
+            "most alike; all axes count directions, the most important first. A: of the matrices A "
+            "(the paper's Figure 3); ΔW: of the updates themselves; random A: the control.",
         ),
         _folded("every layer", head, rows),
     ]

@@ -41,6 +41,24 @@ def of_updates(first: Factors, second: Factors, side: str = "input") -> list[lis
     return shared(one.U_OK.T, other.U_OK.T)
 
 
+def grids(first: Factors, second: Factors) -> dict[str, list[list[float]]]:
+    """φ of everything two updates of one layer can share, and of two random ones as a control.
+
+    A: `similarity` of the A matrices, the paper's Figures 3 and 4; B: of the B matrices; `inputs`
+    and `outputs`: `of_updates`; `random`: as A, of Gaussian factors in the shapes of both. B = 0
+    has no directions: where an update is still as it was injected, the three are empty.
+    """
+    found = {"A": similarity(first, second, "input")}
+    if first.B_Or.any() and second.B_Or.any():
+        found["B"] = similarity(first, second, "output")
+        found["inputs"] = of_updates(first, second, "input")
+        found["outputs"] = of_updates(first, second, "output")
+    else:
+        found |= {"B": [], "inputs": [], "outputs": []}
+    found["random"] = similarity(random_like(first, 0), random_like(second, 1), "input")
+    return found
+
+
 def shared(first_RD: Tensor, second_SD: Tensor) -> list[list[float]]:
     """φ(i, j) of the leading i and j rows of two sets of orthonormal rows."""
     summed_RS = (first_RD @ second_SD.T).square().cumsum(0).cumsum(1)

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sidepath.analyse import Factors, factors_of, similarity, spectrum
+from sidepath.analyse import Factors, factors_of, spectrum
 from sidepath.analyse.advise import energy_of_kinds
 from sidepath.analyse.report import report, said_of_ranks
-from sidepath.analyse.subspace import expected_at_random, grassmann_distance, of_updates
+from sidepath.analyse.subspace import expected_at_random, grassmann_distance, grids
 from sidepath.cli.beside_base import held_against, norms_of, require_base
 from sidepath.cli.choosing import advised, truncated
 from sidepath.cli.inspect_run import InspectRun
@@ -174,9 +174,12 @@ def _compared(
         if len(alone) > len(shared):
             note(f"{name}: {len(alone) - len(shared)} updates have no counterpart; left out")
     pairs = [_pair(name, found[name], other[name]) for name in shared]
-    columns = ["layer", "first directions", "whole spaces", "random", "distance", "of dW, outputs"]
+    columns = ["layer", "A, first", "A, whole", "random", "distance", "B, first", "dW, first input",
+               "dW, first output"]  # fmt: skip
+    names = ("name", "first", "whole", "expected", "distance")
+    firsts = ("B", "inputs", "outputs")
     rows = [
-        [*(pair[key] for key in ("name", "first", "whole", "expected", "distance", "outputs"))]
+        [*(pair[key] for key in names), *(_first(pair["grids"][key]) for key in firsts)]
         for pair in pairs
     ]
     equal = set(found) == set(other) and all(pair["equal"] for pair in pairs)
@@ -192,8 +195,13 @@ def _compared(
     return Report(document, [Table("phi, 0 to 1", columns, rows), *said])
 
 
+def _first(phi: Sequence[Sequence[float]]) -> float | None:
+    return phi[0][0] if phi else None
+
+
 def _pair(name: str, one: Factors, other: Factors) -> dict[str, Any]:
-    phi = similarity(one, other)
+    found = grids(one, other)
+    phi = found.pop("A")
     i, j = len(phi), len(phi[0])
     return {
         "name": name,
@@ -202,7 +210,7 @@ def _pair(name: str, one: Factors, other: Factors) -> dict[str, Any]:
         "whole": phi[-1][-1],
         "expected": expected_at_random(i, j, one.shape[1]),
         "distance": grassmann_distance(phi[-1][-1], i, j),
-        "outputs": of_updates(one, other, "output")[-1][-1],
+        "grids": found,
         "equal": one.scaling == other.scaling
         and one.sizes == other.sizes
         and one.A_RI.equal(other.A_RI)

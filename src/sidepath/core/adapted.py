@@ -32,7 +32,7 @@ class SidePaths(nn.Module):
     def __init__(self, view: View, routing: Routing, path: str) -> None:
         super().__init__()
         # Not through torch's `__setattr__`: there is one of these a layer.
-        self.__dict__ |= {"view": view, "routing": routing, "path": path}
+        self.__dict__.update(view=view, routing=routing, path=path)
 
     def add(self, name: str, delta: Delta) -> None:
         self._modules[key_of(name)] = delta
@@ -102,7 +102,7 @@ def speak_up(side: SidePaths) -> None:
     """Let a module ask its side paths in each forward pass. In place; undone by `step_aside`."""
     module = side.view.module
     module.__dict__.pop("forward", None)
-    module.__class__ = _adapted_class(side.view)
+    object.__setattr__(module, "__class__", _adapted_class(side.view))
 
 
 def step_aside(side: SidePaths) -> None:

@@ -68,6 +68,15 @@ def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             waiting += _children(module, f"{path}.")
 
 
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module that `modules_of` calls so; `get_submodule` looks at each part three times."""
+    for part in path.split(".") if path else ():
+        child = model._modules[part]
+        assert child is not None
+        model = child
+    return model
+
+
 def _children(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
     """A module's children without its side paths, the first one last: as a stack wants them."""
     if not module._modules:

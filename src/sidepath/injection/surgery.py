@@ -14,6 +14,7 @@ from sidepath.core.delta import Delta
 from sidepath.core.routing import group_rows
 from sidepath.core.views import View, view_of
 from sidepath.errors import MergeError, UnsupportedModule
+from sidepath.injection.architecture import module_at
 from sidepath.injection.merging import unfolded
 from sidepath.injection.registry import (
     Installed,
@@ -82,7 +83,7 @@ def _view_at(model: nn.Module, registry: Registry, site: Site) -> View:
                 hint="remove the one before the other is put in",
             )
         return side.view
-    module = model.get_submodule(site.path)
+    module = module_at(model, site.path)
     return CallView(module) if around else view_of(module) or View(module)
 
 

@@ -68,11 +68,19 @@ class LowRank(WeightDelta):
     ) -> None:
         super().__init__()
         r, alpha, scaling, dropout, with_bias, dtype = settings
+        whole = isinstance(view, LinearView) and not parts and not with_bias
         # Written where torch keeps them: a model has hundreds of these, and its `__setattr__`
         # looks through six tables each time.
-        self.__dict__ |= {"r": r, "alpha": alpha, "scaling": scaling, "dropout": dropout}
-        whole = isinstance(view, LinearView) and not parts and not with_bias
-        self.__dict__ |= {"parts": parts, "kind": view.kind, "bias": None, "whole_linear": whole}
+        self.__dict__.update(
+            r=r,
+            alpha=alpha,
+            scaling=scaling,
+            dropout=dropout,
+            parts=parts,
+            kind=view.kind,
+            bias=None,
+            whole_linear=whole,
+        )
         device = view.weight.device
         if tensors is None:
             rows, columns = view.shape

@@ -18,9 +18,8 @@ Find = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """From a matrix (O, I) and a rank to factors `A (R, I)` and `B (O, R)` of a part of it."""
 
 
-@torch.no_grad()
 def draw_(A_RI: Tensor, start: Literal["kaiming", "gaussian"], r: int) -> None:
-    """Fill A from torch's random state. In place.
+    """Fill A from torch's random state. In place, so not while gradients are recorded.
 
     kaiming: U(-1/sqrt(I), 1/sqrt(I)) (the original code); gaussian: N(0, 1/r²) (the paper names
     no deviation; this is the one in common use).

@@ -86,9 +86,9 @@ def test_every_so_many_steps_what_inspect_would_find(
             factors = found[layer.name]
             expected = spectrum(factors).effective_rank
             assert layer.effective_rank[at] == pytest.approx(expected, rel=1e-5)
-            assert layer.b_norm[at] == pytest.approx(float(factors.B_Or.norm()), rel=2e-6)
+            assert layer.b_norm[at] == pytest.approx(float(factors.B_Or.norm()), rel=1e-5)
             gradient = norms[step - 1][layer.name]
-            assert layer.gradient_norm[at] == pytest.approx(gradient, rel=2e-6)
+            assert layer.gradient_norm[at] == pytest.approx(gradient, rel=1e-5)
     assert len({layer.effective_rank for layer in history.layers}) > 1
 
 
@@ -154,7 +154,7 @@ def test_every_process_sees_the_history_of_one(data: Data, tmp_path: Path) -> No
     ("method", "fields"),
     [
         ("lora", {"start": "pissa"}),
-        ("lora", {"start": "gaussian", "dtype": "bfloat16", "bias": "all"}),
+        ("lora", {"start": "gaussian", "dtype": "bfloat16", "train_whole": ("norm",)}),
     ],
 )
 def test_it_is_the_saved_form_that_is_watched(
@@ -195,7 +195,7 @@ def _require_last(history: History, adapter: Adapter, folder: Path) -> None:
         expected = spectrum(found[layer.name]).effective_rank
         assert layer.effective_rank[-1] == pytest.approx(expected, rel=1e-5)
         norm = float(_whole_norm(found[layer.name].B_Or))
-        assert layer.b_norm[-1] == pytest.approx(norm, rel=2e-6)
+        assert layer.b_norm[-1] == pytest.approx(norm, rel=1e-5)
     for layer in history.layers:
         if layer.name not in found:
             assert layer.effective_rank is layer.b_norm is None
@@ -205,7 +205,7 @@ def _whole_norm(B_Or: Tensor) -> Tensor:
     return torch.linalg.vector_norm(B_Or.double())
 
 
-@pytest.mark.parametrize("method", ["full", "bitfit", "bottleneck", "prefix", "vera", "intrinsic"])
+@pytest.mark.parametrize("method", ["full", "bottleneck", "prefix", "vera", "intrinsic"])
 def test_other_methods_have_gradient_norms_alone(data: Data, method: str) -> None:
     model = llama()
     fields = {"vera": {"r": 4}, "intrinsic": {"d": 40}}.get(method, {})

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sidepath.analyse.advise import kind_of
-from sidepath.page import COLOURS, canvas, svg
+from sidepath.page import COLOURS, LINES, canvas, svg
 
 Layer = Mapping[str, Any]
-LINES = ("-", "--", ":", "-.")
 SHOWN = 6
 """Similarity grids on one page: those of the layers with the largest updates."""
 

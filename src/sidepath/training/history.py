@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -172,4 +173,4 @@ def _rises(steps: Any, last: int) -> bool:
     """Whether these are steps of a run, each after the one before."""
     if not (isinstance(steps, list) and all(_is_count(step) for step in steps)):
         return False
-    return all(a < b for a, b in zip(steps, [*steps[1:], last + 1], strict=True))
+    return all(a < b for a, b in itertools.pairwise([*steps, last + 1]))

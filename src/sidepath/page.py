@@ -76,10 +76,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int
 def figure(picture: str, described: str, caption: str) -> str:
     """A picture (SVG) with what it shows for those who do not see it, and a line below."""
     label = html.escape(described, quote=True)
-    return (
-        f'<figure role="img" aria-label="{label}">{picture}'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
+    named = picture.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return f"<figure>{named}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def drawn(draw: Callable[[], str], described: str, caption: str) -> list[str]:

@@ -19,7 +19,7 @@ class Watched:
 
 def watch(base: Path, data: Path, folder: Path, steps: int = 9) -> Watched:
     """Train with the command line, evaluating and watching as it goes, and merge."""
-    adapter, merged = folder / "watched", folder / "merged"
+    adapter, merged = folder / "numbers", folder / "merged"
     flags = f"--base {base} --data {data} --output {adapter} --r 2 --steps {steps} --watch 2"
     more = "--batch-size 4 --learning-rate 0.05 --eval-share 0.25 --eval-every 4"
     assert main(["train", *flags.split(), *more.split()]) == 0

@@ -88,7 +88,7 @@ def over_steps(history: History, figure: str, label: str) -> str:
         )
     axis.set_xlabel("step")
     axis.set_ylabel(label)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.25)
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

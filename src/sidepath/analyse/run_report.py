@@ -13,11 +13,13 @@ from sidepath.store.plan import readable
 
 History = Mapping[str, Any]
 WATCHED = (
-    ("effective_rank", "effective rank of ΔW", "How many directions the updates used"),
-    ("b_norm", "‖B‖ (Frobenius)", "How far B went"),
-    ("gradient_norm", "‖gradient‖ (nats per unit weight)", "Where the gradient was"),
+    ("effective_rank", "Effective rank of ΔW", "effective rank"),
+    ("b_norm", "‖B‖ (Frobenius norm)", "norm of B"),
+    ("gradient_norm", "‖gradient‖ (nats per unit of weight)", "gradient norm"),
 )
-"""Of each figure: its name, the axis, and what a picture of it shows."""
+"""Of each figure: its name, its axis, and what it is called in a sentence."""
+LITTLE = 0.02
+"""A change by no larger share is none."""
 
 
 def trained(history: History) -> list[str]:
@@ -25,7 +27,7 @@ def trained(history: History) -> list[str]:
     body = []
     if history["loss"]:
         body += [
-            "<h2>How the loss fell</h2>" if _fell(history) else "<h2>How the loss went</h2>",
+            f"<h2>The loss {_moved(*_ends(history))}</h2>",
             f"<p>{html.escape(said_of_losses(history))}</p>",
             *drawn(
                 lambda: run_pictures.losses(history),
@@ -33,34 +35,38 @@ def trained(history: History) -> list[str]:
                 "Cross-entropy in nats per supervised token (or row).",
             ),
         ]
-    for figure, axis, title in WATCHED if history["steps"] else ():
+    for figure, axis, name in WATCHED if history["steps"] else ():
         if run_pictures.lines_of(history, figure):
-            body += _over_steps(history, figure, axis, title)
+            body += _over_steps(history, figure, axis, name)
     return body
 
 
-def _over_steps(history: History, figure: str, axis: str, title: str) -> list[str]:
+def _over_steps(history: History, figure: str, axis: str, name: str) -> list[str]:
     def picture() -> str:
         return run_pictures.over_steps(history, figure, axis)
 
     described = f"{axis} over the steps, a line for each kind of matrix"
     caption = f"{axis}: the median over blocks, and their range, for each kind of matrix."
     return [
-        f"<h2>{html.escape(title)}</h2>",
-        f"<p>{html.escape(said_of_layers(history, figure, axis))}</p>",
+        f"<h2>The {name} {_moved(*_medians(history, figure))}</h2>",
+        f"<p>{html.escape(said_of_layers(history, figure, name))}</p>",
         *drawn(picture, described, caption),
     ]
+
+
+def _moved(first: float, last: float) -> str:
+    """What a number did between these two, as a verb."""
+    if math.isnan(first) or math.isnan(last):
+        return "is not known throughout"
+    if not abs(last - first) > LITTLE * abs(first):
+        return "hardly moved"
+    return "rose" if last > first else "fell"
 
 
 def _ends(history: History) -> tuple[float, float]:
     """The mean loss of the first and of the last steps."""
     loss, window = history["loss"], run_pictures.window_of(history)
     return sum(loss[:window]) / window, sum(loss[-window:]) / window
-
-
-def _fell(history: History) -> bool:
-    first, last = _ends(history)
-    return last < first
 
 
 def said_of_losses(history: History) -> str:
@@ -75,22 +81,31 @@ def said_of_losses(history: History) -> str:
     return said
 
 
-def said_of_layers(history: History, figure: str, axis: str) -> str:
+def _medians(history: History, figure: str) -> tuple[float, float]:
+    """The median layer's figure at the first look and at the last."""
+    series = [one for own in run_pictures.lines_of(history, figure).values() for one in own]
+    first, last = (run_pictures.median([one[at] for one in series]) for at in (0, -1))
+    return first, last
+
+
+def said_of_layers(history: History, figure: str, name: str) -> str:
     """How a figure's median went from the first look to the last, and which kind is highest."""
-    lines = run_pictures.lines_of(history, figure)
-    all_of = [series for own in lines.values() for series in own]
-    first, last = (run_pictures.median([series[at] for series in all_of]) for at in (0, -1))
-    steps = history["steps"]
+    first, last = _medians(history, figure)
+    lines, steps = run_pictures.lines_of(history, figure), history["steps"]
     ends = {kind: run_pictures.median([one[-1] for one in own]) for kind, own in lines.items()}
     known = {kind: value for kind, value in ends.items() if not math.isnan(value)}
     said = (
-        f"The median layer's went from {first:.3g} after step {steps[0]:,} to {last:.3g} after "
-        f"step {steps[-1]:,}"
+        f"The median layer's {name} went from {_told(first)} after step {steps[0]:,} to "
+        f"{_told(last)} after step {steps[-1]:,}"
     )
     if len(known) < 2:
         return f"{said}."
     top, low = max(known, key=known.__getitem__), min(known, key=known.__getitem__)
     return f"{said}; at the end {top} has most ({known[top]:.3g}), {low} least ({known[low]:.3g})."
+
+
+def _told(value: float) -> str:
+    return "unknown" if math.isnan(value) else f"{value:.3g}"
 
 
 def audited(figures: Sequence[tuple[str, str]]) -> list[str]:
@@ -118,6 +133,8 @@ def planned(figures: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     return [
         "<h2>Plan against measured</h2>",
+        "<p>Memory is planned for a training step; measured are the steps that were counted, with "
+        "the evaluations that followed them.</p>",
         table(("", "planned", "measured", "off by", "how"), rows),
     ]
 

@@ -65,7 +65,7 @@ def _planned(place: Path, manifest: Manifest) -> list[dict[str, Any]]:
     try:
         memory = record.get("memory") or {}
         if memory.get("measured") is not None:
-            rows.append(_row("memory of a step", memory["predicted"], **_measured(memory)))
+            rows.append(_row("memory at its peak", memory["predicted"], **_measured(memory)))
         size = record.get("adapter_bytes") or {}
         if size.get("predicted") and not any(name in record for name in _MADE_SMALLER):
             real = manifest.files[WEIGHTS][0]

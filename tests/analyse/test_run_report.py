@@ -12,7 +12,7 @@ from sidepath.analyse.run_pictures import lines_of, median, window_of
 from tests.pages import Collector, fetched
 
 
-def history(steps: int = 4, **changes: Any) -> dict[str, Any]:
+def history(count: int = 4, **changes: Any) -> dict[str, Any]:
     layers = [
         {"name": "h.0.q", "effective_rank": [1.0, 3.0], "b_norm": [0.0, 2.0],
          "gradient_norm": [4.0, 1.0]},
@@ -20,7 +20,7 @@ def history(steps: int = 4, **changes: Any) -> dict[str, Any]:
          "gradient_norm": [4.0, 1.0]},
         {"name": "h.0.norm", "effective_rank": None, "b_norm": None, "gradient_norm": [0.5, 0.25]},
     ]  # fmt: skip
-    loss = [4.0 - 2.0 * at / max(1, steps - 1) for at in range(steps)]
+    loss = [4.0 - 2.0 * at / max(1, count - 1) for at in range(count)]
     return {"every": 2, "loss": loss, "held_out": [], "steps": [2, 4], "layers": layers, **changes}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sidepath.page import canvas, figure, page, svg, table
+from sidepath.page import canvas, figure, page, running_mean, svg, table
 from tests.pages import Collector, fetched
 
 
@@ -30,3 +30,8 @@ def test_two_pictures_on_one_page_share_no_names() -> None:
     assert {link.removeprefix("#") for link in used} <= set(names)
     assert fetched(text) == []
     assert Collector(text).values("aria-label") == ["what one shows", "what two shows"]
+
+
+def test_running_mean_against_the_obvious_loop() -> None:
+    assert running_mean([4.0, 2.0, 0.0], 2) == [4.0, 3.0, 1.0]
+    assert running_mean([], 3) == []

@@ -77,6 +77,9 @@ class TrainConfig:
     """Checkpoints kept on disk; older ones go once a new one is safe."""
     label_smoothing: float = 0.0
     """Share of each target's probability spread evenly over the vocabulary or classes."""
+    watch: int = 0
+    """Steps between looks at each layer's effective rank, norm of B and gradient norm, which are
+    saved with the adapter beside the loss of every step; 0 keeps none."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -98,6 +101,7 @@ class TrainConfig:
             "checkpoint_every": self.checkpoint_every >= 0,
             "keep_checkpoints": self.keep_checkpoints >= 1,
             "label_smoothing": 0 <= self.label_smoothing < 1,
+            "watch": self.watch >= 0,
         }
         require(self, rules)
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import html
 import importlib.util
 import io
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 STYLE = """
@@ -29,17 +30,21 @@ thead th { border-bottom: 2px solid var(--line); font-weight: 600 }
 td.text { font-family: ui-monospace, monospace; font-size: .84rem; white-space: pre-wrap;
           overflow-wrap: anywhere; min-width: 9rem }
 figure { margin: 1rem 0; background: #fff; border: 1px solid var(--line); border-radius: 6px;
-         padding: .5rem } figure svg { width: 100%; height: auto; display: block }
+         padding: .5rem; overflow-x: auto }
+figure svg { width: 100%; min-width: 36rem; height: auto; display: block }
 figcaption { color: #444; font-size: .88rem; padding: .3rem }
 details { margin: .8rem 0 } summary { cursor: pointer; color: var(--soft) }
 code, pre { font-family: ui-monospace, monospace; font-size: .86rem }
 pre { background: var(--tint); padding: .8rem; overflow-x: auto; border-radius: 6px }
-@media print { body { max-width: none; padding: 0 } .scroll { overflow: visible }
+@media print { body { max-width: none; padding: 0 } .scroll, figure { overflow: visible }
+        figure svg { min-width: 0 }
         figure, tr { break-inside: avoid } h2 { break-after: avoid } }
 """
 PICTURES_MISSING = "Pictures need matplotlib: pip install 'sidepath[report]'."
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's, told apart with every kind of colour vision, and without colour by lightness."""
+LINES = ("-", "--", ":", "-.")
+"""For lines beyond the colours."""
 
 
 def page(title: str, body: Sequence[str]) -> str:
@@ -71,10 +76,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int
 def figure(picture: str, described: str, caption: str) -> str:
     """A picture (SVG) with what it shows for those who do not see it, and a line below."""
     label = html.escape(described, quote=True)
-    return (
-        f'<figure role="img" aria-label="{label}">{picture}'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
+    named = picture.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return f"<figure>{named}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def drawn(draw: Callable[[], str], described: str, caption: str) -> list[str]:
+    """`figure` of what `draw` gives (SVG); without matplotlib, how to get it."""
+    if not has_matplotlib():
+        return [f"<p>{PICTURES_MISSING}</p>"]
+    return [figure(draw(), described, caption)]
 
 
 def has_matplotlib() -> bool:
@@ -92,10 +102,17 @@ def canvas(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def svg(drawn: Any, name: str) -> str:
+def svg(made: Any, name: str) -> str:
     """A figure as an SVG element. `name` keeps its inner names apart from other pictures'."""
     buffer = io.StringIO()
-    drawn.savefig(buffer, format="svg", metadata={"Date": None})
+    made.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of each value with up to `window - 1` before it: what is drawn of a noisy curve."""
+    sums = list(itertools.accumulate(values, initial=0.0))
+    spans = ((max(0, at + 1 - window), at + 1) for at in range(len(values)))
+    return [(sums[stop] - sums[start]) / (stop - start) for start, stop in spans]

@@ -25,7 +25,7 @@ TRAIN = (
     "--steps --epochs --batch-size --accumulate --packing --workers --optimizer --learning-rate"
     " --schedule --warmup --weight-decay --beta1 --beta2 --clip --seed --autocast --kernels"
     " --gradient-checkpointing --eval-share --eval-every --patience"
-    " --checkpoint-every --keep-checkpoints --label-smoothing"
+    " --checkpoint-every --keep-checkpoints --label-smoothing --watch"
 )
 RUN = (
     f"{COMMON} --data --output --method --beside --eval-data --weights --stream --columns"
@@ -51,8 +51,8 @@ SURFACE = {
         f" {TRAIN} --train-workers"
     ),
     "inspect": (
-        f"{COMMON} --widest --alpha --html --truncate --output --overwrite --advise --tolerance"
-        " --data --metric --columns --limit --max-tokens --max-new-tokens --batch-size"
+        f"{COMMON} --widest --alpha --html --merged --truncate --output --overwrite --advise"
+        " --tolerance --data --metric --columns --limit --max-tokens --max-new-tokens --batch-size"
     ),
     "merge": "--skip-parity --dtype --quantise --allow-other-base --overwrite",
     "bench": "--rounds --threads --device --output --quick",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sidepath.demo.report import facts, running_mean, samples, score_rows, write_report
+from sidepath.demo.report import facts, samples, score_rows, write_report
 from tests.demo.sample import result
 from tests.pages import Collector
 
@@ -46,8 +46,3 @@ def test_the_terminal_shows_samples_and_what_was_proved() -> None:
     assert "1.0e-06" in said
     assert "equals one row at a time" in said
     assert "DIFFERS" in " ".join(facts({**result(), "routed_equal": False}))
-
-
-def test_running_mean_against_the_obvious_loop() -> None:
-    assert running_mean([4.0, 2.0, 0.0], 2) == [4.0, 3.0, 1.0]
-    assert running_mean([], 3) == []

@@ -3,7 +3,8 @@
 A tiny Llama, LoRA with dropout, three forward passes a step, a checkpoint after each of 20 steps.
 Each piece of a run is a forked child: nothing but the checkpoints outlives a kill, and torch is
 imported once. Children write the loss of each step (`float.hex`) and at the end the SHA-256 of
-the final weights to a log; `finish` holds all of it against the unbroken run's.
+the final weights and of the watched history to a log; `finish` holds all of it against the
+unbroken run's.
 
 `SETTINGS` also packs rows, and has data that draw random numbers in a DataLoader worker process.
 """
@@ -47,6 +48,7 @@ TRAIN: dict[str, Any] = {
     "keep_checkpoints": 2,
     "eval_every": 4,
     "eval_share": 0.2,
+    "watch": 3,
 }
 
 
@@ -156,7 +158,9 @@ def play(
             says.say(stopped=report.checkpoint.name)
         at_step(report.number)
     if not reports.interrupted:
-        says.say(weights=weights_of(model))
+        assert reports.history is not None
+        watched = hashlib.sha256(reports.history.as_json().encode()).hexdigest()
+        says.say(weights=f"{weights_of(model)}, history {watched}")
 
 
 def weights_of(model: torch.nn.Module) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sidepath.analyse.spectrum import Factors, spectrum
@@ -112,26 +112,45 @@ def advise(
             expected="a tolerance of at least 0 and a finite metric",
         )
     worst = full - tolerance if higher_is_better else full + tolerance
-    tried: list[Tried] = []
+    search = _Search(score, worst, higher_is_better)
+    rank = search.smallest_rank(ranks_below(r), kinds)
+    chosen = search.fewest_kinds(rank, kinds)
+    return Advice(rank, tuple(chosen), full, worst, tuple(search.tried))
 
-    def keeps(rank: int, chosen: Sequence[str]) -> bool:
-        value = score(rank, chosen)
-        near = 1e-12 * max(1.0, abs(worst))  # a sum of floats may be a hair off
-        kept = value >= worst - near if higher_is_better else value <= worst + near
-        tried.append(Tried(rank, tuple(chosen), value, kept))
+
+@dataclass
+class _Search:
+    """Smaller adapters, tried one after another."""
+
+    score: Score
+    worst: float
+    higher_is_better: bool
+    tried: list[Tried] = field(default_factory=list)
+
+    def keeps(self, rank: int, kinds: Sequence[str]) -> bool:
+        """Whether the adapter cut to this keeps the metric."""
+        value = self.score(rank, kinds)
+        near = 1e-12 * max(1.0, abs(self.worst))  # a sum of floats may be a hair off
+        kept = value >= self.worst - near if self.higher_is_better else value <= self.worst + near
+        self.tried.append(Tried(rank, tuple(kinds), value, kept))
         return kept
 
-    ranks = ranks_below(r)
-    low, high = 0, len(ranks) - 1  # the whole adapter keeps it
-    while low < high:
-        middle = (low + high) // 2
-        if keeps(ranks[middle], kinds):
-            high = middle
-        else:
-            low = middle + 1
-    chosen = list(kinds)
-    for kind in reversed(list(kinds)):
-        fewer = [one for one in chosen if one != kind]
-        if fewer and keeps(ranks[high], fewer):
-            chosen = fewer
-    return Advice(ranks[high], tuple(chosen), full, worst, tuple(tried))
+    def smallest_rank(self, ranks: Sequence[int], kinds: Sequence[str]) -> int:
+        """The first of the rising ranks that keeps it, by bisection; the last one does."""
+        low, high = 0, len(ranks) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self.keeps(ranks[middle], kinds):
+                high = middle
+            else:
+                low = middle + 1
+        return ranks[high]
+
+    def fewest_kinds(self, rank: int, kinds: Sequence[str]) -> list[str]:
+        """The kinds that are left when those that are not needed went, the last one first."""
+        chosen = list(kinds)
+        for kind in reversed(kinds):
+            fewer = [one for one in chosen if one != kind]
+            if fewer and self.keeps(rank, fewer):
+                chosen = fewer
+        return chosen

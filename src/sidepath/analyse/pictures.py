@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sidepath.analyse.advise import kind_of
-from sidepath.page import COLOURS, canvas, svg
+from sidepath.page import COLOURS, LINES, canvas, svg
 
 Layer = Mapping[str, Any]
-LINES = ("-", "--", ":", "-.")
 SHOWN = 6
 """Layers whose similarity grids are on one page."""
 GRIDS = {"A": "A", "inputs": "ΔW, inputs", "outputs": "ΔW, outputs", "random": "random A"}

@@ -6,17 +6,19 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sidepath.analyse import pictures
-from sidepath.page import PICTURES_MISSING, figure, has_matplotlib, page, table
+from sidepath.analyse import pictures, run_report
+from sidepath.page import drawn, page, table
 
 Document = Mapping[str, Any]
 Layer = Mapping[str, Any]
 MOST_ROWS = 40
 """Rows of a table that are shown at once; the others unfold."""
+TOLD = ("audit", "memory", "adapter_bytes")
+"""Of the record, what has a section of its own."""
 
 
-def report(document: Document) -> str:
-    """The page. Every number on it is one of the document's."""
+def report(document: Document, audit: Sequence[tuple[str, str]] = ()) -> str:
+    """The page. Every number on it is one of the document's; `audit`: its audit, for people."""
     title = f"What {document['adapter']} learned"
     body = [f"<h1>{html.escape(title)}</h1>", _lead(document)]
     if document.get("layers"):
@@ -29,6 +31,14 @@ def report(document: Document) -> str:
         body += _truncated(document["truncated"])
     if document.get("advice"):
         body += _advice(document["advice"])
+    if document.get("history"):
+        body += run_report.trained(document["history"])
+    if audit:
+        body += run_report.audited(audit)
+    if document.get("planned"):
+        body += run_report.planned(document["planned"])
+    if document.get("parity"):
+        body += run_report.parity(document["parity"])
     body += _came_to_be(document.get("record") or {})
     return page(title, body)
 
@@ -43,7 +53,7 @@ def _layers(layers: Sequence[Layer], energy: Mapping[str, float]) -> list[str]:
     body = [
         "<h2>How many directions the updates use</h2>",
         f"<p>{html.escape(said_of_ranks(layers))}</p>",
-        *_drawn(
+        *drawn(
             lambda: pictures.spectra(layers),
             "Singular values of the updates, largest first, a line for each kind of matrix",
             "Singular values of ΔW: the median over blocks, and their range, for each kind of "
@@ -52,7 +62,7 @@ def _layers(layers: Sequence[Layer], energy: Mapping[str, float]) -> list[str]:
         "<h2>Where the change is</h2>",
         f"<p>{html.escape(largest[0])} holds {100 * largest[1]:.0f} % of the energy, the sum of "
         "‖ΔW‖² over all layers.</p>",
-        *_drawn(
+        *drawn(
             lambda: pictures.energies(layers),
             "Norm of each update, blocks down, kinds of matrices across",
             "Frobenius norm of ΔW for each block and matrix; lighter is larger.",
@@ -134,7 +144,7 @@ def _similarity(document: Document) -> list[str]:
         f"<h2>What it shares with {html.escape(document['other'])}</h2>",
         "<p>φ(i, j) is 1 where the smaller of two subspaces lies in the larger one, and "
         "max(i, j) / d for random ones.</p>",
-        *_drawn(
+        *drawn(
             lambda: pictures.similarities(ordered),
             "Similarity of the first i directions of one adapter with the first j of the other",
             f"φ(i, j) for the {min(pictures.SHOWN, len(pairs))} layers whose first directions are "
@@ -175,16 +185,10 @@ def _advice(advice: Mapping[str, Any]) -> list[str]:
 
 
 def _came_to_be(record: Mapping[str, Any]) -> list[str]:
-    rows = [[name, _plain(value)] for name, value in record.items()]
+    rows = [[name, _plain(value)] for name, value in record.items() if name not in TOLD]
     return (
         ["<h2>How it came to be</h2>", table(("record", "value"), rows, text=(1,))] if rows else []
     )
-
-
-def _drawn(draw: Any, described: str, caption: str) -> list[str]:
-    if not has_matplotlib():
-        return [f"<p>{PICTURES_MISSING}</p>"]
-    return [figure(draw(), described, caption)]
 
 
 def _folded(name: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

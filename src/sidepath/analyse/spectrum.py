@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sidepath.kernels.spectra import effective_rank
+
 ENERGIES = (0.9, 0.99)
 """Shares of the energy (the sum of squares) that a number of directions is told for."""
 
@@ -54,12 +56,8 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float:
-        """exp(entropy) of p_i = σ_i / Σσ (Roy and Vetterli 2007, "The effective rank"): 1 when
-        one direction carries all, K when all carry the same, 0 for a zero update.
-        """
-        total = math.fsum(self.singular_values)
-        shares = [value / total for value in self.singular_values if value > 0]
-        return math.exp(-math.fsum(p * math.log(p) for p in shares)) if shares else 0.0
+        """How many directions carry it: `kernels.spectra.effective_rank`; 0 for a zero update."""
+        return float(effective_rank(torch.tensor(self.singular_values, dtype=torch.float64)))
 
     @property
     def stable_rank(self) -> float:

@@ -54,6 +54,7 @@ FIXED = (
     "patience",
     "checkpoint_every",
     "keep_checkpoints",
+    "watch",
 )
 """Settings of the training loop that a comparison decides itself."""
 

@@ -24,6 +24,8 @@ class InspectRun(BaseRun):
     """loralib's lora_alpha, for a file of loralib, which does not hold it."""
     html: str | None = None
     """Write a report with pictures to this file."""
+    merged: str | None = None
+    """Folder that this adapter was merged into: its measured parity is shown."""
     truncate: str | None = None
     """Write the adapter with fewer directions to --output: `r=4` keeps 4 of each layer,
     `energy=0.99` the fewest that hold this share of a layer's energy."""

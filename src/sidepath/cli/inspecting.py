@@ -13,10 +13,10 @@ from sidepath.analyse.subspace import expected_at_random, grassmann_distance, gr
 from sidepath.cli.beside_base import held_against, norms_of, require_base
 from sidepath.cli.choosing import advised, truncated
 from sidepath.cli.inspect_run import InspectRun
+from sidepath.cli.origins import audit_of, origins
 from sidepath.cli.output import Report, Table, cell, finite, note
 from sidepath.cli.surface import Call
 from sidepath.errors import ConfigError, StoreError
-from sidepath.store import manifest as manifests
 
 LARGEST_SHOWN = 4
 """Singular values a row of the table shows; the document holds all."""
@@ -36,7 +36,8 @@ def inspect(call: Call) -> Report:
         result = _looked_at(found, place, run)
     if run.html is None:
         return result
-    Path(run.html).write_text(report(finite(result.document)), encoding="utf-8")
+    page = report(finite(result.document), audit_of(result.document))
+    Path(run.html).write_text(page, encoding="utf-8")
     return Report({**result.document, "html": run.html}, [*result.parts, f"report in {run.html}"])
 
 
@@ -52,6 +53,7 @@ def _require_sense(run: InspectRun, places: Sequence[str]) -> None:
         "--truncate and --advise each choose a rank: give one": run.advise and run.truncate,
         "--data is read for --truncate and --advise alone": run.data and not changed,
         "--output is written by --truncate and --advise alone": run.output and not changed,
+        "--merged goes with one adapter": two and run.merged,
         "--html: its folder does not exist": run.html and not Path(run.html).parent.is_dir(),
     }
     faults = [said for said, broken in rules.items() if broken]
@@ -69,7 +71,7 @@ def _looked_at(found: Mapping[str, Factors], place: Path, run: InspectRun) -> Re
         "facts": _facts(found),
         "layers": layers,
         "energy": energy_of_kinds(found),
-        "record": _record(place),
+        **origins(place, run.merged),
     }
     parts: list[Table | str] = [_layer_table(layers), said_of_ranks(layers), *_warnings(layers)]
     if run.base is not None:
@@ -151,15 +153,6 @@ def _against_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return Table("against the base", columns, cells)
 
 
-def _record(place: Path) -> Mapping[str, Any]:
-    """How an adapter of ours came to be."""
-    if not (place / manifests.NAME).exists():
-        return {}
-    manifest, _ = manifests.read_manifest(place)
-    assert manifest is not None, "factors_of has read it"
-    return manifest.record
-
-
 def _compared(
     found: Mapping[str, Factors], place: Path, other_place: Path, run: InspectRun
 ) -> Report:
@@ -190,7 +183,7 @@ def _compared(
         "facts": _facts(found),
         "similarity": pairs,
         "equal": equal,
-        "record": _record(place),
+        **origins(place),
     }
     return Report(document, [Table("phi, 0 to 1", columns, rows), *said])
 

@@ -13,10 +13,12 @@ import torch
 from sidepath.cli.following import Followed
 from sidepath.cli.output import Report, Table
 from sidepath.config import TrainConfig
+from sidepath.data.audit import Audit
 from sidepath.data.dataset import Data
 from sidepath.data.hub import PREFIX
 from sidepath.store.plan import Plan, readable
 from sidepath.training.forgetting import Forgetting
+from sidepath.training.history import History
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,15 @@ class Outcome:
     forgetting: Forgetting | None
     planned: Plan
     data: Data
+    history: History | None
+    """Where the run was watched."""
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """Bytes of a step at its peak: what the plan said, and what was measured, and how."""
+        peak = self.followed.peak
+        predicted = self.planned.memory.total
+        return {"predicted": predicted, "measured": peak.bytes or None, "how": peak.how}
 
 
 def record(outcome: Outcome, config: TrainConfig, command: str) -> dict[str, Any]:
@@ -40,12 +51,22 @@ def record(outcome: Outcome, config: TrainConfig, command: str) -> dict[str, Any
             "rows": data.audit.rows,
             "digest": data.digest,
         },
+        "audit": _audit(data.audit),
+        "memory": outcome.memory,
+        "adapter_bytes": {"predicted": outcome.planned.adapter_bytes},
         "seed": config.seed,
         "steps": outcome.followed.steps,
         "loss": outcome.followed.losses,
         "forgetting": None if lost is None else lost.as_dict(),
         "command": command,
     }
+
+
+def _audit(audit: Audit) -> dict[str, Any]:
+    """The audit without the rows it shows: those are the user's own, and adapters are published."""
+    values = {name: value for name, value in audit.as_dict().items() if name != "samples"}
+    portions = [{**portion, "name": _short(portion["name"])} for portion in values["portions"]]
+    return {**values, "portions": portions}
 
 
 def _short(name: str) -> str:
@@ -56,8 +77,7 @@ def _short(name: str) -> str:
 def report(outcome: Outcome, output: Path) -> Report:
     """The result of `sidepath train`."""
     followed, lost = outcome.followed, outcome.forgetting
-    losses, peak = followed.losses, followed.peak
-    predicted = outcome.planned.memory.total
+    losses, memory = followed.losses, outcome.memory
     document = {
         "adapter": str(output),
         "steps": outcome.followed.steps,
@@ -66,7 +86,7 @@ def report(outcome: Outcome, output: Path) -> Report:
         "forgetting": None if lost is None else lost.as_dict(),
         "audit": outcome.data.audit.as_dict(),
         "plan": outcome.planned.as_dict(),
-        "memory": {"predicted": predicted, "measured": peak.bytes or None, "how": peak.how},
+        "memory": memory,
         "peak_memory_bytes": peak_memory(),
         "seconds": followed.seconds,
     }
@@ -76,12 +96,16 @@ def report(outcome: Outcome, output: Path) -> Report:
         ["last loss", losses["last"]],
         *[[f"held out: {name}", value] for name, value in outcome.metrics.items()],
         *_forgotten(lost),
-        ["memory of a step, predicted", readable(predicted)],
-        ["memory of a step, measured", readable(peak.bytes) if peak.bytes else None],
+        ["memory of a step, predicted", readable(memory["predicted"])],
+        ["memory of a step, measured", _size(memory["measured"])],
         ["peak memory of the process", readable(peak_memory())],
         ["seconds", followed.seconds],
     ]
     return Report(document, [Table("", ["training", "value"], rows), f"adapter in {output}"])
+
+
+def _size(count: int | None) -> str | None:
+    return None if count is None else readable(count)
 
 
 def _forgotten(lost: Forgetting | None) -> list[list[object]]:

@@ -33,6 +33,7 @@ from sidepath.store.plan import Plan, plan, readable
 from sidepath.training.evaluate import CAUSAL, GENERATED, evaluate
 from sidepath.training.feed import largest_batch
 from sidepath.training.forgetting import Forgetting, forgetting
+from sidepath.training.history import FILE as HISTORY
 from sidepath.training.loop import probe
 from sidepath.training.loop import train as train_steps
 from sidepath.training.processes import Processes
@@ -53,30 +54,19 @@ def _train_in(processes: Processes, call: Call, run: TrainRun) -> Report:
     method = composing(settings.build(run.method, METHODS[run.method]), run.beside)
     config = settings.build("train", TrainConfig)
     output = Path(run.output)
-    check_name(None, output.name)
-    resume = run.resume or restarted()
-    if not run.dry_run:
-        require_output(output, overwrite=run.overwrite)
-        if not resume:
-            require_no_leftovers(output)
+    resume = _ready(run, output)
     folder = base_folder(run.base)
     data, held_out = _data(run, config, folder, method.positions)
     text = _own_text(run, data, folder, method.positions)
-    torch.manual_seed(config.seed)
-    model, method = _base_for(run, method, data, folder)
-    load_beside(model, run.beside)
-    planned = _planned(model, method, data, config)
-    _tell(data, planned, config)
-    adapter = inject(model, method, output.name)
-    tell_silent(adapter, run.beside)
+    adapter, planned = _put_in(run, method, data, config, folder)
     if run.distributed == "fsdp":
         from sidepath.training.sharding import shard
 
-        shard(model, processes)
+        shard(adapter.model, processes)
     if run.dry_run:
         return _tried(adapter, data, config, planned)
     training = train_steps(
-        model,
+        adapter.model,
         data,
         config,
         adapter=adapter.name,
@@ -85,15 +75,50 @@ def _train_in(processes: Processes, call: Call, run: TrainRun) -> Report:
         resume=resume,
     )
     followed = follow(training, output, processes, run.track, settings.as_dict())
-    metrics = _measured(model, held_out, config, processes)
+    metrics = _measured(adapter.model, held_out, config, processes)
     lost = _forgotten(adapter, data, run, text)
-    outcome = Outcome(followed, metrics, lost, planned, data)
+    outcome = Outcome(followed, metrics, lost, planned, data, training.history)
     if processes.first:
-        made = record(outcome, config, call.command)
-        adapter.save(output, metrics=metrics, record=made, files={SETTINGS: toml(settings)})
-        drop_checkpoints(output)
+        _save(adapter, outcome, config, call, output)
     processes.wait()
     return report(outcome, output)
+
+
+def _ready(run: TrainRun, output: Path) -> bool:
+    """Whether to resume; raises when the output's place is not free for this run."""
+    check_name(None, output.name)
+    resume = run.resume or restarted()
+    if not run.dry_run:
+        require_output(output, overwrite=run.overwrite)
+        if not resume:
+            require_no_leftovers(output)
+    return resume
+
+
+def _put_in(
+    run: TrainRun, method: Method, data: Data, config: TrainConfig, folder: Path
+) -> tuple[Adapter, Plan]:
+    """A fresh adapter on its base; the audit and the plan are told before it is put in."""
+    torch.manual_seed(config.seed)
+    model, method = _base_for(run, method, data, folder)
+    load_beside(model, run.beside)
+    planned = _planned(model, method, data, config)
+    _tell(data, planned, config)
+    adapter = inject(model, method, Path(run.output).name)
+    tell_silent(adapter, run.beside)
+    return adapter, planned
+
+
+def _save(
+    adapter: Adapter, outcome: Outcome, config: TrainConfig, call: Call, output: Path
+) -> None:
+    """Write the adapter with the settings that made it, and its history where there is one."""
+    files = {SETTINGS: toml(call.settings)}
+    if outcome.history is not None:
+        files[HISTORY] = outcome.history.as_json()
+    made = record(outcome, config, call.command)
+    adapter.save(output, metrics=outcome.metrics, record=made, files=files)
+    drop_checkpoints(output)
 
 
 def _data(run: TrainRun, config: TrainConfig, folder: Path, taken: int) -> tuple[Data, Data | None]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sidepath.core.views import DenseView, View
 from sidepath.errors import MergeError
 from sidepath.kernels.routed import Factors
+from sidepath.kernels.spectra import Thin
 
 
 class Delta(nn.Module, ABC):
@@ -41,6 +42,12 @@ class Delta(nn.Module, ABC):
 
         Then it can be computed together with others: routed rows, layers of one input, whole
         blocks. None: `onto` is asked instead.
+        """
+        return None
+
+    def thin(self) -> Thin | None:
+        """The thin factors that the update of the matrix is made of, as they are saved; None where
+        it is not made of such, or they are not trained.
         """
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,34 +58,11 @@ class Audit:
         }
 
     def __str__(self) -> str:
-        figures = self._figures()
+        figures = told(self.as_dict())
         width = max(len(name) for name, _ in figures)
         lines = [f"{name:<{width}} {value}" for name, value in figures]
         lines += [f"row {number}: {text}" for number, text in enumerate(self.samples, start=1)]
         return "\n".join(lines)
-
-    def _figures(self) -> list[tuple[str, str]]:
-        figures = [
-            ("rows", f"{self.rows:,} of {self.rows_read:,} read"),
-            ("tokens", f"{self.tokens:,}, longest row {self.longest:,} of {self.max_tokens:,}"),
-            ("supervised", f"{self.supervised_share:.1%}"),
-        ]
-        if self.end_token_share is not None:
-            figures.append(("end supervised", f"{self.end_token_share:.1%} of rows"))
-        if len(self.portions) > 1:
-            figures += [
-                (f"from {part.name}", f"{len(part):,} rows, weight {part.weight:.1%}")
-                for part in self.portions
-            ]
-        for label, count in self.labels.items():
-            figures.append((f"label {label}", f"{count:,}"))
-        figures += [
-            ("truncated", f"{self.truncated:,}"),
-            ("duplicates", f"{self.duplicates:,}"),
-            ("empty (dropped)", f"{self.empty:,}"),
-            ("over-long (dropped)", f"{self.over_long:,}"),
-        ]
-        return figures
 
     def require_trainable(self, *, ends_expected: bool) -> None:
         """Raise a `DataError` when training on these data could teach nothing, or never to stop."""
@@ -100,3 +78,26 @@ class Audit:
                 found=f"{self.rows} rows, {self.truncated} truncated, {self.over_long} over-long",
                 hint="raise max_tokens, or look at the rows the audit shows",
             )
+
+
+def told(audit: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures of an audit, given as `Audit.as_dict` gives it, for people."""
+    rows = f"{audit['rows']:,} of {audit['rows_read']:,} read"
+    longest = f"longest row {audit['longest']:,} of {audit['max_tokens']:,}"
+    figures = [
+        ("rows", rows),
+        ("tokens", f"{audit['tokens']:,}, {longest}"),
+        ("supervised", f"{audit['supervised_share']:.1%}"),
+    ]
+    if audit["end_token_share"] is not None:
+        figures.append(("end supervised", f"{audit['end_token_share']:.1%} of rows"))
+    portions = audit["portions"]
+    for part in portions if len(portions) > 1 else []:
+        figures.append(
+            (f"from {part['name']}", f"{part['rows']:,} rows, weight {part['weight']:.1%}")
+        )
+    figures += [(f"label {label}", f"{count:,}") for label, count in audit["labels"].items()]
+    dropped = {"empty": "empty (dropped)", "over_long": "over-long (dropped)"}
+    for name in ("truncated", "duplicates", *dropped):
+        figures.append((dropped.get(name, name), f"{audit[name]:,}"))
+    return figures

@@ -14,6 +14,7 @@ from sidepath.page import (
     figure,
     has_matplotlib,
     page,
+    running_mean,
     svg,
     table,
 )
@@ -165,12 +166,3 @@ def _loss_curves(tasks: Sequence[Mapping[str, Any]]) -> str:
     axes[0].set_ylabel("loss (nats per token)")
     axes[0].legend(frameon=False)
     return svg(drawn, "losses")
-
-
-def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of each value with up to `window - 1` before it."""
-    return [
-        sum(values[max(0, at - window + 1) : at + 1])
-        / len(values[max(0, at - window + 1) : at + 1])
-        for at in range(len(values))
-    ]

@@ -16,6 +16,7 @@ from sidepath.core.delta import WeightDelta, accumulation_dtype, add_bias
 from sidepath.core.views import DenseView, LinearView, View
 from sidepath.errors import UnsupportedModule
 from sidepath.kernels.lowrank import low_rank
+from sidepath.kernels.spectra import Thin
 from sidepath.methods.base import Saved, Site, Views
 from sidepath.methods.bias import trained_bias
 from sidepath.methods.lowrank import AtPlace
@@ -87,6 +88,10 @@ class Dora(WeightDelta):
         change = (factor_O - 1) * product + factor_O * self.scaling * low_rank(x, self.A, self.B)
         y = y + change.to(y.dtype)
         return y if self.bias is None else add_bias(y, self.bias, base)
+
+    def thin(self) -> Thin:
+        """Those of the direction's update `s B A`; the matrix's own is no product of such."""
+        return Thin(self.A, self.B)
 
     @torch.no_grad()
     def merged(self, W0_OI: Tensor, out_OI: Tensor | None = None) -> Tensor:

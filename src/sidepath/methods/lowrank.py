@@ -24,6 +24,7 @@ from sidepath.kernels.lowrank import (
     product_matrix,
 )
 from sidepath.kernels.routed import Factors
+from sidepath.kernels.spectra import Thin
 from sidepath.methods.base import Saved
 from sidepath.methods.bias import trained_bias
 from sidepath.methods.starts import Find, best_factors, draw_
@@ -159,6 +160,9 @@ class LowRank(WeightDelta):
     def summed(self) -> tuple[Tensor, Tensor]:
         """The factors whose product, scaled, is `ΔW`."""
         return self.A, self.B
+
+    def thin(self) -> Thin:
+        return Thin(*self.summed(), tuple(stop - start for start, stop in self.parts))
 
     @torch.no_grad()
     def merged(self, W0_OI: Tensor, out_OI: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """Checkpoints: folders that a run resumes from, to the same bits.
 
-    <folder>/step-00000012/tensors.safetensors    trained tensors, optimiser, best state
+    <folder>/step-00000012/tensors.safetensors    trained tensors, optimiser, best state, history
     <folder>/step-00000012/checkpoint.json        everything else, with the SHA-256 of both
 
 Each is published whole (see `store.folder`), and older ones go only after a new one is safe:
@@ -45,7 +45,7 @@ class Checkpoint:
 
     step: int
     tensors: dict[str, Tensor]
-    """By "model/", "optimizer/<slot>/" and "best/" + name."""
+    """By "model/", "optimizer/<slot>/", "best/" and "watch/" + name."""
     progress: dict[str, Any]
     """Best loss, evaluations without improvement, place in the epoch; plain values."""
     identity: dict[str, Any]

@@ -17,6 +17,7 @@ from sidepath.data.dataset import Data
 from sidepath.errors import TrainError
 from sidepath.training import state
 from sidepath.training.checkpoint import require_none
+from sidepath.training.history import History
 from sidepath.training.processes import Processes
 from sidepath.training.report import StepReport
 from sidepath.training.run import Run
@@ -125,6 +126,14 @@ class Training(Iterator[StepReport]):
         features kept: that is done once, however many steps follow.
         """
         return self._run.features.seconds
+
+    @property
+    def history(self) -> History | None:
+        """What was watched so far, the steps before a resume included; None where
+        `config.watch` is 0. Saved by `adapter.save(folder, files={FILE: history.as_json()})`
+        (`training/history.py`).
+        """
+        return self._run.watch.history() if self._run.watch.every else None
 
     @property
     def interrupted(self) -> bool:

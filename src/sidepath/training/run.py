@@ -34,6 +34,7 @@ from sidepath.training.packing import require_packable
 from sidepath.training.processes import Processes
 from sidepath.training.report import StepReport
 from sidepath.training.trained import Trained, device_of, opened
+from sidepath.training.watch import Watch
 
 DEFAULT_EPOCHS = 3.0
 """Passes over the rows when the config gives neither steps nor epochs."""
@@ -68,7 +69,10 @@ class Run(state.Standing):
     ) -> None:
         order = order_of(data, config)
         optimizer = make_optimizer(trained.parameters, config, trained.rates)
-        super().__init__(trained, data, held_out, config, folder, processes, order, optimizer)
+        watch = Watch(trained, config.watch)
+        super().__init__(
+            trained, data, held_out, config, folder, processes, order, optimizer, watch
+        )
         self.device = device_of(trained.model)
         rank, count = processes.rank, processes.count
         self.feed = Feed(data, order, config.batch_size, config.seed, rank, count)
@@ -158,11 +162,13 @@ class Run(state.Standing):
         """Check the gradients and move the parameters; the weights stand until all is well."""
         parameters = list(self.trained.parameters.values())
         loss, norm = self._checked(step, losses)
+        self.watch.see_gradients(self.step + 1)
         clip_gradients(parameters, self.config.clip, norm)
         self.trained.penalise()  # behind the checks of what the data gave, and not clipped
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.watch.see_step(self.step, loss)
         return self._report(step, self.step, loss, float(norm))
 
     def probe(self) -> StepReport:
@@ -241,6 +247,7 @@ class Run(state.Standing):
                 batch_size=2 * self.config.batch_size,
                 processes=self.processes,
             )
+            self.watch.see_held_out(self.step, measured["loss"])
             improved = self.best.offer(measured["loss"], self.step, self.trained)
             self._stop_if_stale()
         if self._agreed_to_stop() and not self.over():

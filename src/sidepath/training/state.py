@@ -24,6 +24,7 @@ from sidepath.training.optim import restore_state, state_tensors
 from sidepath.training.order import Order
 from sidepath.training.processes import Processes
 from sidepath.training.trained import Trained, device_of
+from sidepath.training.watch import Watch
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Standing:
     processes: Processes
     order: Order
     optimizer: torch.optim.Optimizer
+    watch: Watch
     step: int = 0
     """Steps done."""
     best: Best = field(default_factory=Best)
@@ -66,7 +68,8 @@ def save(run: Standing) -> Path:
 def _tensors(run: Standing) -> dict[str, Any]:
     tensors = {f"model/{name}": tensor for name, tensor in run.trained.tensors.items()}
     tensors |= state_tensors(run.optimizer, run.trained.parameters)
-    return tensors | {f"best/{name}": tensor for name, tensor in run.best.state.items()}
+    tensors |= {f"best/{name}": tensor for name, tensor in run.best.state.items()}
+    return tensors | {f"watch/{name}": tensor for name, tensor in run.watch.tensors().items()}
 
 
 def _progress(run: Standing) -> dict[str, Any]:
@@ -124,6 +127,7 @@ def _take_up(run: Standing, found: Checkpoint) -> None:
     device = device_of(run.trained.model)
     on_device = {name: tensor.to(device) for name, tensor in kept.items()}
     run.best = Best.from_dict(found.progress["best"], on_device)
+    run.watch.take(checkpoints.under(found.tensors, "watch/"))
     restore_state(run.optimizer, run.trained.parameters, found.tensors)
     run.trained.put(checkpoints.under(found.tensors, "model/"))
 

@@ -82,6 +82,8 @@ def _require_alike(runs: Mapping[str, Run]) -> None:
             faults.append(f'"{name}": packed rows cannot be routed')
         if run.config.eval_every or run.config.eval_share or run.config.patience:
             faults.append(f'"{name}": held-out rows are not measured here; evaluate afterwards')
+        if run.config.watch:
+            faults.append(f'"{name}": watch is for a run of its own: no history is handed out here')
         if run.config.checkpoint_every and run.folder is None:
             faults.append(f'"{name}": checkpoint_every needs a folder for checkpoints')
     if len({run.data.task for run in runs.values()}) > 1:

@@ -14,7 +14,7 @@ from sidepath.cli.following import Followed
 from sidepath.cli.output import Report, Table
 from sidepath.config import TrainConfig
 from sidepath.data.dataset import Data
-from sidepath.data.hub import PREFIX
+from sidepath.store.hub import PREFIX
 from sidepath.store.plan import Plan, readable
 from sidepath.training.forgetting import Forgetting
 

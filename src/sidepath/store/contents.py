@@ -22,7 +22,7 @@ from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
 from sidepath.store.folder import names_in
 from sidepath.store.loading import Loaded, loading
-from sidepath.store.manifest import Manifest, check_file, check_tensors, read_manifest
+from sidepath.store.manifest import Manifest, all_but, check_file, check_tensors, read_manifest
 from sidepath.store.peft_config import read_settings
 from sidepath.store.peft_format import CONFIG, WEIGHTS, Slot, check_keys, slots_of, unpack
 from sidepath.store.peft_reading import lora_of, sites_of
@@ -153,7 +153,7 @@ def _ours(
     path: Path,
     header: Mapping[str, TensorInfo],
 ) -> Read:
-    manifest, faults = read_manifest(folder, later=WEIGHTS)
+    manifest, faults = read_manifest(folder, check=all_but(WEIGHTS))
     if manifest is None:
         return None, faults
     config = manifest.config

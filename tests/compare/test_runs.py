@@ -49,7 +49,7 @@ def test_a_killed_writer_leaves_whole_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"no database at all, but long enough to be read as one" * 9])
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / NAME).write_bytes(content)
-    with pytest.raises(StoreError, match="cannot be opened"):
+    with pytest.raises(StoreError, match="cannot be read"):
         RunTable(tmp_path)
     assert (tmp_path / NAME).read_bytes() == content
 

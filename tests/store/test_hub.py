@@ -12,7 +12,7 @@ from torch import nn
 
 import sidepath
 from sidepath import LoRA
-from sidepath.errors import HubError
+from sidepath.errors import HubError, StoreError
 from sidepath.store import hub as hubs
 from sidepath.store.hub import (
     ADAPTER,
@@ -97,6 +97,12 @@ def test_a_folder_stands_for_itself(tmp_path: Path) -> None:
     assert local(tmp_path, ADAPTER) == tmp_path
     assert pinned(str(tmp_path), ADAPTER) == str(tmp_path)
     assert name_of(tmp_path) == tmp_path.name
+
+
+def test_nothing_is_saved_under_a_name_on_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="sidepath push"):
+        save(tiny_llama(), Path("hub:me/sql"))
+    assert not Path("hub:me").exists()
 
 
 @pytest.mark.usefixtures("hub")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sidepath.errors import StoreError, WriteFailed
 from sidepath.store.folder import lists_all_files, names_in
-from sidepath.store.hub import is_hub
+from sidepath.store.hub import refuse_hub
 
 
 def require_output(output: Path, *, overwrite: bool) -> None:
@@ -34,12 +34,7 @@ def require_place(output: Path) -> None:
 
 
 def _refuse_file(output: Path) -> None:
-    if is_hub(output):
-        raise StoreError(
-            "the output has to be a folder",
-            where=output,
-            hint="sidepath push ADAPTER hub:OWNER/NAME uploads an adapter's folder",
-        )
+    refuse_hub(output)
     if output.exists() and not output.is_dir():
         raise StoreError(
             "the output exists and is not a folder", where=output, hint="choose another path"

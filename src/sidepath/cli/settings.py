@@ -17,14 +17,22 @@ from sidepath.cli.options import Sections, flags_of
 from sidepath.errors import ConfigError, guessed
 
 T = TypeVar("T")
+LARGEST = 2**20
+"""Bytes of the largest settings file."""
 Source = Literal["default", "file", "flag"]
 
 
 def read_tables(path: str) -> dict[str, Any]:
     """A TOML file as it stands. Errors: `ConfigError` when it is not TOML; any OSError."""
+    size = Path(path).stat().st_size
+    if size > LARGEST:
+        raise ConfigError(
+            "the settings file is too large", where=path, found=size, expected=f"at most {LARGEST}"
+        )
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    # An integer of 5,000 digits is a ValueError.
+    except (ValueError, RecursionError) as error:
         raise ConfigError("the settings file is not TOML", where=path, found=error) from error
 
 

@@ -46,9 +46,9 @@ class RunTable:
                 raise self._unusable(error) from error
             raise
 
-    def _unusable(self, error: sqlite3.Error) -> StoreError:
+    def _unusable(self, error: Exception) -> StoreError:
         return StoreError(
-            "the run table cannot be opened",
+            "the run table cannot be read",
             where=self.path,
             found=error,
             hint="choose another --output, or move that file away",
@@ -72,11 +72,14 @@ class RunTable:
             )
 
     def get(self, digest: str) -> dict[str, Any] | None:
-        """The result of a trial that is done, or None."""
-        row = self._connection.execute(
-            "SELECT result FROM trials WHERE digest = ?", (digest,)
-        ).fetchone()
-        return None if row is None else dict(json.loads(row[0]))
+        """The result of a trial that is done, or None. Errors: `StoreError` for a damaged file."""
+        try:
+            row = self._connection.execute(
+                "SELECT result FROM trials WHERE digest = ?", (digest,)
+            ).fetchone()
+            return None if row is None else dict(json.loads(row[0]))
+        except (sqlite3.Error, ValueError, TypeError, RecursionError) as error:
+            raise self._unusable(error) from error
 
     def put(self, digest: str, described: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Record a trial. Errors: `WriteFailed`; then nothing of it is there."""

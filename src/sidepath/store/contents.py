@@ -32,8 +32,8 @@ from sidepath.store.tensors import (
     TensorInfo,
     file_inside,
     read_head,
+    read_json,
     refuse_pickle,
-    strict_json,
 )
 
 
@@ -175,7 +175,7 @@ def _peft(
     modules: Mapping[str, nn.Module], folder: Path, path: Path, header: Mapping[str, TensorInfo]
 ) -> Read:
     try:
-        values: Any = strict_json(file_inside(folder, CONFIG).read_bytes())
+        values: Any = read_json(file_inside(folder, CONFIG))
     except ValueError as error:
         return None, [f"{CONFIG}: not JSON: {error}"]
     except DamagedAdapter as error:

@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from sidepath.errors import HubError, SidepathError
+from sidepath.errors import HubError, SidepathError, StoreError
 from sidepath.store.tensors import PICKLES
 
 PREFIX = "hub:"
@@ -86,6 +86,16 @@ def is_name(text: str) -> bool:
     """Whether a text can be a repository's OWNER/NAME."""
     found = _NAME.fullmatch(text)
     return found is not None and found["revision"] is None and not _UNNAMED.search(text)
+
+
+def refuse_hub(output: Place) -> None:
+    """Raise `StoreError` for a name on the hub where a folder is to be written."""
+    if is_hub(output):
+        raise StoreError(
+            "the output has to be a folder",
+            where=output,
+            hint="sidepath push ADAPTER hub:OWNER/NAME uploads an adapter's folder",
+        )
 
 
 def parse_place(text: Place) -> HubPlace:

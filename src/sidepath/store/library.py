@@ -31,7 +31,7 @@ from sidepath.store.folder import names_in
 from sidepath.store.manifest import check_tensors, read_manifest, sizes
 from sidepath.store.peft_config import read_settings
 from sidepath.store.peft_format import CONFIG, WEIGHTS
-from sidepath.store.tensors import TensorInfo, file_inside, read_header, strict_json
+from sidepath.store.tensors import TensorInfo, file_inside, read_header, read_json
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def _ours(folder: Path, header: Mapping[str, TensorInfo]) -> Entry:
 def _peft(folder: Path, header: Mapping[str, TensorInfo]) -> Entry:
     path = file_inside(folder, CONFIG)
     try:
-        values = strict_json(path.read_bytes())
+        values = read_json(path)
     except ValueError as error:
         raise DamagedAdapter(f"{CONFIG} is not JSON", where=folder, found=error) from error
     settings, faults = read_settings(values)

@@ -21,7 +21,7 @@ from sidepath.methods import METHODS
 from sidepath.methods.base import Method, Site, SiteKind
 from sidepath.store.fingerprint import Fingerprint
 from sidepath.store.folder import sha256_file
-from sidepath.store.tensors import TensorInfo, file_inside, strict_json
+from sidepath.store.tensors import TensorInfo, file_inside, small_file, strict_json
 
 NAME = "sidepath.json"
 FORMAT = 1
@@ -126,7 +126,10 @@ def read_manifest(
 
     None stands for a manifest that cannot be understood. Nothing is loaded.
     """
-    data = file_inside(folder, NAME).read_bytes()
+    try:
+        data = small_file(file_inside(folder, NAME))
+    except ValueError as error:
+        return None, [f"{NAME}: {error}"]
     if len(data) < 64 + len(_END):
         return None, [f"{NAME}: truncated"]
     head, digest = data[: -64 - len(_END)], data[-64 - len(_END) : -len(_END)]

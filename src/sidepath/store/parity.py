@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sidepath.errors import DataError, StoreError
-from sidepath.store.tensors import strict_json
+from sidepath.store.tensors import read_json
 
 CALIBRATION = (
     "The harbour master counted the boats twice that evening, because the first number had "
@@ -74,7 +74,7 @@ def read_parity(path: Path) -> tuple[dict[str, str], Parity | None]:
     Errors: `StoreError` for a file that is missing or malformed.
     """
     try:
-        values = strict_json(path.read_bytes())
+        values = read_json(path)
         merged = {entry["digest"]: entry["name"] for entry in values["adapters"]}
         texts = all(isinstance(text, str) for pair in merged.items() for text in pair)
         skipped = values.get("skipped") is True

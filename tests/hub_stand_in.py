@@ -143,8 +143,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    # Reading
-
     def _read(self, path: str) -> None:
         api = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path)
         file = re.fullmatch(r"(?:/(datasets))?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
@@ -169,16 +167,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self._file(commit, files.get(file[4]))
         if what == "tree":
             return self._missing("EntryNotFound") if folder else self._json(_tree(files))
-        names = [{"rfilename": name} for name in files]
-        return self._json({"id": name, "sha": commit, "private": False, "siblings": names})
+        names = [{"rfilename": one} for one in files]
+        return self._json({"id": name, "sha": commit, "siblings": names})
 
     def _file(self, commit: str, body: bytes | None) -> None:
         if body is None:
             return self._missing("EntryNotFound")
         headers = {"ETag": f'"{blob_id(body)}"', "X-Repo-Commit": commit}
         return self._send(200, body, headers, cut=self.state.cut)
-
-    # Writing
 
     def _written(self, path: str, body: bytes) -> None:
         if path.startswith("/objects/"):

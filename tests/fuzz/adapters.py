@@ -20,6 +20,7 @@ import sidepath
 from sidepath import LoRA
 from sidepath.analyse import factors_of
 from sidepath.config import as_dict
+from sidepath.methods import METHODS
 from sidepath.store.library import Library
 from sidepath.store.loralib_format import load_loralib
 from sidepath.store.peft_format import CONFIG, WEIGHTS, pack
@@ -58,7 +59,7 @@ def own_files(config: Any = None) -> Files:
 
 
 def plain_files() -> Files:
-    return own_files(sidepath.BitFit())
+    return own_files(sidepath.Bottleneck())
 
 
 def peft_files() -> Files:
@@ -101,7 +102,7 @@ def read_own(folder: Path) -> Any:
 
 def own_says(folder: Path) -> Any:
     values = json.loads((folder / MANIFEST).read_bytes())
-    known = as_dict(LoRA() if values["method"] == "lora" else sidepath.BitFit())
+    known = as_dict(METHODS[values["method"]]())
     return (
         tensors_in(folder / WEIGHTS),
         saved({**known, **values["config"]}),

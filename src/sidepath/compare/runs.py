@@ -62,7 +62,12 @@ class RunTable:
             self._connection.execute(f"CREATE TABLE IF NOT EXISTS trials ({_COLUMNS})")
             self._connection.execute(f"PRAGMA user_version={VERSION}")
             self._connection.execute("COMMIT")
-        elif found != VERSION:
+            return
+        # An index that does not fit its rows would make trials that are done seem to be none.
+        said = self._connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        if said != "ok":
+            raise self._unusable(sqlite3.DatabaseError(said))
+        if found != VERSION:
             raise StoreError(
                 "the run table is of another version",
                 where=self.path,
@@ -73,12 +78,16 @@ class RunTable:
 
     def get(self, digest: str) -> dict[str, Any] | None:
         """The result of a trial that is done, or None. Errors: `StoreError` for a damaged file."""
+        row = self._asked("SELECT result FROM trials WHERE digest = ?", digest)
         try:
-            row = self._connection.execute(
-                "SELECT result FROM trials WHERE digest = ?", (digest,)
-            ).fetchone()
             return None if row is None else dict(json.loads(row[0]))
-        except (sqlite3.Error, ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
+            raise self._unusable(error) from error
+
+    def _asked(self, question: str, *values: str) -> Any:
+        try:
+            return self._connection.execute(question, values).fetchone()
+        except sqlite3.Error as error:
             raise self._unusable(error) from error
 
     def put(self, digest: str, described: Mapping[str, Any], result: Mapping[str, Any]) -> None:
@@ -90,7 +99,7 @@ class RunTable:
             raise WriteFailed("the run table takes no row", where=self.path, found=error) from error
 
     def __len__(self) -> int:
-        return int(self._connection.execute("SELECT COUNT(*) FROM trials").fetchone()[0])
+        return int(self._asked("SELECT COUNT(*) FROM trials")[0])
 
     def close(self) -> None:
         """Let go of the file."""

@@ -63,18 +63,11 @@ def push(
     holds other files or is none of ours, `ConfigError` for an impossible licence; `HubError`.
     """
     place = _target(target)
-    if licence is not None and not _LICENCE.fullmatch(licence):
-        raise ConfigError("not a licence identifier", found=licence, expected="as in apache-2.0")
-    manifest = _verified(folder)
-    record = dict(manifest.record)
-    if licence is not None:
-        record[LICENCE] = licence
-    if parity is not None:
-        record[PARITY] = _parity_of(parity, manifest)
+    manifest = _enriched(_verified(folder), licence, parity)
     with tempfile.TemporaryDirectory(prefix="sidepath-push-") as temporary:
         staged = Path(temporary, place.name.partition("/")[2])
         staged.mkdir()
-        _stage(folder, staged, dataclasses.replace(manifest, record=record), place)
+        _stage(folder, staged, manifest, place)
         files = {path.name: path.stat().st_size for path in sorted(staged.iterdir())}
         said = message or f"Adapter {name_of(folder)}, {manifest.config.method}, by sidepath"
         with reaching(place, "written to"):
@@ -127,6 +120,18 @@ def _verified(folder: Path) -> Manifest:
             hint="move them elsewhere",
         )
     return manifest
+
+
+def _enriched(manifest: Manifest, licence: str | None, parity: Path | None) -> Manifest:
+    """The manifest with what is known only when the adapter is pushed."""
+    record = dict(manifest.record)
+    if licence is not None:
+        if not _LICENCE.fullmatch(licence):
+            raise ConfigError("no licence identifier", found=licence, expected="as in apache-2.0")
+        record[LICENCE] = licence
+    if parity is not None:
+        record[PARITY] = _parity_of(parity, manifest)
+    return dataclasses.replace(manifest, record=record)
 
 
 def _parity_of(place: Path, manifest: Manifest) -> dict[str, Any]:

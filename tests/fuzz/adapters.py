@@ -86,10 +86,14 @@ def loaded(folder: Path) -> Iterator[Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield sidepath.load(base, folder, "a")
-        sidepath.remove(base, "a")
-    finally:
+            adapter = sidepath.load(base, folder, "a")
+    except BaseException:
         assert list(base.state_dict()) == names, "the model was changed by a load that failed"
+        raise
+    try:
+        yield adapter
+    finally:
+        sidepath.remove(base, "a")
 
 
 def read_own(folder: Path) -> Any:
@@ -191,16 +195,18 @@ def read_loralib(folder: Path) -> Any:
     names = list(base.state_dict())
     try:
         adapter = load_loralib(base, folder / "lora.safetensors", alpha=4, name="a")
+    except BaseException:
+        assert list(base.state_dict()) == names, "the model was changed by a load that failed"
+        raise
+    try:
         tensors = {
             f"{path}.lora_{letter}": getattr(delta, letter)
             for path, delta in adapter.deltas.items()
             for letter in "AB"
         }
-        found = plain(tensors)
-        sidepath.remove(base, "a")
-        return found
+        return plain(tensors)
     finally:
-        assert list(base.state_dict()) == names, "the model was changed by a load that failed"
+        sidepath.remove(base, "a")
 
 
 def loralib_says(folder: Path) -> Any:

@@ -76,4 +76,4 @@ def saved(values: Any) -> Any:
         return {key: saved(value) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
         return [saved(value) for value in values]
-    return float(values)
+    return float(values) if isinstance(values, float) or abs(values) < 2**53 else values

@@ -45,6 +45,8 @@ class Outcome:
 
     refused: int = 0
     accepted: int = 0
+    seconds: float = 0.0
+    """Of the processor, in reading."""
     slowest: float = 0.0
     slowest_case: str = ""
     mutations: Counter[str] = field(default_factory=Counter)
@@ -151,9 +153,10 @@ def run(reader: Reader, count: int, seed: int, place: Path, watch: Watch) -> Out
         folder = place / "target" / "a"
         folder.mkdir(parents=True)
         draft.write(folder)
-        began = time.monotonic()
+        began = time.process_time()
         wrong = tried(reader, folder, watch)
-        taken = time.monotonic() - began
+        taken = time.process_time() - began
+        outcome.seconds += taken
         shutil.rmtree(place / "target")
         if number < 0 and wrong != "":
             outcome.failures.append(f"{name}: the clean files are not understood: {wrong}")

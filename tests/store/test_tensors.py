@@ -208,6 +208,12 @@ def test_a_file_of_an_absurd_size_is_not_read(tmp_path: Path) -> None:
         read_json(tmp_path / "a.json")
 
 
+def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="regular file"):
+        read_json(tmp_path / "a.json")
+
+
 def test_a_million_empty_tensors_are_refused_by_the_headers_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,10 @@ class Kind:
         )
 
 
+_AGAIN = (
+    "see that the hub can be reached, then try again: what has come is kept, and what broke off "
+    "is not used. HF_HUB_OFFLINE=1 takes what was fetched before"
+)
 _TEXTS = ("*.json", "*.md", "*.txt")
 _WEIGHTS = "adapter_model.safetensors"
 ADAPTER = Kind("adapter", _WEIGHTS, (_WEIGHTS, "*.toml", *_TEXTS))
@@ -162,7 +166,7 @@ def _commit(place: HubPlace, kind: Kind) -> Path:
 def _fetched(place: HubPlace, kind: Kind) -> Path:
     import huggingface_hub
 
-    with reaching(place, "fetched from"):
+    with reaching(place, "fetched from", _AGAIN):
         commit = None
         if not huggingface_hub.constants.HF_HUB_OFFLINE:
             api = huggingface_hub.HfApi()
@@ -206,10 +210,11 @@ def _require(place: HubPlace, kind: Kind, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def reaching(place: HubPlace, doing: str) -> Iterator[None]:
+def reaching(place: HubPlace, doing: str, again: str) -> Iterator[None]:
     """Turn whatever huggingface_hub and the network raise into one `HubError`; no bars in pipes.
 
-    `doing` completes the sentence "cannot be ... the hub".
+    `doing` completes the sentence "cannot be ... the hub"; `again` says what to do when the hub
+    was not reached, or failed.
     """
     try:
         with quiet_hub():
@@ -218,10 +223,10 @@ def reaching(place: HubPlace, doing: str) -> Iterator[None]:
         raise
     # The library lets through whatever its transport raises.
     except Exception as error:
-        raise _refused(place, doing, error) from error
+        raise _refused(place, doing, again, error) from error
 
 
-def _refused(place: HubPlace, doing: str, error: Exception) -> HubError:
+def _refused(place: HubPlace, doing: str, again: str, error: Exception) -> HubError:
     from huggingface_hub import errors
 
     login = "log in with `hf auth login`"
@@ -239,11 +244,7 @@ def _refused(place: HubPlace, doing: str, error: Exception) -> HubError:
         what = f"the hub refused access: the repository cannot be {doing} the hub"
         hint = f"{login} with a token that may do this"
     elif status is not None or not isinstance(error, OSError) or error.errno is None:
-        what = f"the repository cannot be {doing} the hub"
-        hint = (
-            "see that the hub can be reached, then try again: what has come is kept, and what "
-            "broke off is not used. HF_HUB_OFFLINE=1 takes what was fetched before"
-        )
+        what, hint = f"the repository cannot be {doing} the hub", again
     else:
         what, hint = f"the repository cannot be {doing} the hub", "free space or check permissions"
     return HubError(what, where=place, found=reason(error), hint=hint)

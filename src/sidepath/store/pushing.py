@@ -24,6 +24,7 @@ from sidepath.store.peft_format import WEIGHTS
 from sidepath.store.tensors import file_inside, read_header
 
 MAIN = "main"
+_AGAIN = "see that the hub can be reached, then push again; the folder here is as it was"
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 
@@ -70,7 +71,7 @@ def push(
         _stage(folder, staged, manifest, place)
         files = {path.name: path.stat().st_size for path in sorted(staged.iterdir())}
         said = message or f"Adapter {name_of(folder)}, {manifest.config.method}, by sidepath"
-        with reaching(place, "written to"):
+        with reaching(place, "written to", _AGAIN):
             commit, url = _send(place, staged, private, said)
             faults = _differing(HubPlace(place.name, commit), staged)
     if faults:

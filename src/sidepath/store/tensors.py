@@ -128,11 +128,17 @@ def read_head(
 
 
 def small_file(path: str | os.PathLike[str]) -> bytes:
-    """A file of settings, whole. Errors: `ValueError` beyond `JSON_BYTES`; any `OSError`."""
+    """A file of settings, whole.
+
+    Errors: `ValueError` beyond `JSON_BYTES`, or when it is no regular file (a fifo would never
+    end, or never begin); any `OSError`.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    if status.st_size > JSON_BYTES:
+        raise ValueError(f"{status.st_size} bytes, at most {JSON_BYTES}")
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > JSON_BYTES:
-            raise ValueError(f"{size} bytes, at most {JSON_BYTES}")
         return file.read(JSON_BYTES + 1)
 
 

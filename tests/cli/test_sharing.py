@@ -63,7 +63,8 @@ def test_every_verb_takes_both(run: Run, pairs: Path, tmp_path: Path) -> None:
     assert run("inspect", adapter, "--json").document["adapter"] == "counting"
     parity = json.loads((merged / "parity.json").read_bytes())
     assert parity["adapters"][0]["name"] == "counting"
-    assert parity["base"]["name"] == "tiny"
+    assert parity["adapters"][0]["hub"] == f"hub:me/counting@{ADAPTER}"
+    assert (parity["base"]["name"], parity["base"]["hub"]) == ("tiny", f"hub:me/tiny@{BASE}")
 
 
 def test_a_plan_reads_the_config_alone(run: Run, hub: Hub) -> None:

@@ -145,6 +145,12 @@ def name_of(folder: Place) -> str:
     return place.name.partition("/")[2] if place else os.path.basename(real)
 
 
+def origin_of(folder: Place) -> dict[str, str]:
+    """A folder in a record: its name, and under "hub" its repository and commit if it has them."""
+    place = snapshot_of(os.path.realpath(folder))
+    return {"name": name_of(folder)} | ({"hub": str(place)} if place else {})
+
+
 def fetch(place: HubPlace, kind: Kind) -> Path:
     """The repository's folder in the cache; its own name is the commit.
 

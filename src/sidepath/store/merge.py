@@ -26,7 +26,7 @@ from sidepath.store import manifest as manifests
 from sidepath.store.adapter import PARITY, SidepathNotice, load
 from sidepath.store.fingerprint import fingerprint
 from sidepath.store.folder import publish, sha256_file
-from sidepath.store.hub import ADAPTER, BASE, local, name_of
+from sidepath.store.hub import ADAPTER, BASE, local, origin_of
 from sidepath.store.merge_base import load_base, make_float, read_model, tensors_of, understood
 from sidepath.store.parity import Parity, calibration_rows, compare, disturbed, outputs_of
 from sidepath.store.peft_format import WEIGHTS
@@ -115,7 +115,7 @@ def merge_folder(
             exact = {**options, "dtype": torch.float32}
             merged = outputs_of(read_model(cls, temporary, exact), rows)
             parity = _proved(runs, merged, output)
-        _write_record(temporary, parity, folders, {"name": name_of(base), "fingerprint": identity})
+        _write_record(temporary, parity, folders, {**origin_of(base), "fingerprint": identity})
     return Merged(output, parity, len(held.quantised), left)
 
 
@@ -231,7 +231,7 @@ def _proved(runs: _Runs, merged: Sequence[Tensor], output: Path) -> Parity:
 def _write_record(
     folder: Path, parity: Parity | None, adapters: Sequence[Path], base: Mapping[str, Any]
 ) -> None:
-    digests = [{"name": name_of(path), "digest": sha256_file(path / WEIGHTS)} for path in adapters]
+    digests = [{**origin_of(path), "digest": sha256_file(path / WEIGHTS)} for path in adapters]
     values = {
         **(parity.as_dict() if parity else {"skipped": True}),
         "adapters": digests,

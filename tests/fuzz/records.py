@@ -25,6 +25,7 @@ from sidepath.store.tensors import read_header
 from sidepath.training import checkpoint
 from tests.conftest import tiny_llama
 from tests.fuzz.reader import Files, Reader, Refused, plain, saved, tensors_in
+from tests.store.quantised import packed, stored
 
 # Checkpoints
 
@@ -194,6 +195,17 @@ def base_says(folder: Path) -> Any:
     return found
 
 
+def packed_files() -> Files:
+    with tempfile.TemporaryDirectory() as place:
+        model = packed(stored(tiny_llama(), Path(place, "plain")))
+        folder = stored(model, Path(place, "packed"))
+        return {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
+
+
+def read_packed(folder: Path) -> Any:
+    return fingerprint(base_folder(str(folder))).id
+
+
 def config_files() -> Files:
     return {"config.json": base_files()["config.json"]}
 
@@ -227,5 +239,7 @@ READERS = (
     Reader("settings", lambda: {"run.toml": TOML}, read_settings, settings_say, places=False),
     Reader("run table", runs_files, read_runs, runs_say, share=0.5, writes=True, places=False),
     Reader("base", base_files, read_base, base_says, share=1.5),
+    # What its numbers are is held against bitsandbytes by tests/store/test_packed.py.
+    Reader("base in 4 bits", packed_files, read_packed, lambda folder: None),
     Reader("config.json", config_files, read_config, config_says),
 )

@@ -101,10 +101,14 @@ def read_own(folder: Path) -> Any:
         installed = adapter.installed
         slots = slots_of(installed, dict(adapter.model.named_modules()))
         tensors = plain(pack(installed.deltas, views_of(adapter.model, installed), slots))
+        if not (folder / MANIFEST).exists():  # then it is a folder of PEFT's, and read as one
+            return tensors
         return tensors, saved(as_dict(adapter.config)), saved(adapter.record)
 
 
 def own_says(folder: Path) -> Any:
+    if not (folder / MANIFEST).exists():
+        return tensors_in(folder / WEIGHTS)
     values = json.loads((folder / MANIFEST).read_bytes())
     known = as_dict(METHODS[values["method"]]())
     return (
@@ -169,6 +173,8 @@ def read_library(folder: Path) -> Any:
 
 def library_says(folder: Path) -> Any:
     numbers = sum(math.prod(shape) for _, shape, _ in tensors_in(folder / WEIGHTS).values())
+    if not (folder / MANIFEST).exists():
+        return numbers, None, {}, "lora"
     values = json.loads((folder / MANIFEST).read_bytes())
     metrics = values["record"].get("metrics")
     digest = values["files"][WEIGHTS]["sha256"]

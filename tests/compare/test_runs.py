@@ -70,6 +70,17 @@ def test_an_index_that_does_not_fit_its_rows_is_refused(tmp_path: Path) -> None:
         RunTable(tmp_path)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, -1])
+def test_names_in_it_that_are_no_text_are_refused(tmp_path: Path, count: int) -> None:
+    with RunTable(tmp_path) as table:
+        table.put("a", {}, {})
+        table._connection.execute("PRAGMA journal_mode=DELETE")
+    content = (tmp_path / NAME).read_bytes()
+    (tmp_path / NAME).write_bytes(content.replace(b"trials", b"tri\xc5ls", count))
+    with pytest.raises(StoreError, match="cannot be read"), RunTable(tmp_path) as table:
+        table.get("a")
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000])
 def test_a_row_that_is_no_result_is_refused(tmp_path: Path, text: str) -> None:
     with RunTable(tmp_path) as table:

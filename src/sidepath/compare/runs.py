@@ -13,6 +13,8 @@ from sidepath.errors import StoreError, WriteFailed
 
 NAME = "runs.sqlite"
 VERSION = 1
+_UNREADABLE = (sqlite3.Error, UnicodeDecodeError)
+"""What is raised for a damaged file; the second when the message would quote its bytes."""
 _COLUMNS = "digest TEXT PRIMARY KEY, described TEXT NOT NULL, result TEXT NOT NULL"
 
 
@@ -42,7 +44,7 @@ class RunTable:
             self._prepare()
         except BaseException as error:
             self._connection.close()
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, _UNREADABLE):
                 raise self._unusable(error) from error
             raise
 
@@ -87,7 +89,7 @@ class RunTable:
     def _asked(self, question: str, *values: str) -> Any:
         try:
             return self._connection.execute(question, values).fetchone()
-        except sqlite3.Error as error:
+        except _UNREADABLE as error:
             raise self._unusable(error) from error
 
     def put(self, digest: str, described: Mapping[str, Any], result: Mapping[str, Any]) -> None:

@@ -222,7 +222,7 @@ def loralib_says(folder: Path) -> Any:
 OURS: dict[str, Any] = {"resign": resign_manifest}
 READERS = (
     Reader("our adapter", own_files, read_own, own_says, share=3, **OURS),
-    Reader("our adapter, plain", plain_files, read_own, own_says, share=1.5, **OURS),
+    Reader("our adapter, plain", plain_files, read_own, own_says, **OURS),
     Reader("library", own_files, read_library, library_says, share=1.5, **OURS),
     Reader("PEFT folder", peft_files, read_peft, peft_says, share=2),
     Reader("inspect", peft_files, read_factors, factors_say, share=1.5),

@@ -80,7 +80,7 @@ def mutate(
     assert isinstance(data, bytes)
     if places and rng.random() < 0.08:
         _replace(rng, draft, name)
-    elif sparse and rng.random() < 0.02:
+    elif sparse and rng.random() < 0.01:
         draft.files[name] = Sparse(
             data[: rng.choice((0, 8, len(data)))], rng.choice((2**30, 2**40))
         )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -225,6 +228,20 @@ def test_an_interrupted_download_is_not_taken_for_whole(
         local("hub:me/sql", ADAPTER)
     hub.cut = False
     sidepath.load(tiny_llama(), "hub:me/sql")
+
+
+def test_in_a_process_in_which_nothing_else_loaded_the_library(tmp_path: Path) -> None:
+    code = "from sidepath.store.hub import *; local('hub:me/sql', ADAPTER)"
+    variables = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **variables, "PYTHONPATH": str(Path(sidepath.__file__).parents[1])},
+    )
+    assert "HubError: the repository cannot be fetched from the hub" in ran.stderr
+    assert "cached snapshot" in ran.stderr
 
 
 def test_a_full_disk(hub: Hub, tmp_path: Path) -> None:

@@ -170,17 +170,18 @@ def _commit(place: HubPlace, kind: Kind) -> Path:
 
 
 def _fetched(place: HubPlace, kind: Kind) -> Path:
-    import huggingface_hub
+    # By their names: huggingface_hub loads its modules when they are first asked for.
+    from huggingface_hub import HfApi, constants, snapshot_download
 
     with reaching(place, "fetched from", _AGAIN):
         commit = None
-        if not huggingface_hub.constants.HF_HUB_OFFLINE:
-            api = huggingface_hub.HfApi()
+        if not constants.HF_HUB_OFFLINE:
+            api = HfApi()
             info = api.model_info(place.name, revision=place.revision, timeout=60)
             commit = str(info.sha)
             _require(place, kind, sorted(file.rfilename for file in info.siblings or ()))
         folder = Path(
-            huggingface_hub.snapshot_download(
+            snapshot_download(
                 place.name,
                 revision=place.revision,
                 allow_patterns=list(kind.files),
@@ -275,13 +276,14 @@ def quiet_hub(*others: Any) -> Iterator[None]:
     """No warnings of huggingface_hub, or of the `others` (modules with its kind of logging),
     between our own lines; its progress bars on a terminal only.
     """
-    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub import utils as hub_utils
 
-    utils: Any = huggingface_hub.utils
+    utils: Any = hub_utils
     logs = [utils.logging, *others]
     levels = [(log, log.get_verbosity()) for log in logs]
     # By the user's environment.
-    chosen = huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS is not None
+    chosen = constants.HF_HUB_DISABLE_PROGRESS_BARS is not None
     hidden = chosen or sys.stderr.isatty() or utils.are_progress_bars_disabled()
     for log in logs:
         log.set_verbosity_error()

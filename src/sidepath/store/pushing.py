@@ -167,30 +167,28 @@ def _stage(folder: Path, staged: Path, manifest: Manifest, place: HubPlace) -> N
 
 def _send(place: HubPlace, staged: Path, private: bool, message: str) -> tuple[str, str]:
     """Commit the staged files; returns the commit and its page."""
-    import huggingface_hub
+    from huggingface_hub import CommitOperationAdd, HfApi
 
-    api = huggingface_hub.HfApi()
+    api = HfApi()
     branch = place.revision or MAIN
     api.create_repo(place.name, private=private or None, exist_ok=True)
     if branch != MAIN:
         api.create_branch(place.name, branch=branch, exist_ok=True)
-    added = [
-        huggingface_hub.CommitOperationAdd(path.name, str(path))
-        for path in sorted(staged.iterdir())
-    ]
+    added = [CommitOperationAdd(path.name, str(path)) for path in sorted(staged.iterdir())]
     found = api.create_commit(place.name, added, commit_message=message, revision=branch)
     return str(found.oid), str(found.commit_url)
 
 
 def _differing(place: HubPlace, staged: Path) -> list[str]:
     """The files that the hub does not hold as they are here: by git's or git LFS's digest."""
-    import huggingface_hub
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
 
-    tree = huggingface_hub.HfApi().list_repo_tree(place.name, revision=place.revision)
+    tree = HfApi().list_repo_tree(place.name, revision=place.revision)
     held = {
         entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id
         for entry in tree
-        if isinstance(entry, huggingface_hub.hf_api.RepoFile)
+        if isinstance(entry, RepoFile)
     }
     return [
         f"{path.name}: {'another content' if path.name in held else 'missing'}"

@@ -70,7 +70,7 @@ def header_many(rng: random.Random, data: bytes) -> bytes:
     entries = json.loads(head)
     end = len(body)
     nothing = {"dtype": "F32", "shape": [0], "data_offsets": [end, end]}
-    entries |= {f"t{number}": nothing for number in range(rng.choice((100, 5000)))}
+    entries |= {f"t{number}": nothing for number in range(rng.choice((100, 2000)))}
     return joined(written(entries), body)
 
 

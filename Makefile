@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow lint bench results format clean
+.PHONY: demo test test-slow fuzz lint bench results format clean
 
 demo: $(INSTALLED)
 	$(BIN)/sidepath demo --output demo-output
@@ -15,6 +15,9 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow -q
+
+fuzz: $(INSTALLED)
+	MALLOC_ARENA_MAX=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --count 25000 --seed 1
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -173,6 +173,7 @@ def test_the_public_names() -> None:
         "BitFit",
         "Bottleneck",
         "IntrinsicDimension",
+        "Library",
         "LoRA",
         "Plan",
         "PrefixTuning",

@@ -11,8 +11,8 @@ import pytest
 
 from sidepath.base import embedded_base
 from sidepath.cli import main
+from sidepath.cli.parsing import parse
 from sidepath.cli.runs import TrainRun
-from sidepath.cli.surface import parse
 from sidepath.demo.tasks import make_tasks
 
 README = Path(__file__).resolve().parents[1] / "README.md"

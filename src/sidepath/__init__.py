@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from sidepath.store.adapter import inject as inject
     from sidepath.store.adapter import load as load
     from sidepath.store.eva import inject_eva as inject_eva
+    from sidepath.store.library import Library as Library
     from sidepath.store.merge import merge_folder as merge_folder
     from sidepath.store.plan import Plan as Plan
     from sidepath.store.plan import plan as plan
@@ -60,6 +61,7 @@ _HOMES = {
     "Bottleneck": "sidepath.methods.bottleneck",
     "FullFineTuning": "sidepath.methods.plain",
     "IntrinsicDimension": "sidepath.methods.intrinsic",
+    "Library": "sidepath.store.library",
     "LinearProbe": "sidepath.methods.plain",
     "LoRA": "sidepath.methods.lora",
     "Plan": "sidepath.store.plan",
@@ -99,6 +101,7 @@ __all__ = [
     "BitFit",
     "Bottleneck",
     "IntrinsicDimension",
+    "Library",
     "LoRA",
     "Plan",
     "PrefixTuning",

@@ -17,6 +17,7 @@ do next. Faults of one operation are collected and raised once.
     ├── StoreError                 folders on disk
     │   ├── DamagedAdapter         a file of an adapter folder cannot be trusted or read
     │   ├── WrongBase              the adapter belongs to another base
+    │   ├── HubError               a repository of the hub cannot be fetched or written
     │   └── WriteFailed            nothing was published: disk full, no permission, ...
     ├── DataError                  a row, a column or a file of the training data
     ├── TrainError                 training cannot go on
@@ -127,6 +128,10 @@ class DamagedAdapter(StoreError):
 
 class WrongBase(StoreError):
     """The adapter was made for another base than the one at hand."""
+
+
+class HubError(StoreError):
+    """A repository of the hub is missing, closed, not reached, or not what was asked for."""
 
 
 class WriteFailed(StoreError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from tests.faults import flip_bit
 
 from .place import Case, Place, generate, merge_command
@@ -21,6 +23,14 @@ def base_without_config(place: Place) -> list[str]:
 def base_with_broken_config(place: Place) -> list[str]:
     base = place.copy(place.base, "base")
     (base / "config.json").write_text("{")
+    return ["plan", str(base)]
+
+
+def base_of_absurd_sizes(place: Place) -> list[str]:
+    base = place.copy(place.base, "base")
+    config = json.loads((base / "config.json").read_bytes())
+    config |= {"num_hidden_layers": 2**31, "num_labels": 2**40}
+    (base / "config.json").write_text(json.dumps(config))
     return ["plan", str(base)]
 
 
@@ -97,6 +107,7 @@ FOLDERS: dict[str, Case] = {
     "base is an adapter": (lambda p: ["plan", str(p.adapter)], ("an adapter's folder",)),
     "base without config": (base_without_config, ("no config.json",)),
     "base with broken config": (base_with_broken_config, ("config cannot be used",)),
+    "base of absurd sizes": (base_of_absurd_sizes, ("num_hidden_layers", "num_labels", "absurd")),
     "base of no known kind": (base_of_no_known_kind, ("abacus",)),
     "base without tokenizer": (base_without_tokenizer, ("tokenizer",)),
     "base truncated": (truncated_base, ("cannot be loaded",)),

@@ -10,6 +10,18 @@ SETTINGS: dict[str, Case] = {
         lambda p: p.train("--config", p.file("s.toml", "[lora\n")),
         ("s.toml", "not TOML"),
     ),
+    "settings file with a number of 5,000 digits": (
+        lambda p: p.train("--config", p.file("s.toml", "[lora]\nr = " + "9" * 5000)),
+        ("s.toml", "not TOML"),
+    ),
+    "settings file nested too deeply": (
+        lambda p: p.train("--config", p.file("s.toml", "[lora]\nr = " + "[" * 5000)),
+        ("s.toml", "not TOML"),
+    ),
+    "settings file too large": (
+        lambda p: p.train("--config", p.file("s.toml", "#" * (2**20 + 1))),
+        ("s.toml", "too large"),
+    ),
     "settings file with unknown field": (
         lambda p: p.train("--config", p.file("s.toml", "[lora]\nalhpa = 3\n")),
         ('"alhpa"', '"alpha"', "s.toml"),

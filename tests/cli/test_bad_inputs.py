@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.data.hub_stand_in import Hub, serving
+from tests.hub_stand_in import Hub, serving
 
 from .bad_data import DATA
 from .bad_folders import FOLDERS
@@ -78,7 +78,7 @@ def test_a_data_set_that_the_hub_does_not_have(
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    with serving(Hub({}, main="none")) as hub:
+    with serving(Hub({})) as hub:
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.address)
         said = refused(run, place, place.train(data=Path("hub:me/absent")))
     assert "hub:me/absent" in said

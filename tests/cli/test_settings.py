@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from sidepath.cli.options import flags_of
-from sidepath.cli.surface import VERBS, parse, sections_of
+from sidepath.cli.parsing import parse
+from sidepath.cli.surface import VERBS, sections_of
 from sidepath.config import TrainConfig
 from sidepath.errors import ConfigError
 from sidepath.methods.lora import LoRA

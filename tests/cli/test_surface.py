@@ -55,6 +55,8 @@ SURFACE = {
         " --tolerance --data --metric --columns --limit --max-tokens --max-new-tokens --batch-size"
     ),
     "merge": "--skip-parity --dtype --quantise --allow-other-base --overwrite",
+    "push": "--private --message --licence --parity",
+    "library": "--base --method",
     "bench": "--rounds --threads --device --output --quick",
     "config": f"{RUN} {LORA} --lora-dtype {TRAIN}",
 }
@@ -63,6 +65,8 @@ PLACES = {
     "compare": ("[CONFIG]",),
     "inspect": ("ADAPTER", "[OTHER]"),
     "merge": ("BASE", "ADAPTER...", "OUT"),
+    "push": ("ADAPTER", "TARGET"),
+    "library": ("FOLDER",),
     "bench": ("[FIGURE]...",),
 }
 

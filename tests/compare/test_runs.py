@@ -49,9 +49,45 @@ def test_a_killed_writer_leaves_whole_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"no database at all, but long enough to be read as one" * 9])
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / NAME).write_bytes(content)
-    with pytest.raises(StoreError, match="cannot be opened"):
+    with pytest.raises(StoreError, match="cannot be read"):
         RunTable(tmp_path)
     assert (tmp_path / NAME).read_bytes() == content
+
+
+def test_an_index_that_does_not_fit_its_rows_is_refused(tmp_path: Path) -> None:
+    with RunTable(tmp_path) as table:
+        table.put("a", {}, {})
+        page = table._connection.execute(
+            "SELECT rootpage FROM sqlite_master WHERE type = 'index'"
+        ).fetchone()[0]
+        size = table._connection.execute("PRAGMA page_size").fetchone()[0]
+        table._connection.execute("PRAGMA journal_mode=DELETE")
+    content = bytearray((tmp_path / NAME).read_bytes())
+    at = content.index(b"a", page * size - 64)
+    content[at] = ord("b")
+    (tmp_path / NAME).write_bytes(content)
+    with pytest.raises(StoreError, match="cannot be read"):
+        RunTable(tmp_path)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, -1])
+def test_names_in_it_that_are_no_text_are_refused(tmp_path: Path, count: int) -> None:
+    with RunTable(tmp_path) as table:
+        table.put("a", {}, {})
+        table._connection.execute("PRAGMA journal_mode=DELETE")
+    content = (tmp_path / NAME).read_bytes()
+    (tmp_path / NAME).write_bytes(content.replace(b"trials", b"tri\xc5ls", count))
+    with pytest.raises(StoreError, match="cannot be read"), RunTable(tmp_path) as table:
+        table.get("a")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000])
+def test_a_row_that_is_no_result_is_refused(tmp_path: Path, text: str) -> None:
+    with RunTable(tmp_path) as table:
+        table.put("a", {}, {})
+        table._connection.execute("UPDATE trials SET result = ?", (text,))
+        with pytest.raises(StoreError, match="cannot be read"):
+            table.get("a")
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 import sidepath
 from sidepath.data.hub import HubName, hub_rows, parse_hub_name
 from sidepath.errors import DataError
+from tests.hub_stand_in import Hub, Repository, serving
 
-from .hub_stand_in import NAME, Hub, serving
-
+NAME = "me/pairs"
 OLD, NEW, CUT = "a" * 40, "b" * 40, "d" * 40
 READ = """
 import json, sys, time
@@ -73,7 +73,7 @@ class Reader:
 def hub() -> Iterator[Hub]:
     files = {"train.jsonl": lines(3000, "new"), "test.jsonl": lines(5, "test")}
     commits = {OLD: {"train.jsonl": lines(2, "old")}, NEW: files, CUT: {"a.jsonl": lines(4000, "")}}
-    with serving(Hub(commits, main=NEW)) as found:
+    with serving(Hub({f"datasets/{NAME}": Repository(commits, main=NEW)})) as found:
         yield found
 
 
@@ -113,9 +113,10 @@ def test_what_is_not_there(reader: Reader, name: str, says: str) -> None:
 
 def test_a_cached_commit_does_not_stand_in_for_one_that_is_gone(hub: Hub, reader: Reader) -> None:
     assert len(reader.read(f"hub:{NAME}")["rows"]) == 3000
-    gone = hub.commits.pop(NEW)
+    commits = hub.repositories[f"datasets/{NAME}"].commits
+    gone = commits.pop(NEW)
     assert "cannot be had from the hub" in reader.read(f"hub:{NAME}")["error"]
-    hub.commits[NEW] = gone
+    commits[NEW] = gone
 
 
 def test_an_interrupted_download_is_refused_and_leaves_nothing_whole(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sidepath.data import tables
 from sidepath.data.sources import Row, Source, sources_of
 from sidepath.errors import DataError
 
@@ -95,6 +96,17 @@ def test_unreadable_files(tmp_path: Path, name: str, content: bytes, says: str) 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=says):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv", "a.jsonl.gz"])
+def test_a_line_that_would_fill_the_memory(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "LINE", 20)
+    path = _write(tmp_path / name, "x" * 21 + "\n")
+    with pytest.raises(DataError, match="longer than 20 characters"):
+        read(path)
+    assert read(_write(tmp_path / name, "x" * 19 + "\n"))[0] == []
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:

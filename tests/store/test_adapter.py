@@ -136,7 +136,9 @@ def outputs_of_loaded(folder: Path) -> Tensor:
 def test_the_folder_holds_what_it_says(folder: Path) -> None:
     assert sorted(os.listdir(folder)) == ["README.md", CONFIG, WEIGHTS, MANIFEST]
     card = (folder / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: peft\ntags:\n- lora\n")
+    assert card.startswith(
+        "---\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- lora\n"
+    )
     assert "| r | 2 |" in card
 
 

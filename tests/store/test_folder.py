@@ -402,7 +402,7 @@ def test_a_disk_that_fails_is_not_taken_for_foreign_files(
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", broken)
+        patch.setattr(folders, "read_json", broken)
         with pytest.raises(WriteFailed, match="Input/output error"):
             write(tmp_path / "a", "new")
     assert state(tmp_path / "a") == "old"

@@ -232,6 +232,8 @@ JSON_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "not UTF-8": (lambda path: path.write_bytes(b"\xff\xfe{}"), "damaged"),
     "another format": (lambda path: rewritten(path, format=99), "format 99, this version reads"),
     "files is a list": (lambda path: rewritten(path, files=[1]), "damaged"),
+    "progress is a list": (lambda path: rewritten(path, progress=[1]), "malformed"),
+    "identity is a text": (lambda path: rewritten(path, identity="x"), "malformed"),
     "files names none": (lambda path: rewritten(path, files={}), "damaged"),
     "step is text": (lambda path: rewritten(path, step="2"), "step"),
     "another step": (lambda path: rewritten(path, step=9), "the step in it, 9"),

@@ -18,7 +18,7 @@ from sidepath.store import manifest as manifests
 from sidepath.store.loading import load_tensors
 from sidepath.store.peft_config import read_settings
 from sidepath.store.peft_format import CONFIG, ENDINGS, PREFIX, WEIGHTS
-from sidepath.store.tensors import file_inside, read_header, strict_json
+from sidepath.store.tensors import file_inside, read_header, read_json
 
 _A_THEN_B = (ENDINGS[0:2], ENDINGS[2:4])
 """The endings of a pair's names: of linear layers and convolutions, of embeddings."""
@@ -144,7 +144,7 @@ def _scalings(folder: Path) -> Callable[[str], float]:
         _refuse_dora(manifest.config.dora, folder)
         return manifest.config.scaling_of
     try:
-        values: Mapping[str, object] = strict_json(file_inside(folder, CONFIG).read_bytes())
+        values: Mapping[str, object] = read_json(file_inside(folder, CONFIG))
     except ValueError as error:
         raise DamagedAdapter(f"{CONFIG} is not JSON", where=folder, found=error) from error
     settings, faults = read_settings(values)

@@ -14,7 +14,8 @@ import warnings
 from collections.abc import Sequence
 
 from sidepath.cli.output import note, show, speaks
-from sidepath.cli.surface import VERBS, help_text, overview, parse, unknown_verb
+from sidepath.cli.parsing import help_text, parse
+from sidepath.cli.surface import VERBS, overview, unknown_verb
 from sidepath.errors import SidepathError
 
 __all__ = ["main"]
@@ -68,6 +69,10 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         warnings.showwarning = _show_warning
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", SidepathNotice)
+        if VERBS[name].reads:
+            from sidepath.cli.places import pin
+
+            call = pin(call)
         report = VERBS[name].function()(call)
     show(report, as_json=call.as_json)
     return 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from sidepath.cli.bases import (
+    adapter_place,
     base_folder,
     context_tokens,
     load_causal,
@@ -19,7 +20,7 @@ from sidepath.cli.beside import load_beside, name_besides, require_use
 from sidepath.cli.output import Report, Table, note, progress
 from sidepath.cli.runs import BaseRun, EvalRun, GenerateRun
 from sidepath.cli.surface import Call
-from sidepath.errors import ConfigError, DamagedAdapter, DataError, StoreError
+from sidepath.errors import ConfigError, DamagedAdapter, DataError
 from sidepath.store import manifest as manifests
 
 if TYPE_CHECKING:
@@ -139,9 +140,7 @@ def labels_of(adapter: str | Path | None) -> tuple[str, ...] | None:
     """The classes an adapter was trained to tell apart, or None when it is no classifier."""
     if adapter is None:
         return None
-    folder = Path(adapter)
-    if not folder.is_dir():
-        raise StoreError("there is no such adapter folder", where=folder)
+    folder = adapter_place(str(adapter))
     if not (folder / manifests.NAME).exists():
         return None
     manifest, faults = manifests.read_manifest(folder)

@@ -11,6 +11,7 @@ from torch import nn
 
 from sidepath.cli.configs import config_of, quiet, skeleton, understood
 from sidepath.errors import ConfigError, StoreError
+from sidepath.store.hub import ADAPTER, BASE, CONFIG, GRAMMAR, is_hub, local
 
 
 def base_folder(given: str | None) -> Path:
@@ -22,13 +23,13 @@ def base_folder(given: str | None) -> Path:
         from sidepath.base import embedded_base
 
         return embedded_base()
-    folder = Path(given)
+    folder = local(given, BASE)
     if not folder.is_dir():
         raise StoreError(
             "the base is not a folder" if folder.exists() else "no such base folder",
             where=folder,
             expected="a transformers folder: config.json, model.safetensors, tokenizer.json",
-            hint="a model of the hub is fetched first: hf download NAME --local-dir FOLDER",
+            hint=f"a model of the hub is named {GRAMMAR}",
         )
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
@@ -46,8 +47,23 @@ def config_place(given: str) -> Path:
 
     Errors: `StoreError` as for `base_folder`.
     """
-    place = Path(given)
-    return place if place.is_file() and place.suffix == ".json" else base_folder(given)
+    place = local(given, CONFIG)
+    return place if is_hub(given) or _is_config(place) else base_folder(given)
+
+
+def _is_config(place: Path) -> bool:
+    return place.is_file() and place.suffix == ".json"
+
+
+def adapter_place(given: str) -> Path:
+    """Where an adapter is: its folder, or a file of loralib.
+
+    Errors: `StoreError` when there is nothing; `HubError` for a repository that cannot be had.
+    """
+    place = local(given, ADAPTER)
+    if not place.exists():
+        raise StoreError("there is no such adapter folder", where=place)
+    return place
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import nn
 
@@ -15,6 +14,7 @@ from sidepath.methods.base import Method
 from sidepath.methods.bottleneck import AdapterLayer
 from sidepath.methods.fusion import AdapterFusion
 from sidepath.store.adapter import Adapter, load
+from sidepath.store.hub import ADAPTER, local
 
 
 def composing(method: Method, beside: Mapping[str, str]) -> Method:
@@ -24,7 +24,9 @@ def composing(method: Method, beside: Mapping[str, str]) -> Method:
     Errors: `ConfigError` for a method that composes nothing, `StoreError` for missing folders.
     """
     require_use(method, beside)
-    missing = [f"{name}={folder}" for name, folder in beside.items() if not Path(folder).is_dir()]
+    missing = [
+        f"{name}={folder}" for name, folder in beside.items() if not local(folder, ADAPTER).is_dir()
+    ]
     if missing:
         raise StoreError("there are no such adapter folders", faults=missing)
     if isinstance(method, AdapterFusion) and not method.adapters:

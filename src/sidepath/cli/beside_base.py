@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from sidepath.analyse import Factors, against
-from sidepath.cli.bases import base_folder
 from sidepath.cli.configs import model_without_weights
 from sidepath.cli.output import note, progress
 from sidepath.core.views import view_of
@@ -24,9 +23,8 @@ TRANSPOSED = ("conv1d_transposed", "embedding")
 """Kinds of modules that store their matrix with inputs first."""
 
 
-def require_base(adapter: Path, base: Path) -> None:
-    """Raise `WrongBase` unless the base is the one that the adapter's manifest names."""
-    folder = base_folder(str(base))
+def require_base(adapter: Path, folder: Path) -> None:
+    """Raise `WrongBase` unless the base in `folder` is the one the adapter's manifest names."""
     if not (adapter / manifests.NAME).exists():
         note(f"note: {adapter}: no {manifests.NAME}: its base could not be verified")
         return

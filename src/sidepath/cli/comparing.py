@@ -41,9 +41,9 @@ from sidepath.compare.run import Comparison, run_comparison
 from sidepath.compare.setting import Setting
 from sidepath.compare.workers import Workers
 from sidepath.config import TrainConfig
-from sidepath.data.hub import PREFIX
 from sidepath.errors import ConfigError
 from sidepath.store.fingerprint import fingerprint
+from sidepath.store.hub import PREFIX
 
 T = TypeVar("T")
 FIXED = (

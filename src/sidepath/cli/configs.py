@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sidepath.errors import SidepathError, StoreError
+from sidepath.store.tensors import read_json
 
 
 def config_of(folder: Path, **options: Any) -> Any:
@@ -19,10 +20,40 @@ def config_of(folder: Path, **options: Any) -> Any:
     from transformers import AutoConfig
 
     quiet()
+    _refuse_absurd(folder / "config.json" if folder.is_dir() else folder)
     with understood(folder, "the base's config cannot be used"):
         return AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **options
         )
+
+
+MOST_LAYERS, MOST = 4096, 2**20
+"""The largest numbers of layers, and of other things, that a base is made of."""
+
+
+def _refuse_absurd(path: Path) -> None:
+    """Raise `StoreError` for numbers of layers, heads, classes, ... that would fill any memory."""
+    try:
+        values = read_json(path)
+    except (OSError, ValueError) as error:
+        raise StoreError("the base's config cannot be used", where=path, found=error) from error
+    faults = [
+        f"{name}: above {most:,}"
+        for name, value in _numbers(values)
+        if (most := MOST_LAYERS if "layer" in name else MOST) < value
+        and ("layer" in name or name.startswith("num_"))
+    ]
+    if faults:
+        raise StoreError("the base's config names absurd sizes", where=path, faults=faults)
+
+
+def _numbers(values: Any) -> Iterator[tuple[str, int]]:
+    """Every whole number of a config by its key, those of configs within it too."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            if type(value) is int:
+                yield name, value
+            yield from _numbers(value)
 
 
 def model_without_weights(place: Path, dtype: str) -> nn.Module:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sidepath.errors import StoreError, WriteFailed
 from sidepath.store.folder import lists_all_files, names_in
+from sidepath.store.hub import refuse_hub
 
 
 def require_output(output: Path, *, overwrite: bool) -> None:
@@ -33,6 +34,7 @@ def require_place(output: Path) -> None:
 
 
 def _refuse_file(output: Path) -> None:
+    refuse_hub(output)
     if output.exists() and not output.is_dir():
         raise StoreError(
             "the output exists and is not a folder", where=output, hint="choose another path"

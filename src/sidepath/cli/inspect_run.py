@@ -15,7 +15,7 @@ from sidepath.config import require
 class InspectRun(BaseRun):
     """What `inspect` looks at."""
 
-    base: str | None = None
+    base: str | None = field(default=None, metadata={"place": "base"})
     """Folder of the base; with it each update is also held against the weight beside it. Where
     data are given, the embedded base when not given."""
     widest: int = 1024

@@ -10,6 +10,7 @@ from sidepath.analyse import Factors, factors_of, spectrum
 from sidepath.analyse.advise import energy_of_kinds
 from sidepath.analyse.report import report, said_of_ranks
 from sidepath.analyse.subspace import expected_at_random, grassmann_distance, grids
+from sidepath.cli.bases import adapter_place, base_folder
 from sidepath.cli.beside_base import held_against, norms_of, require_base
 from sidepath.cli.choosing import advised, truncated
 from sidepath.cli.inspect_run import InspectRun
@@ -17,6 +18,7 @@ from sidepath.cli.origins import audit_of, origins
 from sidepath.cli.output import Report, Table, cell, finite, note
 from sidepath.cli.surface import Call
 from sidepath.errors import ConfigError, StoreError
+from sidepath.store.hub import name_of
 
 LARGEST_SHOWN = 4
 """Singular values a row of the table shows; the document holds all."""
@@ -28,10 +30,10 @@ def inspect(call: Call) -> Report:
     """
     run = call.settings.build("inspect", InspectRun)
     _require_sense(run, call.places)
-    place = Path(call.places[0])
+    place = adapter_place(call.places[0])
     found = factors_of(place, run.alpha)
     if len(call.places) == 2:
-        result = _compared(found, place, Path(call.places[1]), run)
+        result = _compared(found, place, adapter_place(call.places[1]), run)
     else:
         result = _looked_at(found, place, run)
     if run.html is None:
@@ -62,20 +64,21 @@ def _require_sense(run: InspectRun, places: Sequence[str]) -> None:
 
 
 def _looked_at(found: Mapping[str, Factors], place: Path, run: InspectRun) -> Report:
-    if run.base is not None:
-        require_base(place, Path(run.base))
-    norms = {} if run.base is None else norms_of(Path(run.base), found)
+    base = None if run.base is None else base_folder(run.base)
+    if base is not None:
+        require_base(place, base)
+    norms = {} if base is None else norms_of(base, found)
     layers = [_layer(name, factors, norms.get(name)) for name, factors in found.items()]
     document: dict[str, Any] = {
-        "adapter": place.name,
+        "adapter": name_of(place),
         "facts": _facts(found),
         "layers": layers,
         "energy": energy_of_kinds(found),
         **origins(place, run.merged),
     }
     parts: list[Table | str] = [_layer_table(layers), said_of_ranks(layers), *_warnings(layers)]
-    if run.base is not None:
-        document["against"] = held_against(Path(run.base), found, run.widest)
+    if base is not None:
+        document["against"] = held_against(base, found, run.widest)
         parts += [_against_table(document["against"])] if document["against"] else []
     if run.truncate is not None:
         document["truncated"], said = truncated(found, place, run)
@@ -178,8 +181,8 @@ def _compared(
     equal = set(found) == set(other) and all(pair["equal"] for pair in pairs)
     said = ["the two adapters hold the same updates"] if equal else []
     document = {
-        "adapter": place.name,
-        "other": other_place.name,
+        "adapter": name_of(place),
+        "other": name_of(other_place),
         "facts": _facts(found),
         "similarity": pairs,
         "equal": equal,

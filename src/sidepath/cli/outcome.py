@@ -15,7 +15,7 @@ from sidepath.cli.output import Report, Table
 from sidepath.config import TrainConfig
 from sidepath.data.audit import Audit
 from sidepath.data.dataset import Data
-from sidepath.data.hub import PREFIX
+from sidepath.store.hub import PREFIX
 from sidepath.store.plan import Plan, readable
 from sidepath.training.forgetting import Forgetting
 from sidepath.training.history import History

@@ -19,8 +19,9 @@ Quantise = Literal["none", "nf4"]
 class BaseRun:
     """What every command that loads a base asks for."""
 
-    base: str | None = None
-    """Folder of the base model and its tokenizer; the embedded base when not given."""
+    base: str | None = field(default=None, metadata={"place": "base"})
+    """Folder of the base model and its tokenizer, or `hub:OWNER/NAME[@REVISION]`; the embedded
+    base when not given."""
     dtype: Dtype = "auto"
     """Data type of the base's weights in memory; `auto` keeps the one they are stored in."""
     device: Device = "auto"
@@ -45,7 +46,7 @@ class TrainRun(BaseRun):
     """Folder that the adapter is saved into."""
     method: str = "lora"
     """The method of adaptation."""
-    beside: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict, metadata={"place": "adapter"})
     """Adapters that a fusion composes, as NAME=FOLDER: they are loaded onto the base first and
     stay as they are; give the flag again for more."""
     eval_data: str | None = None
@@ -119,9 +120,9 @@ class PlanRun:
 class AnswerRun(BaseRun):
     """What the commands share that let a base or an adapter answer."""
 
-    adapter: str | None = None
-    """Folder of the adapter; the base alone when not given."""
-    beside: dict[str, str] = field(default_factory=dict)
+    adapter: str | None = field(default=None, metadata={"place": "adapter"})
+    """Folder of the adapter, or `hub:OWNER/NAME[@REVISION]`; the base alone when not given."""
+    beside: dict[str, str] = field(default_factory=dict, metadata={"place": "adapter"})
     """Adapters that a fusion composes, as NAME=FOLDER with the names they had in training; give
     the flag again for more."""
     allow_other_base: bool = False

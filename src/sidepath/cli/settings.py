@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,14 +17,22 @@ from sidepath.cli.options import Sections, flags_of
 from sidepath.errors import ConfigError, guessed
 
 T = TypeVar("T")
+LARGEST = 2**20
+"""Bytes of the largest settings file."""
 Source = Literal["default", "file", "flag"]
 
 
 def read_tables(path: str) -> dict[str, Any]:
     """A TOML file as it stands. Errors: `ConfigError` when it is not TOML; any OSError."""
+    size = Path(path).stat().st_size
+    if size > LARGEST:
+        raise ConfigError(
+            "the settings file is too large", where=path, found=size, expected=f"at most {LARGEST}"
+        )
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    # An integer of 5,000 digits is a ValueError.
+    except (ValueError, RecursionError) as error:
         raise ConfigError("the settings file is not TOML", where=path, found=error) from error
 
 
@@ -88,6 +96,20 @@ class Settings:
             else:
                 found = (flag.default, "default")
             self.values[flag.section][flag.field] = found
+
+    def change_places(self, change: Callable[[str, str], str]) -> None:
+        """Put `change(kind, place)` for each place that a field names by its metadata. In place."""
+        for section, cls in self.sections.items():
+            for field in dataclasses.fields(cls):
+                kind = field.metadata.get("place")
+                value, source = self.values[section][field.name]
+                if kind is None or not isinstance(value, (str, Mapping)):
+                    continue
+                if isinstance(value, str):
+                    value = change(kind, value)
+                else:
+                    value = {name: change(kind, str(place)) for name, place in value.items()}
+                self.values[section][field.name] = (value, source)
 
     def given(self, section: str, source: Source) -> dict[str, Any]:
         """The section's values that come from there."""

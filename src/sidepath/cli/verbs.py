@@ -46,7 +46,7 @@ def merge(call: Call) -> Report:
     note(f"merging {', '.join(adapters)} into a copy of {base}")
     found = merge_folder(
         base_folder(base),
-        [Path(adapter) for adapter in adapters],
+        adapters,
         Path(output),
         skip_parity=run.skip_parity,
         dtype=None if run.dtype == "auto" else run.dtype,

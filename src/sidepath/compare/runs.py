@@ -13,6 +13,8 @@ from sidepath.errors import StoreError, WriteFailed
 
 NAME = "runs.sqlite"
 VERSION = 1
+_UNREADABLE = (sqlite3.Error, UnicodeDecodeError)
+"""What is raised for a damaged file; the second when the message would quote its bytes."""
 _COLUMNS = "digest TEXT PRIMARY KEY, described TEXT NOT NULL, result TEXT NOT NULL"
 
 
@@ -42,13 +44,13 @@ class RunTable:
             self._prepare()
         except BaseException as error:
             self._connection.close()
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, _UNREADABLE):
                 raise self._unusable(error) from error
             raise
 
-    def _unusable(self, error: sqlite3.Error) -> StoreError:
+    def _unusable(self, error: Exception) -> StoreError:
         return StoreError(
-            "the run table cannot be opened",
+            "the run table cannot be read",
             where=self.path,
             found=error,
             hint="choose another --output, or move that file away",
@@ -62,7 +64,12 @@ class RunTable:
             self._connection.execute(f"CREATE TABLE IF NOT EXISTS trials ({_COLUMNS})")
             self._connection.execute(f"PRAGMA user_version={VERSION}")
             self._connection.execute("COMMIT")
-        elif found != VERSION:
+            return
+        # An index that does not fit its rows would make trials that are done seem to be none.
+        said = self._connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        if said != "ok":
+            raise self._unusable(sqlite3.DatabaseError(said))
+        if found != VERSION:
             raise StoreError(
                 "the run table is of another version",
                 where=self.path,
@@ -72,11 +79,18 @@ class RunTable:
             )
 
     def get(self, digest: str) -> dict[str, Any] | None:
-        """The result of a trial that is done, or None."""
-        row = self._connection.execute(
-            "SELECT result FROM trials WHERE digest = ?", (digest,)
-        ).fetchone()
-        return None if row is None else dict(json.loads(row[0]))
+        """The result of a trial that is done, or None. Errors: `StoreError` for a damaged file."""
+        row = self._asked("SELECT result FROM trials WHERE digest = ?", digest)
+        try:
+            return None if row is None else dict(json.loads(row[0]))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise self._unusable(error) from error
+
+    def _asked(self, question: str, *values: str) -> Any:
+        try:
+            return self._connection.execute(question, values).fetchone()
+        except _UNREADABLE as error:
+            raise self._unusable(error) from error
 
     def put(self, digest: str, described: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Record a trial. Errors: `WriteFailed`; then nothing of it is there."""
@@ -87,7 +101,7 @@ class RunTable:
             raise WriteFailed("the run table takes no row", where=self.path, found=error) from error
 
     def __len__(self) -> int:
-        return int(self._connection.execute("SELECT COUNT(*) FROM trials").fetchone()[0])
+        return int(self._asked("SELECT COUNT(*) FROM trials")[0])
 
     def close(self) -> None:
         """Let go of the file."""

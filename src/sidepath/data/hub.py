@@ -9,16 +9,16 @@ there, so that a large data set is not read into memory.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sidepath.errors import DataError
+from sidepath.store.hub import PREFIX, quiet_hub, reason
 
-PREFIX = "hub:"
 GRAMMAR = f"{PREFIX}OWNER/NAME[@REVISION][,config=CONFIG][,split=SPLIT]"
 _BATCH = 1024
 _NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^,@]+))?(?P<options>(?:,.*)?)")
@@ -90,7 +90,7 @@ def _loaded(wanted: HubName) -> Any:
             )
         # The library lets through whatever its readers and the network raise.
         except Exception as error:
-            raise _refused(wanted, _reason(error)) from error
+            raise _refused(wanted, reason(error)) from error
     files = [Path(file["filename"]) for file in rows.cache_files]
     if revision is not None and any(revision not in file.parts for file in files):
         # Where the hub fails the library takes whatever revision it has, without a word.
@@ -119,29 +119,14 @@ def _refused(wanted: HubName, found: str) -> DataError:
     )
 
 
-def _reason(error: Exception) -> str:
-    """The innermost cause says what happened; the outer errors say only where."""
-    inner: BaseException = error
-    while inner.__cause__ is not None:
-        inner = inner.__cause__
-    texts = [str(one).strip().partition("\n")[0] or type(one).__name__ for one in (error, inner)]
-    return texts[0] if texts[0] == texts[1] else f"{texts[0]} ({texts[1]})"
-
-
-@contextlib.contextmanager
+@contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
     """No progress bars or warnings of the library between our own lines."""
-    from huggingface_hub.utils import logging as hub_logging
-
     shown = datasets.is_progress_bar_enabled()
-    levels = [(log, log.get_verbosity()) for log in (datasets.logging, hub_logging)]
-    for log, _ in levels:
-        log.set_verbosity_error()
     datasets.disable_progress_bars()
     try:
-        yield
+        with quiet_hub(datasets.logging):
+            yield
     finally:
-        for log, level in levels:
-            log.set_verbosity(level)
         if shown:
             datasets.enable_progress_bars()

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from sidepath.data.faults import Faults
-from sidepath.data.hub import PREFIX, hub_rows, parse_hub_name
+from sidepath.data.hub import hub_rows, parse_hub_name
 from sidepath.data.tables import FORMATS, Items, file_items
 from sidepath.errors import DataError
+from sidepath.store.hub import PREFIX
 
 CHUNK = 1024
 """Lines read, checked and tokenised together; of long rows more would fill the memory."""

@@ -24,6 +24,8 @@ Item = tuple[int, Any, str | None]
 """(line, fields, what is wrong with the line or None)."""
 Items = Generator[Item, None, None]
 _ROW_ERRORS = (ValueError, RecursionError)
+LINE = 2**26
+"""Characters of the longest line that is read."""
 PARQUET_BATCH = 1024
 """Rows of a Parquet file that are in memory at once as Python objects."""
 
@@ -57,8 +59,20 @@ def _opened(path: Path, packed: bool) -> Iterator[TextIO]:
             yield text
 
 
+def _lines(stream: TextIO, path: Path) -> Iterator[str]:
+    """The lines of a stream, none of which may fill the memory."""
+    while line := stream.readline(LINE + 1):
+        if len(line) > LINE:
+            raise DataError(
+                f"a line of the data file is longer than {LINE:,} characters",
+                where=path,
+                hint="see that it is a text file with one row a line",
+            )
+        yield line
+
+
 def _jsonl(stream: TextIO, path: Path) -> Items:
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(_lines(stream, path), start=1):
         if not line.strip():
             continue
         try:
@@ -95,12 +109,12 @@ def _reason(error: Exception) -> str:
 
 
 def _csv(stream: TextIO, path: Path) -> Items:
-    return _table(csv.reader(stream, strict=True))
+    return _table(csv.reader(_lines(stream, path), strict=True))
 
 
 def _tsv(stream: TextIO, path: Path) -> Items:
     """Tab-separated as GLUE has it: a quotation mark is a character like any other."""
-    return _table(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return _table(csv.reader(_lines(stream, path), delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def _table(reader: Any) -> Items:

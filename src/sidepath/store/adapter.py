@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sidepath.core.delta import Delta
-from sidepath.errors import MergeError, StoreError, WrongBase
+from sidepath.errors import MergeError, WrongBase
 from sidepath.injection.registry import Installed, check_name, registry_of, require_registry
 from sidepath.injection.surgery import activate, put_in, refuse_merged, remove
 from sidepath.injection.targets import resolve
@@ -21,10 +21,17 @@ from sidepath.store import manifest as manifests
 from sidepath.store.contents import Contents, read_folder
 from sidepath.store.fingerprint import fingerprint, same_base
 from sidepath.store.folder import publish, sha256_file
+from sidepath.store.hub import ADAPTER, local, name_of
 from sidepath.store.originals import Originals, residual_source, start_at_residuals
+from sidepath.store.parity import read_parity
 from sidepath.store.peft_format import WEIGHTS
-from sidepath.store.saving import base_name, merged_record, plain_peft, write_adapter
-from sidepath.store.tensors import strict_json
+from sidepath.store.saving import (
+    base_name,
+    loaded_from,
+    merged_record,
+    plain_peft,
+    write_adapter,
+)
 
 PARITY = "parity.json"
 
@@ -130,21 +137,24 @@ def load(
 ) -> Adapter:
     """Load an adapter's folder, ours or PEFT's, onto its base. Changes `model` in place.
 
+    `folder` may be a name on the hub, `hub:OWNER/NAME[@REVISION]`: see `store.hub.fetch`.
     Everything is checked before the model is touched. Before memory is allocated: the manifest's
     digest and those of the other files, header, settings, keys, shapes, dtypes, sizes, then the
     base's fingerprint (read afresh each time; `allow_other_base` skips it). The weights' digest
     and that every value is finite are checked on the bytes that were loaded, which then are the
     adapter's memory: each byte is read once, and another core takes the digest while the deltas
-    are made. The cost does not grow with what is loaded. `name` is the folder's own by default.
+    are made. The cost does not grow with what is loaded. `name` is the folder's own by default,
+    or the repository's.
     The first adapter on a model becomes active. Its parameters require gradients if `trainable`.
 
     A PEFT folder has no fingerprint: one `SidepathNotice` says so.
 
-    Errors: `DamagedAdapter` with all faults, `WrongBase`, `StoreError`, `BadName`, `NameTaken`;
+    Errors: `DamagedAdapter` with all faults, `WrongBase`, `StoreError` (`HubError`), `BadName`,
+    `NameTaken`;
     `MergeError` while an adapter is merged in, or when this one is merged into the base's folder.
     """
-    folder = Path(folder)
-    name = name if name is not None else Path(os.path.realpath(folder)).name
+    folder = local(folder, ADAPTER)
+    name = name if name is not None else name_of(folder)
     registry = registry_of(model)
     check_name(registry, name)
     refuse_merged(registry, f'"{name}" cannot be loaded')
@@ -182,18 +192,11 @@ def stand_up(
 
 
 def _refuse_merged_base(model: nn.Module, contents: Contents) -> None:
-    name = base_name(model)
+    name = loaded_from(model)
     parity = Path(name) / PARITY if name else None
     if parity is None or not parity.is_file():
         return
-    try:
-        merged = {
-            entry["digest"]: entry["name"] for entry in strict_json(parity.read_bytes())["adapters"]
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            "the base's record of merged adapters is malformed", where=parity
-        ) from error
+    merged, _ = read_parity(parity)
     recorded = contents.manifest
     digest = recorded.files[WEIGHTS][1] if recorded else sha256_file(contents.path)
     if digest in merged:

@@ -22,7 +22,7 @@ from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
 from sidepath.store.folder import names_in
 from sidepath.store.loading import Loaded, loading
-from sidepath.store.manifest import Manifest, check_file, check_tensors, read_manifest
+from sidepath.store.manifest import Manifest, all_but, check_file, check_tensors, read_manifest
 from sidepath.store.peft_config import read_settings
 from sidepath.store.peft_format import CONFIG, WEIGHTS, Slot, check_keys, slots_of, unpack
 from sidepath.store.peft_reading import lora_of, sites_of
@@ -32,8 +32,8 @@ from sidepath.store.tensors import (
     TensorInfo,
     file_inside,
     read_head,
+    read_json,
     refuse_pickle,
-    strict_json,
 )
 
 
@@ -153,7 +153,7 @@ def _ours(
     path: Path,
     header: Mapping[str, TensorInfo],
 ) -> Read:
-    manifest, faults = read_manifest(folder, later=WEIGHTS)
+    manifest, faults = read_manifest(folder, check=all_but(WEIGHTS))
     if manifest is None:
         return None, faults
     config = manifest.config
@@ -175,7 +175,7 @@ def _peft(
     modules: Mapping[str, nn.Module], folder: Path, path: Path, header: Mapping[str, TensorInfo]
 ) -> Read:
     try:
-        values: Any = strict_json(file_inside(folder, CONFIG).read_bytes())
+        values: Any = read_json(file_inside(folder, CONFIG))
     except ValueError as error:
         return None, [f"{CONFIG}: not JSON: {error}"]
     except DamagedAdapter as error:

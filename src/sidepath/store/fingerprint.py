@@ -47,7 +47,7 @@ from sidepath.store.tensors import (
     FLOATING,
     file_inside,
     read_header,
-    strict_json,
+    read_json,
 )
 
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
@@ -232,7 +232,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = set(strict_json(index.read_bytes())["weight_map"].values())
+            names = set(read_json(index)["weight_map"].values())
             return [file_inside(folder, name) for name in sorted(names)]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(

@@ -16,7 +16,6 @@ import errno
 import fcntl
 import functools
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -29,6 +28,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from sidepath.errors import StoreError, WriteFailed
+from sidepath.store.hub import refuse_hub
+from sidepath.store.tensors import read_json
 
 MANIFESTS = ("sidepath.json", "parity.json", "checkpoint.json")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -52,6 +53,7 @@ def publish(
     Errors: `StoreError` for a target that must not be replaced; `WriteFailed` for any OSError
     (disk full, no permission, ...). After an error nothing is left and the old folder stands.
     """
+    refuse_hub(folder)
     target = Path(os.path.realpath(folder))
     made: list[Path] = []
     try:
@@ -86,7 +88,7 @@ def lists_all_files(folder: Path, manifests: Sequence[str] = MANIFESTS) -> bool:
     for name in manifests:
         # A disk that fails says nothing about whose folder it is.
         with suppress(FileNotFoundError, IsADirectoryError, PermissionError, ValueError):
-            manifest = json.loads((folder / name).read_bytes())
+            manifest = read_json(folder / name)
             files = manifest.get("files") if isinstance(manifest, dict) else None
             if isinstance(files, dict) and inside <= {name, *files}:
                 return True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -21,7 +21,7 @@ from sidepath.methods import METHODS
 from sidepath.methods.base import Method, Site, SiteKind
 from sidepath.store.fingerprint import Fingerprint
 from sidepath.store.folder import sha256_file
-from sidepath.store.tensors import TensorInfo, file_inside, strict_json
+from sidepath.store.tensors import TensorInfo, file_inside, small_file, strict_json
 
 NAME = "sidepath.json"
 FORMAT = 1
@@ -45,6 +45,8 @@ class Manifest:
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     """Size in bytes and SHA-256 by file name."""
+    base_revision: str | None = None
+    """The base's commit, where it came from the hub."""
     record: Mapping[str, Any] = field(default_factory=dict)
     """How the adapter came to be: data digest, seed, versions, metrics, command."""
 
@@ -66,6 +68,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "sites": [_site_values(site) for site in manifest.sites],
         "base": {
             "name": manifest.base_name,
+            "revision": manifest.base_revision,
             "class": manifest.model_class,
             "labels": manifest.labels,
             "fingerprint": manifest.base.as_dict(),
@@ -85,14 +88,48 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / NAME).write_bytes(head + hashlib.sha256(head).hexdigest().encode() + _END)
 
 
-def read_manifest(folder: Path, *, later: str = "") -> tuple[Manifest | None, list[str]]:
-    """Read and check `sidepath.json` and the files it lists; all faults together.
+Files = Mapping[str, tuple[int, str]]
+"""Sizes in bytes and SHA-256 digests by file name."""
 
-    None stands for a manifest that cannot be understood. Nothing is loaded. Of the file `later`
-    the size alone is checked: the caller takes its digest of the bytes it loads. Where something
-    else is amiss the caller will load nothing, and it is checked here too.
+
+def digests(folder: Path, files: Files) -> list[str]:
+    """The faults of a folder's files against their sizes and digests: every byte is read."""
+    return [fault for name, entry in files.items() for fault in check_file(folder, name, *entry)]
+
+
+def sizes(folder: Path, files: Files) -> list[str]:
+    """The faults of a folder's files against their sizes: none is opened."""
+    return [
+        fault for name, (size, _) in files.items() for fault in check_file(folder, name, size, None)
+    ]
+
+
+def all_but(later: str) -> Callable[[Path, Files], list[str]]:
+    """`digests`, but of the file `later` the size alone: its digest is taken of the bytes loaded.
+
+    Where something else is amiss nothing will be loaded, and it is checked like the others.
     """
-    data = file_inside(folder, NAME).read_bytes()
+
+    def check(folder: Path, files: Files) -> list[str]:
+        first = {name: entry for name, entry in files.items() if name != later}
+        last = {name: entry for name, entry in files.items() if name == later}
+        faulty = digests(folder, first) or sizes(folder, last)
+        return digests(folder, files) if faulty else []
+
+    return check
+
+
+def read_manifest(
+    folder: Path, *, check: Callable[[Path, Files], list[str]] = digests
+) -> tuple[Manifest | None, list[str]]:
+    """Read and check `sidepath.json` and, by `check`, the files it lists; all faults together.
+
+    None stands for a manifest that cannot be understood. Nothing is loaded.
+    """
+    try:
+        data = small_file(file_inside(folder, NAME))
+    except ValueError as error:
+        return None, [f"{NAME}: {error}"]
     if len(data) < 64 + len(_END):
         return None, [f"{NAME}: truncated"]
     head, digest = data[: -64 - len(_END)], data[-64 - len(_END) : -len(_END)]
@@ -105,7 +142,7 @@ def read_manifest(folder: Path, *, later: str = "") -> tuple[Manifest | None, li
         if values.get("format") != FORMAT:
             raise ValueError(f"format {values.get('format')!r}, this version reads {FORMAT}")
         files = {name: (entry["size"], entry["sha256"]) for name, entry in values["files"].items()}
-        faults = _check_files(folder, files, later) and _check_files(folder, files, "")
+        faults = check(folder, files)
         # The settings of a folder whose files have changed are not worth a look.
         return (None, faults) if faults else (_understood(values, files), [])
     except ConfigError as error:
@@ -114,14 +151,6 @@ def read_manifest(folder: Path, *, later: str = "") -> tuple[Manifest | None, li
         return None, [f"{NAME}: {fault}" for fault in error.faults or [error.what]]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return None, [f"{NAME}: malformed: {error}"]
-
-
-def _check_files(folder: Path, files: Mapping[str, tuple[int, str]], later: str) -> list[str]:
-    return [
-        fault
-        for name, (size, sha256) in files.items()
-        for fault in check_file(folder, name, size, None if name == later else sha256)
-    ]
 
 
 def check_file(folder: Path, name: str, size: int, sha256: str | None) -> list[str]:
@@ -139,7 +168,7 @@ def check_file(folder: Path, name: str, size: int, sha256: str | None) -> list[s
     return [f"{name}: its bytes are not those that were saved"] if changed else []
 
 
-def _understood(values: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> Manifest:
+def _understood(values: Mapping[str, Any], files: Files) -> Manifest:
     unknown = set(values) - {*_FIELDS, "digest"}
     if unknown:
         raise ValueError(f"unknown field {', '.join(sorted(unknown))}")
@@ -149,9 +178,10 @@ def _understood(values: Mapping[str, Any], files: Mapping[str, tuple[int, str]])
     if not isinstance(values["record"], dict):
         raise ValueError("record is not a table")
     name, labels = base["name"], base["labels"]
-    texts = [base["class"], *([] if name is None else [name]), *(labels or [])]
+    revision = base.get("revision")  # folders of the first version have none
+    texts = [base["class"], *(one for one in (name, revision) if one is not None), *(labels or [])]
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError("the base's name, class and labels are not texts")
+        raise ValueError("the base's name, revision, class and labels are not texts")
     return Manifest(
         config=build(METHODS[method], values["config"]),
         sites=tuple(_site(entry) for entry in values["sites"]),
@@ -161,6 +191,7 @@ def _understood(values: Mapping[str, Any], files: Mapping[str, tuple[int, str]])
         base=Fingerprint.from_dict(base["fingerprint"]),
         tensors={key: (dtype, tuple(shape)) for key, (dtype, shape) in values["tensors"].items()},
         files=files,
+        base_revision=revision,
         record=values["record"],
     )
 
@@ -191,30 +222,3 @@ def check_tensors(manifest: Manifest, header: Mapping[str, TensorInfo]) -> list[
         for key in keys
         if found.get(key) != manifest.tensors.get(key)
     ]
-
-
-def model_card(manifest: Manifest, name: str, trainable: int) -> str:
-    """A plain `README.md`: what the adapter is, its base, settings, record, and how to load it."""
-    base = manifest.base_name or "an unnamed base"
-    front = ["---", *([f"base_model: {json.dumps(base)}"] if manifest.base_name else [])]
-    front += ["library_name: peft", "tags:", f"- {manifest.config.method}", "- sidepath", "---"]
-    settings = [f"| {key} | {_cell(value)} |" for key, value in as_dict(manifest.config).items()]
-    record = [f"| {key} | {_cell(value)} |" for key, value in manifest.record.items()]
-    lines = [
-        *front, "", f"# {name}", "",
-        f"An adapter ({manifest.config.method}, {trainable:,} parameters) for {base}, "
-        f"fingerprint `{manifest.base.id}`.", "",
-        "| setting | value |", "|---|---|", *settings, "",
-    ]  # fmt: skip
-    if record:
-        lines += ["| record | value |", "|---|---|", *record, ""]
-    lines += [
-        "```python", "import sidepath", f'sidepath.load(model, "<this folder>", name="{name}")',
-        "```", "", "The folder's format is PEFT's; `sidepath.json` lists every file's SHA-256.", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text.replace("|", "\\|").replace("\n", " ")

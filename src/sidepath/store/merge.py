@@ -26,6 +26,7 @@ from sidepath.store import manifest as manifests
 from sidepath.store.adapter import PARITY, SidepathNotice, load
 from sidepath.store.fingerprint import fingerprint
 from sidepath.store.folder import publish, sha256_file
+from sidepath.store.hub import ADAPTER, BASE, local, origin_of
 from sidepath.store.merge_base import load_base, make_float, read_model, tensors_of, understood
 from sidepath.store.parity import Parity, calibration_rows, compare, disturbed, outputs_of
 from sidepath.store.peft_format import WEIGHTS
@@ -73,6 +74,7 @@ def merge_folder(
 ) -> Merged:
     """Write `output`: the transformers folder `base` with the adapters folded in.
 
+    Base and adapters may be names on the hub, `hub:OWNER/NAME[@REVISION]`.
     Several adapters are added up. `dtype` (float32, bfloat16, float16) stores the merged model
     in another dtype than the base's. The folder is plain: names as the base's, its tokenizer,
     and `parity.json` with the measured difference on `calibration` texts (a built-in few when
@@ -87,8 +89,8 @@ def merge_folder(
     Errors: `ParityError` beyond the tolerance (nothing is published), `TiedWeights` when a
     changed tensor is shared, `MergeError`, `WrongBase`, `DamagedAdapter`, `WriteFailed`, ...
     """
-    base, output = Path(base), Path(output)
-    folders = [Path(adapter) for adapter in adapters]
+    base, output = local(base, BASE), Path(output)
+    folders = [local(adapter, ADAPTER) for adapter in adapters]
     target = None if dtype is None else _dtype(dtype)
     _refuse_places(base, folders, output)
     model, cls, options = load_base(base, folders)
@@ -113,7 +115,7 @@ def merge_folder(
             exact = {**options, "dtype": torch.float32}
             merged = outputs_of(read_model(cls, temporary, exact), rows)
             parity = _proved(runs, merged, output)
-        _write_record(temporary, parity, folders, {"name": base.name, "fingerprint": identity})
+        _write_record(temporary, parity, folders, {**origin_of(base), "fingerprint": identity})
     return Merged(output, parity, len(held.quantised), left)
 
 
@@ -229,9 +231,7 @@ def _proved(runs: _Runs, merged: Sequence[Tensor], output: Path) -> Parity:
 def _write_record(
     folder: Path, parity: Parity | None, adapters: Sequence[Path], base: Mapping[str, Any]
 ) -> None:
-    digests = [
-        {"name": path.resolve().name, "digest": sha256_file(path / WEIGHTS)} for path in adapters
-    ]
+    digests = [{**origin_of(path), "digest": sha256_file(path / WEIGHTS)} for path in adapters]
     values = {
         **(parity.as_dict() if parity else {"skipped": True}),
         "adapters": digests,

@@ -6,7 +6,6 @@ On disk a packed weight is the bytes `X` with its parts beside it: `X.absmax`, `
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from sidepath.core.codes import Packing, intervals
 from sidepath.core.quant import state_of, stored_transposed
 from sidepath.errors import StoreError
-from sidepath.store.tensors import DTYPE_NAMES, FLOATING, TensorInfo
+from sidepath.store.tensors import DTYPE_NAMES, FLOATING, TensorInfo, strict_json
 
 NAMES = re.compile(r"(NF4|FP4)-(F32|BF16|F16)-[0-9]{2,5}-[0-9]{1,5}")
 """Names of packings: the code, the dtype it was quantised from, numbers under one scale, scales
@@ -107,7 +106,7 @@ def _recorded(where: Where, name: str) -> Packing:
     size = math.prod(info.shape)
     if info.dtype != "U8" or size > _LARGEST_RECORD:
         raise ValueError(f"a record of {size} {info.dtype}")
-    values = json.loads(os.pread(handle, size, info.start))
+    values = strict_json(os.pread(handle, size, info.start))
     nested = f"{name}.nested_absmax" in where
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPE_NAMES}
     packing = Packing(

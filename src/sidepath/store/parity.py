@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sidepath.errors import DataError
+from sidepath.errors import DataError, StoreError
+from sidepath.store.tensors import read_json
 
 CALIBRATION = (
     "The harbour master counted the boats twice that evening, because the first number had "
@@ -64,6 +65,36 @@ class Parity:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
+
+
+def read_parity(path: Path) -> tuple[dict[str, str], Parity | None]:
+    """A merged folder's `parity.json`: the merged adapters' names by the digest of their weights,
+    and what was measured; None where measuring was skipped.
+
+    Errors: `StoreError` for a file that is missing or malformed.
+    """
+    try:
+        values = read_json(path)
+        merged = {entry["digest"]: entry["name"] for entry in values["adapters"]}
+        texts = all(isinstance(text, str) for pair in merged.items() for text in pair)
+        skipped = values.get("skipped") is True
+        names = [field.name for field in fields(Parity)]
+        measured = {} if skipped else {name: values[name] for name in names}
+        numbers = all(type(value) in (int, float) for value in measured.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _malformed(path, error) from error
+    if not texts or not numbers:
+        raise _malformed(path, "names and digests are texts, measures are numbers")
+    return merged, None if skipped else Parity(**measured)
+
+
+def _malformed(path: Path, found: object) -> StoreError:
+    return StoreError(
+        "the base's record of merged adapters is malformed",
+        where=path,
+        found=found,
+        hint="merge again",
+    )
 
 
 def compare(

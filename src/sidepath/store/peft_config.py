@@ -201,7 +201,11 @@ def _patterns(value: Any) -> Iterable[tuple[str, Any]]:
 
 
 def write_settings(
-    model: nn.Module, config: LoRA, sites: Mapping[str, Site], base_name: str | None
+    model: nn.Module,
+    config: LoRA,
+    sites: Mapping[str, Site],
+    base_name: str | None,
+    base_revision: str | None = None,
 ) -> dict[str, Any]:
     """The `adapter_config.json` with which PEFT computes what we compute.
 
@@ -225,6 +229,7 @@ def write_settings(
         "peft_type": "LORA",
         "task_type": _task(model, whole, modules),
         "base_model_name_or_path": base_name,
+        "revision": base_revision,
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,

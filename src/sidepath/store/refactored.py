@@ -20,13 +20,14 @@ from torch import Tensor
 from sidepath.errors import DamagedAdapter, StoreError
 from sidepath.methods.lora import LoRA, by_path
 from sidepath.store import manifest as manifests
+from sidepath.store.card import CARD, model_card
 from sidepath.store.folder import publish
 from sidepath.store.loading import load_tensors
-from sidepath.store.manifest import Manifest, model_card, read_manifest, write_manifest
+from sidepath.store.manifest import Manifest, read_manifest, write_manifest
 from sidepath.store.peft_config import anchored, commonest
 from sidepath.store.peft_format import CONFIG, ENDINGS, PREFIX, WEIGHTS, spread_groups
-from sidepath.store.saving import CARD, OWN_NAMES, merged_record, plain_peft
-from sidepath.store.tensors import DTYPE_NAMES, file_inside, read_header, strict_json
+from sidepath.store.saving import OWN_NAMES, merged_record, plain_peft
+from sidepath.store.tensors import DTYPE_NAMES, file_inside, read_header, read_json
 
 Pair = tuple[Tensor, Tensor]
 _PAIRS = (ENDINGS[0:2], ENDINGS[2:4])
@@ -96,7 +97,7 @@ def _settings(
     source: Path, factors: Mapping[str, Pair], tensors: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """PEFT's settings with the ranks that the file has now, and factors that are scaled already."""
-    settings: dict[str, Any] = strict_json(file_inside(source, CONFIG).read_bytes())
+    settings: dict[str, Any] = read_json(file_inside(source, CONFIG))
     expression = isinstance(settings.get("target_modules"), str)
     ranks = {
         path: len(tensors[PREFIX + path + ending])

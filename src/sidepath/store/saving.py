@@ -18,14 +18,15 @@ from sidepath.injection.architecture import modules_of
 from sidepath.injection.registry import Installed
 from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
+from sidepath.store.card import CARD, model_card
 from sidepath.store.fingerprint import fingerprint
-from sidepath.store.manifest import Manifest, model_card, write_manifest
+from sidepath.store.hub import snapshot_of
+from sidepath.store.manifest import Manifest, write_manifest
 from sidepath.store.peft_config import write_settings
 from sidepath.store.peft_format import CONFIG, WEIGHTS, pack
 from sidepath.store.plain_format import slots_of
 from sidepath.store.tensors import DTYPE_NAMES
 
-CARD = "README.md"
 OWN_NAMES = (WEIGHTS, CONFIG, CARD, manifests.NAME)
 
 
@@ -46,13 +47,14 @@ def write_adapter(
         (folder / name).write_text(text, encoding="utf-8")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     if isinstance(config, LoRA):  # the one method here that PEFT has a form for
-        settings = write_settings(model, config, sites, base_name(model))
+        settings = write_settings(model, config, sites, base_name(model), base_revision(model))
         (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     whole = [path for path, site in sites.items() if site.kind == "whole"]
     manifest = Manifest(
         config=config,
         sites=tuple(sites.values()),
         base_name=base_name(model),
+        base_revision=base_revision(model),
         model_class=type(model).__name__,
         labels=labels_of(model),
         base=fingerprint(model, leave_out=whole),
@@ -91,10 +93,27 @@ def views_of(model: nn.Module, installed: Installed) -> dict[str, DenseView | No
     return {path: view_of(modules[path]) for path in installed.deltas}
 
 
-def base_name(model: nn.Module) -> str | None:
-    """Where a transformers model was loaded from: a folder, or a name on the hub."""
+def loaded_from(model: nn.Module) -> str | None:
+    """What a transformers model says it was loaded from: a folder, or a name on the hub."""
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     return name if isinstance(name, str) and name else None
+
+
+def base_name(model: nn.Module) -> str | None:
+    """What a transformers model is called: a name on the hub, or the folder it was loaded from."""
+    name = loaded_from(model)
+    snapshot = snapshot_of(name) if name else None
+    return snapshot.name if snapshot else name
+
+
+def base_revision(model: nn.Module) -> str | None:
+    """The commit of a model that was loaded from the hub, by us or by transformers."""
+    name = loaded_from(model)
+    snapshot = snapshot_of(name) if name else None
+    if snapshot is not None:
+        return snapshot.revision
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    return commit if isinstance(commit, str) and commit else None
 
 
 def labels_of(model: nn.Module) -> list[str] | None:

@@ -28,6 +28,8 @@ FLOATING: Mapping[str, torch.dtype] = {
 }
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in FLOATING.items()}
 _FIELDS = {"dtype", "shape", "data_offsets"}
+JSON_BYTES, JSON_TABLES, JSON_VALUES = 64 * 2**20, 750_000, 3_000_000
+"""The most bytes, lists and tables, and values of a JSON file that is parsed."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -125,8 +127,35 @@ def read_head(
     return header, first + text
 
 
-def strict_json(text: bytes | str) -> Any:
-    """Parse JSON without duplicate keys; any malformed input is a `ValueError`."""
+def small_file(path: str | os.PathLike[str]) -> bytes:
+    """A file of settings, whole.
+
+    Errors: `ValueError` beyond `JSON_BYTES`, or when it is no regular file (a fifo would never
+    end, or never begin); any `OSError`.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    if status.st_size > JSON_BYTES:
+        raise ValueError(f"{status.st_size} bytes, at most {JSON_BYTES}")
+    with open(path, "rb") as file:
+        return file.read(JSON_BYTES + 1)
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """`strict_json` of a file. Errors: `ValueError` for malformed input, any `OSError`."""
+    return strict_json(small_file(path))
+
+
+def strict_json(text: bytes) -> Any:
+    """Parse JSON without duplicate keys; any malformed input is a `ValueError`.
+
+    So is one of more values than any file that is read here has: parsed, they would take many
+    times the memory of the text.
+    """
+    many = max(text.count(b"[") + text.count(b"{") - JSON_TABLES, text.count(b",") - JSON_VALUES)
+    if len(text) > JSON_BYTES or many > 0:
+        raise ValueError("more values than any such file has")
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:

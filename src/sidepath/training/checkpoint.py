@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sidepath.errors import ResumeError, SidepathError
 from sidepath.store.folder import clear_leftovers, discard, publish, sha256_file
+from sidepath.store.tensors import file_inside, read_header, read_json
 
 FORMAT = 2
 _TENSORS, _STATE = "tensors.safetensors", "checkpoint.json"
@@ -190,7 +191,7 @@ def _reason(error: Exception) -> str:
 def _read(path: Path) -> Checkpoint:
     from safetensors.torch import load_file
 
-    body = json.loads((path / _STATE).read_bytes())
+    body = read_json(file_inside(path, _STATE))
     if not isinstance(body, dict) or body.pop("digest", None) != _digest(body):
         raise ResumeError(f"{_STATE} does not have the digest it names")
     if body.get("format") != FORMAT:
@@ -199,10 +200,14 @@ def _read(path: Path) -> Checkpoint:
         raise ResumeError(f"{_STATE} lacks {', '.join(missing)}")
     if body["step"] != _number(path):
         raise ResumeError(f"the folder's name does not fit the step in it, {body['step']}")
+    if not all(isinstance(body[key], dict) for key in ("progress", "identity", "files")):
+        raise ResumeError(f"{_STATE} is malformed")
+    weights = file_inside(path, _TENSORS)
+    read_header(weights, floating_only=False)
     # The bytes are proven to be ours before safetensors parses them.
-    if sha256_file(path / _TENSORS) != body["files"][_TENSORS]:
+    if sha256_file(weights) != body["files"][_TENSORS]:
         raise ResumeError(f"{_TENSORS} does not have the SHA-256 that {_STATE} names")
-    tensors = load_file(path / _TENSORS)
+    tensors = load_file(weights)
     return Checkpoint(body["step"], tensors, body["progress"], body["identity"])
 
 

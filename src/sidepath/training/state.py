@@ -106,7 +106,7 @@ def resume(run: Standing) -> None:
     try:
         _take_up(run, found)
         before = int(found.progress["processes"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ResumeError(
             "the checkpoint is malformed", where=run.folder, found=repr(error)
         ) from error

@@ -1,0 +1,9 @@
+"""Every reader of files from outside. A new format is one more `Reader` in a module's table."""
+
+from __future__ import annotations
+
+from tests.fuzz import adapters, records, rows
+from tests.fuzz.reader import Reader
+
+READERS: tuple[Reader, ...] = (*adapters.READERS, *records.READERS, *rows.READERS)
+"""What is not here is not fuzzed."""

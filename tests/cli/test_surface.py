@@ -55,6 +55,7 @@ SURFACE = {
         " --data --metric --columns --limit --max-tokens --max-new-tokens --batch-size"
     ),
     "merge": "--skip-parity --dtype --quantise --allow-other-base --overwrite",
+    "convert": "--to --from --for --base --alpha --fused --component --overwrite",
     "bench": "--rounds --threads --device --output --quick",
     "config": f"{RUN} {LORA} --lora-dtype {TRAIN}",
 }
@@ -63,6 +64,7 @@ PLACES = {
     "compare": ("[CONFIG]",),
     "inspect": ("ADAPTER", "[OTHER]"),
     "merge": ("BASE", "ADAPTER...", "OUT"),
+    "convert": ("IN", "[OUT]"),
     "bench": ("[FIGURE]...",),
 }
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sidepath.cli.compare_run import CompareRun
+from sidepath.cli.convert_run import ConvertRun
 from sidepath.cli.inspect_run import InspectRun
 from sidepath.cli.options import Parser, Sections, add_flags, flags_of, parse_value
 from sidepath.cli.output import Report
@@ -132,6 +133,13 @@ VERBS: Mapping[str, Verb] = {
         MergeRun,
         "sidepath.cli.verbs:merge",
         places=("BASE", "ADAPTER...", "OUT"),
+    ),
+    "convert": Verb(
+        "write an adapter in another tool's format, or read one; check what vLLM would take",
+        "convert",
+        ConvertRun,
+        "sidepath.cli.converting:convert",
+        places=("IN", "[OUT]"),
     ),
     "bench": Verb(
         "measure training, memory, decoding, routing and switching beside PEFT",

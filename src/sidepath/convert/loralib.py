@@ -67,7 +67,7 @@ def write(portable: Portable, path: Path, options: Options) -> list[str]:
 
 
 def _bias(key: str) -> str:
-    """The key in loralib of a bias that PEFT keeps under `key`; no key of ours for anything else."""
+    """The key in loralib of a bias that PEFT keeps under `key`."""
     name = key.removeprefix(PREFIX)
     return name.removesuffix(BASE_BIAS) + ".bias" if name.endswith(BASE_BIAS) else name
 

@@ -29,7 +29,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str], Passport |
     Errors: `DamagedAdapter`; `StoreError` for a pickle.
     """
     header, head = read_head(path)
-    metadata = strict_json(head[8:]).get("__metadata__", {})
+    metadata = strict_json(head[8:]).get("__metadata__") or {}
     if not all(isinstance(value, str) for value in metadata.values()):
         raise DamagedAdapter("the file's metadata are not texts", where=path)
     text = metadata.get(KEY)

@@ -55,9 +55,8 @@ def write_base(model: nn.Module, path: Path) -> Path:
         part = PARTS[module]
         if part in heads:
             tensor = pairs_of_halves(tensor, heads[part])
-        writer.add_tensor(
-            f"blk.{block}.{part}.{kind}", np.ascontiguousarray(tensor.float().numpy())
-        )
+        data = np.ascontiguousarray(tensor.float().numpy())
+        writer.add_tensor(f"blk.{block}.{part}.{kind}", data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -33,8 +33,9 @@ RUN = """
 import json, sys
 import numpy as np
 from llama_cpp import Llama
-base, adapter, ids, more = sys.argv[1], sys.argv[2] or None, json.loads(sys.argv[3]), int(sys.argv[4])
-llm = Llama(base, lora_path=adapter, n_ctx=256, logits_all=True, verbose=False, n_threads=1,
+base, adapter, ids, more = sys.argv[1:]
+ids, more = json.loads(ids), int(more)
+llm = Llama(base, lora_path=adapter or None, n_ctx=256, logits_all=True, verbose=False, n_threads=1,
             type_k=0, type_v=0)
 llm.eval(ids)
 logits = np.array(llm.scores[: len(ids)])
@@ -130,7 +131,7 @@ def test_rows_against_the_slow_reference(rows: int, heads: int) -> None:
 
 def test_a_file_that_is_not_ours_needs_the_base(llama: Base, tmp_path: Path) -> None:
     """As llama.cpp's own converter writes it: no record of ours, no heads."""
-    folder, model = made(biased_llama, tmp_path / "ours", r=4, alpha=8, targets=ATTENTION)
+    folder, _ = made(biased_llama, tmp_path / "ours", r=4, alpha=8, targets=ATTENTION)
     convert(folder, tmp_path / "ours.gguf", "gguf", options=options(llama))
     reader = gguf.GGUFReader(tmp_path / "ours.gguf")
     writer = gguf.GGUFWriter(tmp_path / "plain.gguf", "llama")

@@ -29,8 +29,9 @@ def in_mlx(model: nn.Module) -> Any:
     models = pytest.importorskip("mlx_lm.models.llama", reason="mlx-lm is not installed")
     config: Any = model.config
     names = (
-        "model_type hidden_size num_hidden_layers intermediate_size num_attention_heads rms_norm_eps"
-        " vocab_size num_key_value_heads attention_bias max_position_embeddings tie_word_embeddings"
+        "model_type hidden_size num_hidden_layers intermediate_size num_attention_heads"
+        " rms_norm_eps vocab_size num_key_value_heads attention_bias max_position_embeddings"
+        " tie_word_embeddings"
     )
     args = models.ModelArgs.from_dict(
         {name: getattr(config, name) for name in names.split()}

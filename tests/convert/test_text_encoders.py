@@ -87,16 +87,37 @@ def in_diffusers(path: Path, prefix: str = "text_encoder") -> torch.Tensor:
     return answer(model)
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
-@pytest.mark.parametrize("name", ["kohya", "diffusers"])
+CASES = [(name, kind) for name in ("kohya", "diffusers") for kind in SETTINGS]
+MIXED = ("kohya", "patterns")
+"""diffusers 0.42.1 loses these alphas: its pattern says `text_model.`, the model has none."""
+
+
+@pytest.mark.slow  # to import diffusers
+@pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case != MIXED])
 def test_diffusers_gives_the_same_states(name: str, kind: str, tmp_path: Path) -> None:
     folder, model = made(clip, tmp_path / "ours", **SETTINGS[kind])
-    convert(folder, tmp_path / "lora.safetensors", name)
+    found = convert(folder, tmp_path / "lora.safetensors", name)
+    assert found.notes == ()
     expected, plain = answer(model), answer(clip())
-    found = in_diffusers(tmp_path / "lora.safetensors")
+    states = in_diffusers(tmp_path / "lora.safetensors")
     effect = (expected - plain).abs().max()
     assert effect > 0.05
-    assert (found - expected).abs().max() < 1e-4 * effect
+    assert (states - expected).abs().max() < 1e-4 * effect
+
+
+def test_alphas_of_their_own_by_the_written_rule(tmp_path: Path) -> None:
+    """W0 + alpha / R up down, each module with its own alpha; a note that diffusers will not."""
+    folder, model = made(clip, tmp_path / "ours", **SETTINGS["patterns"])
+    found = convert(folder, tmp_path / "lora.safetensors", "kohya")
+    assert "--to diffusers" in found.notes[0]
+    tensors, slow = load_file(tmp_path / "lora.safetensors"), clip()
+    for path, module in slow.named_modules():
+        start = f"lora_te_text_model_{path.replace('.', '_')}"
+        if f"{start}.alpha" in tensors:
+            down, up = tensors[f"{start}.lora_down.weight"], tensors[f"{start}.lora_up.weight"]
+            with torch.no_grad():
+                module.weight += tensors[f"{start}.alpha"] / len(down) * up @ down
+    assert torch.allclose(answer(slow), answer(model), atol=1e-4)
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "text_encoder_1", "text_encoder_2"])

@@ -34,6 +34,10 @@ from sidepath.store.peft_config import commonest
 
 _DOWN, _UP, _ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 _ENDINGS = (_DOWN, _UP, _ALPHA)
+_MIXED = (
+    "modules have alphas of their own: diffusers (seen in 0.42.1) passes over all but the "
+    "commonest one for CLIP's text encoders; for diffusers convert with --to diffusers"
+)
 
 
 def is_kohya(keys: list[str]) -> bool:
@@ -55,7 +59,7 @@ def write(portable: Portable, path: Path, options: Options) -> list[str]:
         "ss_network_alpha": str(commonest(one.alpha for one in updates.values())),
     }
     write_file(tensors, path, portable, more)
-    return []
+    return [_MIXED] if len({one.alpha for one in updates.values()}) > 1 else []
 
 
 def _alpha(one: Update) -> Tensor:

@@ -121,6 +121,8 @@ def test_a_passport_that_does_not_fit(name: str, written: dict[str, Path], tmp_p
         "a shape": ({**passport, "tensors": {**shapes, first: ["F32", [9, 9]]}}, "expected"),
         "a dtype": ({**passport, "tensors": {**shapes, first: ["I8", [4, 32]]}}, "a data type"),
         "narrower": ({**passport, "tensors": {**shapes, first: ["F16", [4, 32]]}}, "F16"),
+        "no matrix": ({**passport, "tensors": {**shapes, first: ["F32", []]}}, "a matrix"),
+        "no ASCII": ({**passport, "tensors": {**shapes, "layers.²": ["F32", [1]]}}, "ASCII"),
         "no settings": ({**passport, "adapter_config": 3}, "not a JSON object"),
         "a tensor more": ({**passport, "tensors": {**shapes, "x.bias": ["F32", [1]]}}, "missing"),
         "no manifest": ({**passport, "manifest": {"format": 1}}, "malformed"),

@@ -11,7 +11,7 @@ from sidepath.cli.convert_run import ConvertRun
 from sidepath.cli.folders import require_output
 from sidepath.cli.output import Report, Table
 from sidepath.cli.surface import Call
-from sidepath.convert.formats import FORMATS, read
+from sidepath.convert.formats import FORMATS, read, replaceable
 from sidepath.convert.formats import convert as convert_adapter
 from sidepath.convert.portable import Base, Options, Portable
 from sidepath.convert.vllm import judged
@@ -72,7 +72,7 @@ def _check_places(run: ConvertRun, output: Path | None) -> None:
 
 def _require_free(output: Path, run: ConvertRun) -> None:
     if run.to is not None and FORMATS[run.to].folder:
-        require_output(output, overwrite=run.overwrite)
+        require_output(output, overwrite=run.overwrite, ours=replaceable)
     else:
         refuse_existing(output, run.overwrite)
 

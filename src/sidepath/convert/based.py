@@ -34,15 +34,7 @@ def on_base(portable: Portable, base: Base) -> Portable:
     """
     found = _sampled(base)
     if portable.manifest is not None:
-        faults = [] if found is None else same_base(portable.manifest.base, found)
-        if faults:
-            raise WrongBase(
-                "the adapter was made for another base",
-                where=base.folder,
-                expected=f"a base with fingerprint {portable.manifest.base.id}",
-                faults=faults,
-                hint="give the base that it was made for",
-            )
+        _refuse_other(portable.manifest, found, base)
         return portable
     with tempfile.TemporaryDirectory() as name:
         write_peft(portable, Path(name))
@@ -66,6 +58,18 @@ def on_base(portable: Portable, base: Base) -> Portable:
             tensors={key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in tensors.items()},
         )
     return dataclasses.replace(portable, tensors=tensors, values=values, manifest=manifest)
+
+
+def _refuse_other(manifest: Manifest, found: Fingerprint | None, base: Base) -> None:
+    faults = [] if found is None else same_base(manifest.base, found)
+    if faults:
+        raise WrongBase(
+            "the adapter was made for another base",
+            where=base.folder,
+            expected=f"a base with fingerprint {manifest.base.id}",
+            faults=faults,
+            hint="give the base that it was made for",
+        )
 
 
 def _sampled(base: Base) -> Fingerprint | None:

@@ -15,7 +15,7 @@ from sidepath.convert.vllm import fitted
 from sidepath.errors import ConfigError, StoreError
 from sidepath.store import manifest as manifests
 from sidepath.store.file import publish_file
-from sidepath.store.folder import names_in, publish
+from sidepath.store.folder import lists_all_files, names_in, publish
 from sidepath.store.peft_format import CONFIG
 from sidepath.store.saving import OWN_NAMES, merged_record, plain_peft
 from sidepath.store.tensors import read_header, refuse_pickle
@@ -115,6 +115,8 @@ def convert(
     """
     chosen = _format(to)
     options = dataclasses.replace(options or Options(), name=target.name)
+    if for_vllm and to != "peft":
+        raise ConfigError("vLLM reads PEFT's folders", found=to, expected="peft")
     if source.resolve() == target.resolve():
         raise StoreError("an adapter is not written over the one it comes from", where=target)
     name, portable = read(source, options, source_format)
@@ -124,12 +126,9 @@ def convert(
     if for_vllm:
         portable, more = fitted(portable)
         notes += more
-    if portable.manifest is not None and name != OURS:
-        record = merged_record(portable.manifest.record, None, {"converted_from": name})
-        manifest = dataclasses.replace(portable.manifest, record=record)
-        portable = dataclasses.replace(portable, manifest=manifest)
+    portable = _recorded(portable, name)
     if chosen.folder:
-        with publish(target, manifests=(manifests.NAME,), replace=_replaceable) as folder:
+        with publish(target, manifests=(manifests.NAME,), replace=replaceable) as folder:
             notes += chosen.write(portable, folder, options)
     else:
         with publish_file(target, overwrite=overwrite) as file:
@@ -143,10 +142,20 @@ def _format(name: str) -> Format:
     return FORMATS[name]
 
 
-def _replaceable(folder: Path) -> bool:
-    """Whether a folder holds a converted adapter and nothing else."""
+def replaceable(folder: Path) -> bool:
+    """Whether a folder holds an adapter, ours, PEFT's or mlx-lm's, and nothing else."""
     names = {path.name for path in folder.iterdir()}
-    return plain_peft(folder) or names == {mlx.WEIGHTS, CONFIG}
+    ours = lists_all_files(folder, (manifests.NAME,))
+    return ours or plain_peft(folder) or names == {mlx.WEIGHTS, CONFIG}
+
+
+def _recorded(portable: Portable, source: str) -> Portable:
+    """The adapter with a word in its record on the format that it came from, unless it was ours."""
+    if portable.manifest is None or source == OURS:
+        return portable
+    record = merged_record(portable.manifest.record, None, {"converted_from": source})
+    manifest = dataclasses.replace(portable.manifest, record=record)
+    return dataclasses.replace(portable, manifest=manifest)
 
 
 def _left_out(portable: Portable) -> list[str]:

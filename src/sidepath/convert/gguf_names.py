@@ -33,6 +33,7 @@ ARCHITECTURES: Mapping[str, tuple[str, bool]] = {
 """By transformers' `model_type`: llama.cpp's name, and whether rows change their order. Only
 families whose linear layers llama.cpp's converter otherwise takes as they are."""
 
+MOST_BLOCKS = 2048
 HEADS, KEY_HEADS = "{}.attention.head_count", "{}.attention.head_count_kv"
 
 
@@ -92,6 +93,8 @@ def names_of(architecture: str, paths: Iterable[str]) -> dict[str, str]:
         raise StoreError("an architecture that the gguf package does not know", found=architecture)
     paths = list(paths)
     blocks = 1 + max((block_index(path) or 0 for path in paths), default=0)
+    if blocks > MOST_BLOCKS:
+        raise StoreError(f"a base of {blocks} blocks", expected=f"at most {MOST_BLOCKS}")
     table = gguf.get_tensor_name_map(kinds[architecture], blocks)
     found = {path: table.get_name(f"{path}.weight", try_suffixes=(".weight",)) for path in paths}
     return {path: name for path, name in found.items() if name is not None}

@@ -38,6 +38,8 @@ from sidepath.store.tensors import strict_json
 
 _ALPHA = "lora_alpha"
 _ENDINGS = (".lora_A", ".lora_B")
+_MOST_PARTS = 64
+"""Parts of a fused projection, at most: what a file makes us allocate is bounded by its size."""
 
 
 def is_loralib(keys: list[str]) -> bool:
@@ -170,10 +172,10 @@ def _ours(
             continue
         scaling = alphas[name] / B.shape[1]
         own = parts.get(name, ())
-        if sum(stop - start for start, stop in own) not in (0, len(B)):
+        rows = passport["tensors"][PREFIX + name + PAIRS[embedding][1]][1][0]
+        if not _fit(own, len(B), rows):
             faults.append(f"{name}: lora_B {list(B.shape)} does not fit parts {list(own)}")
         elif own:
-            rows = passport["tensors"][PREFIX + name + PAIRS[embedding][1]][1][0]
             B = spread_parts(B, own, rows)
         found[name] = Update(A, B, scaling, embedding)
     biases = {key: left.pop(short) for key in passport["tensors"] if (short := _bias(key)) in left}
@@ -181,6 +183,18 @@ def _ours(
     if faults:
         raise DamagedAdapter("the loralib weights cannot be read", where=path, faults=faults)
     return restored(passport, found, path, biases)
+
+
+def _fit(parts: tuple[Part, ...], held: int, rows: int) -> bool:
+    """Whether parts of a fused projection with `rows` rows are those that are `held`."""
+    at = 0
+    for start, stop in parts:
+        if not at <= start < stop <= rows:
+            return False
+        at = stop
+    return not parts or (
+        sum(stop - start for start, stop in parts) == held and rows <= _MOST_PARTS * held
+    )
 
 
 def _parts(passport: Passport) -> dict[str, tuple[Part, ...]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sidepath.convert.portable import PAIRS, Portable, Update, scaling_at
 from sidepath.errors import DamagedAdapter
+from sidepath.methods.lora import LoRA
 from sidepath.store.manifest import Manifest, as_values, from_values
 from sidepath.store.peft_config import read_settings
 from sidepath.store.peft_format import MAGNITUDE, PREFIX
@@ -29,6 +30,7 @@ from sidepath.store.tensors import DTYPE_NAMES, FLOATING, strict_json
 KEY = "sidepath"
 """Where it stands: in the metadata of a safetensors file, or among the keys of a settings file."""
 _FIELDS = {"adapter_config", "tensors", "manifest"}
+_LONGEST = 512
 _SAME = 1e-6
 """Scales that differ by less, relatively, are one number that was stored in float32."""
 
@@ -73,15 +75,31 @@ def checked(values: Any, where: str | PathLike[str]) -> Passport:
         faults = [f"expected a table of {', '.join(sorted(_FIELDS))}"]
     else:
         faults += read_settings(values["adapter_config"])[1]
-        entries = values["tensors"]
-        if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
-            faults.append("tensors: expected a data type and a shape for each")
+        faults += _faults_of(values["tensors"])
     if faults:
         raise DamagedAdapter(
             "sidepath's record in the file is malformed", where=where, faults=faults
         )
     found: Passport = values
     return found
+
+
+def _faults_of(entries: Any) -> list[str]:
+    """What is wrong with the table of tensors: names, data types, shapes, halves of updates."""
+    if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
+        return ["tensors: expected a data type and a shape for each"]
+    faults = [
+        f"{key[:80]!r}: expected a module's name in ASCII, at most {_LONGEST} characters"
+        for key in entries
+        if not key.isascii() or len(key) > _LONGEST
+    ]
+    for endings in PAIRS:
+        for key in [key for key in entries if key.endswith(endings)]:
+            start = key.removesuffix(endings[0]).removesuffix(endings[1])
+            if len(entries[key][1]) < 2:
+                faults.append(f"{key}: shape {entries[key][1]}, expected a matrix")
+            faults += [f"{start}{end}: missing" for end in endings if start + end not in entries]
+    return faults
 
 
 def _is_entry(entry: Any) -> bool:
@@ -114,25 +132,10 @@ def restored(
     where it is a power of two), and each tensor gets its data type back.
     Errors: `DamagedAdapter` with all faults where the file is not what was written.
     """
-    settings = Portable({}, passport["adapter_config"]).settings
     paths = paths_of(passport)
     faults = [f"{path}: missing" for path in paths if path not in found]
     faults += [f"{path}: unexpected" for path in found if path not in paths]
-    tensors: dict[str, Tensor] = {}
-    for path, embedding in paths.items():
-        if path not in found:
-            continue
-        one = found[path]
-        endings = zip("ABm", (*PAIRS[embedding], MAGNITUDE), strict=True)
-        keys = {name: PREFIX + path + ending for name, ending in endings}
-        wanted = {name: passport["tensors"].get(key) for name, key in keys.items()}
-        times = one.scaling / scaling_at(settings, path)
-        try:
-            parts = _restored(one, wanted, 1.0 if abs(times - 1) < _SAME else times)
-        except ValueError as error:
-            faults.append(f"{path}: {error}")
-            continue
-        tensors |= {keys[name]: tensor for name, tensor in parts.items()}
+    tensors = _tensors(passport, found, faults)
     for key, tensor in (others or {}).items():
         try:
             tensors[key] = _as_it_was("it", tensor, *passport["tensors"][key])
@@ -149,7 +152,32 @@ def restored(
             hint="convert the adapter again from where it came from",
         )
     ordered = {key: tensors[key] for key in passport["tensors"]}
-    return Portable(ordered, passport["adapter_config"], manifest)
+    portable = Portable(ordered, passport["adapter_config"], manifest)
+    portable.updates()
+    return portable
+
+
+def _tensors(
+    passport: Passport, found: Mapping[str, Update], faults: list[str]
+) -> dict[str, Tensor]:
+    """The tensors of all updates as they were, by PEFT's keys."""
+    settings = Portable({}, passport["adapter_config"]).settings
+    tensors: dict[str, Tensor] = {}
+    for path, embedding in paths_of(passport).items():
+        if path not in found:
+            continue
+        one = found[path]
+        endings = zip("ABm", (*PAIRS[embedding], MAGNITUDE), strict=True)
+        keys = {name: PREFIX + path + ending for name, ending in endings}
+        wanted = {name: passport["tensors"].get(key) for name, key in keys.items()}
+        times = one.scaling / scaling_at(settings, path)
+        try:
+            parts = _restored(one, wanted, 1.0 if abs(times - 1) < _SAME else times)
+        except ValueError as error:
+            faults.append(f"{path}: {error}")
+            continue
+        tensors |= {keys[name]: tensor for name, tensor in parts.items()}
+    return tensors
 
 
 def manifest_of(passport: Passport, faults: list[str]) -> Manifest | None:
@@ -162,12 +190,12 @@ def manifest_of(passport: Passport, faults: list[str]) -> Manifest | None:
         entries = {key: (one[0], tuple(one[1])) for key, one in passport["tensors"].items()}
         if manifest.tensors != entries:
             faults.append("the manifest names other tensors")
+        if not isinstance(manifest.config, LoRA):
+            faults.append(f"the manifest is of the method {manifest.config.method}")
     return manifest
 
 
 def _restored(one: Update, wanted: Mapping[str, Any], times: float) -> dict[str, Tensor]:
-    if wanted["A"] is None or wanted["B"] is None:
-        raise ValueError("the record names no A or no B")
     if (one.magnitude is None) != (wanted["m"] is None):
         raise ValueError("DoRA's magnitude is missing or unexpected")
     r = wanted["A"][1][0]
@@ -178,6 +206,8 @@ def _restored(one: Update, wanted: Mapping[str, Any], times: float) -> dict[str,
         A, B = A[:r], B[:, :r]
     if times != 1.0:
         B = (B.double() * times).to(FLOATING[wanted["B"][0]])
+        if not torch.isfinite(B).all():
+            raise ValueError(f"B times {times:g} is not finite as {wanted['B'][0]}")
     parts = {"A": A, "B": B}
     if one.magnitude is not None:
         parts["m"] = one.magnitude

@@ -9,6 +9,7 @@ rank_pattern and alpha_pattern are passed over: every module is scaled by the on
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from sidepath.convert.folding import one_rank, one_scaling
@@ -56,7 +57,7 @@ def judged(portable: Portable, base: Base | None) -> Verdict:
 def _scales(portable: Portable, updates: Mapping[str, Update]) -> list[str]:
     """Where vLLM's one `lora_alpha / r` is not a module's own scale."""
     settings = portable.settings
-    one = settings.alpha / (settings.r**0.5 if settings.rslora else settings.r)
+    one = settings.alpha / (math.sqrt(settings.r) if settings.rslora else settings.r)
     other = [path for path, update in updates.items() if update.scaling != one]
     faults = []
     if other:

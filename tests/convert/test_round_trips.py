@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from sidepath.convert.formats import FORMATS, convert, format_of
 from sidepath.convert.portable import Base
@@ -26,6 +29,16 @@ SAYS = {
 """Which of the special adapters a format has a place for."""
 
 
+Adapters = Callable[[str], tuple[Path, nn.Module]]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Adapters:
+    """The adapter of each kind, made once: its folder, and the adapted model."""
+    place = tmp_path_factory.mktemp("adapters")
+    return cache(lambda kind: made(biased_llama, place / kind, **{**KINDS, **SPECIAL}[kind]))
+
+
 def there_and_back(folder: Path, name: str, base: Base, place: Path) -> Path:
     between = place / ("between" if FORMATS[name].folder else "between.file")
     convert(folder, between, name, options=options(base))
@@ -36,8 +49,10 @@ def there_and_back(folder: Path, name: str, base: Base, place: Path) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OTHERS)
-def test_bits_come_back(name: str, kind: str, llama: Base, tmp_path: Path) -> None:
-    folder, model = made(biased_llama, tmp_path / "ours", **KINDS[kind])
+def test_bits_come_back(
+    name: str, kind: str, llama: Base, adapters: Adapters, tmp_path: Path
+) -> None:
+    folder, model = adapters(kind)
     back = there_and_back(folder, name, llama, tmp_path)
     same_adapter(folder, back)
     ids = torch.arange(12).reshape(2, 6)
@@ -50,9 +65,9 @@ def test_bits_come_back(name: str, kind: str, llama: Base, tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", SPECIAL)
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_a_format_cannot_say_is_refused_by_name(
-    name: str, kind: str, llama: Base, tmp_path: Path
+    name: str, kind: str, llama: Base, adapters: Adapters, tmp_path: Path
 ) -> None:
-    folder, _ = made(biased_llama, tmp_path / "ours", **SPECIAL[kind])
+    folder, _ = adapters(kind)
     if kind in SAYS[name]:
         same_adapter(folder, there_and_back(folder, name, llama, tmp_path))
         return
@@ -67,14 +82,15 @@ def test_what_a_format_cannot_say_is_refused_by_name(
         "trained whole": "lm_head.weight",
     }[kind]
     assert word in faults
-    assert [path.name for path in tmp_path.iterdir()] == ["ours"], "nothing was written"
+    assert list(tmp_path.iterdir()) == [], "nothing was written"
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *SPECIAL])
-def test_through_peft_with_the_base(kind: str, llama: Base, tmp_path: Path) -> None:
+def test_through_peft_with_the_base(
+    kind: str, llama: Base, adapters: Adapters, tmp_path: Path
+) -> None:
     """PEFT's own folder has no manifest: the base gives a new one, with all that PEFT says."""
-    settings = {**KINDS, **SPECIAL}[kind]
-    folder, model = made(biased_llama, tmp_path / "ours", **settings)
+    folder, model = adapters(kind)
     convert(folder, tmp_path / "peft", "peft")
     assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == [
         "adapter_config.json",

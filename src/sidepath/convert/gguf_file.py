@@ -12,6 +12,7 @@ scale that is not alpha / R is folded into b. Everything is stored in float32.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,22 +78,25 @@ def write(portable: Portable, path: Path, options: Options) -> list[str]:
     names = names_of(architecture, matrices_of(options.base))
     _refuse_unnamed(updates, names, options)
     folded = one_alpha(updates)
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_type(gguf.GGUFType.ADAPTER)
+    with closing(gguf.GGUFWriter(path, architecture)) as writer:
+        _write_keys(writer, architecture, next(iter(folded.updates.values())).alpha, heads)
+        writer.add_string(_PASSPORT, as_text(portable))
+        for one_path, one in folded.updates.items():
+            for ending, tensor in zip(_ENDINGS, _stored(names[one_path], one, heads), strict=True):
+                writer.add_tensor(names[one_path] + ending, tensor.float().contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    return folded.notes()
+
+
+def _write_keys(writer: Any, architecture: str, alpha: float, heads: Heads | None) -> None:
+    writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
-    writer.add_float32(_ALPHA, next(iter(folded.updates.values())).alpha)
+    writer.add_float32(_ALPHA, alpha)
     if heads is not None:
         writer.add_uint32(HEADS.format(architecture), heads.query)
         writer.add_uint32(KEY_HEADS.format(architecture), heads.key)
-    writer.add_string(_PASSPORT, as_text(portable))
-    for one_path, one in folded.updates.items():
-        for ending, tensor in zip(_ENDINGS, _stored(names[one_path], one, heads), strict=True):
-            writer.add_tensor(names[one_path] + ending, tensor.float().contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return folded.notes()
 
 
 def _stored(name: str, one: Update, heads: Heads | None) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,7 @@ def test_an_output_that_is_there(run: Run, adapter: Path, tmp_path: Path) -> Non
         ("NONE OUT --to mlx", "no such adapter"),
         ("IN OUT --to loralib --fused c_attn=121", "fused"),
         ("IN OUT --to mlx --base NONE", "no such base folder"),
-        ("IN OUT --to peft --from mlx", "missing"),
+        ("IN OUT --to peft --from mlx", "lora_parameters"),
         ("IN OUT --to mlx --frm peft", "--from"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidepath.convert.folding import one_alpha, one_rank, one_scaling, times
@@ -33,6 +33,7 @@ def delta(one: Update) -> torch.Tensor:
     return one.scaling * one.B.double() @ one.A.double()
 
 
+@settings(deadline=None)
 @given(some_updates())
 def test_padding_is_exact(updates: dict[str, Update]) -> None:
     padded = one_rank(updates)
@@ -46,6 +47,7 @@ def test_padding_is_exact(updates: dict[str, Update]) -> None:
         assert not one.B[:, old.r :].any()
 
 
+@settings(deadline=None)
 @given(some_updates(), st.sampled_from([one_scaling, one_alpha]))
 def test_folding_keeps_each_update(updates: dict[str, Update], fold: object) -> None:
     folded = fold(updates)  # type: ignore[operator]
@@ -60,6 +62,7 @@ def test_folding_keeps_each_update(updates: dict[str, Update], fold: object) -> 
     assert bool(folded.rounded) == bool(folded.notes())
 
 
+@settings(deadline=None)
 @given(st.integers(-3, 3), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_powers_of_two_are_exact_and_keep_the_dtype(power: int, dtype: torch.dtype) -> None:
     B = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).to(dtype)

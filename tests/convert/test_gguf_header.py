@@ -134,7 +134,9 @@ def test_limits_and_files_that_are_none(good: bytes, tmp_path: Path) -> None:
         read_gguf_header(tmp_path / "none")
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_mutated_files(data: st.DataObject, good: bytes, tmp_path: Path) -> None:
     """Bytes changed, cut off or put in anywhere: one message of ours, or tensors that are there."""

@@ -24,6 +24,7 @@ FLOORS = {
     "methods": 2,
     "injection": 3,
     "store": 4,
+    "convert": 5,
     "data": 5,
     "training": 5,
     "analyse": 5,
@@ -33,7 +34,7 @@ FLOORS = {
     "compare": 6,
     "cli": 7,
 }
-APART = {"training", "analyse", "serve"}
+APART = {"training", "analyse", "serve", "convert"}
 """Rooms of one floor that do not know each other."""
 DOWN_WITHIN = {
     ("core", "kernels"),

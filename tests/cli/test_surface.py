@@ -57,6 +57,7 @@ SURFACE = {
     "merge": "--skip-parity --dtype --quantise --allow-other-base --overwrite",
     "push": "--private --message --licence --parity",
     "library": "--base --method",
+    "convert": "--to --from --for --base --alpha --fused --component --overwrite",
     "bench": "--rounds --threads --device --output --quick",
     "config": f"{RUN} {LORA} --lora-dtype {TRAIN}",
 }
@@ -67,6 +68,7 @@ PLACES = {
     "merge": ("BASE", "ADAPTER...", "OUT"),
     "push": ("ADAPTER", "TARGET"),
     "library": ("FOLDER",),
+    "convert": ("IN", "[OUT]"),
     "bench": ("[FIGURE]...",),
 }
 

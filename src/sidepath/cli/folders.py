@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from sidepath.errors import StoreError, WriteFailed
@@ -11,15 +12,19 @@ from sidepath.store.folder import lists_all_files, names_in
 from sidepath.store.hub import refuse_hub
 
 
-def require_output(output: Path, *, overwrite: bool) -> None:
+def require_output(
+    output: Path, *, overwrite: bool, ours: Callable[[Path], bool] = lists_all_files
+) -> None:
     """Raise unless a folder can be published as `output`; nothing is left on disk.
+
+    `ours` tells whether a folder that is there is an earlier result.
 
     Errors: `StoreError` for a file, for a folder of someone else's, and for one of ours without
     `overwrite`; `WriteFailed` when nothing can be written there.
     """
     _refuse_file(output)
     if output.is_dir() and any(output.iterdir()):
-        _require_ours(output, overwrite)
+        _require_ours(output, overwrite, ours)
     _require_writable(next(path for path in output.absolute().parents if path.exists()), output)
 
 
@@ -53,8 +58,8 @@ def _require_writable(above: Path, output: Path) -> None:
         ) from error
 
 
-def _require_ours(output: Path, overwrite: bool) -> None:
-    if not lists_all_files(output):
+def _require_ours(output: Path, overwrite: bool, ours: Callable[[Path], bool]) -> None:
+    if not ours(output):
         raise StoreError(
             "the output folder holds files that no earlier command of ours wrote",
             where=output,

@@ -54,7 +54,8 @@ class Parser(argparse.ArgumentParser):
 def flags_of(sections: Sections) -> list[Flag]:
     """Every field of the sections as a flag, in order.
 
-    A name that an earlier section took gets its section in front: `--lora-dtype`.
+    A name that an earlier section took gets its section in front: `--lora-dtype`. A field that
+    would be a word of Python's ends with an underscore, its flag does not.
     """
     flags: list[Flag] = []
     taken: set[str] = set()
@@ -70,7 +71,7 @@ def flags_of(sections: Sections) -> list[Flag]:
                 Flag(
                     section,
                     field.name,
-                    "--" + name.replace("_", "-"),
+                    "--" + name.rstrip("_").replace("_", "-"),
                     hints[field.name],
                     default,
                     docs.get(field.name, ""),

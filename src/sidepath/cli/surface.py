@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from sidepath.cli.compare_run import CompareRun
+from sidepath.cli.convert_run import ConvertRun
 from sidepath.cli.inspect_run import InspectRun
 from sidepath.cli.options import Sections
 from sidepath.cli.output import Report
@@ -148,6 +149,13 @@ VERBS: Mapping[str, Verb] = {
         LibraryRun,
         "sidepath.cli.sharing:library",
         places=("FOLDER",),
+    ),
+    "convert": Verb(
+        "write an adapter in another tool's format, or read one; check what vLLM would take",
+        "convert",
+        ConvertRun,
+        "sidepath.cli.converting:convert",
+        places=("IN", "[OUT]"),
     ),
     "bench": Verb(
         "measure training, memory, decoding, routing and switching beside PEFT",

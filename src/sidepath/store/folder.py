@@ -59,9 +59,9 @@ def publish(
     try:
         try:
             _refuse_foreign(target, manifests, replace)
-            _make_parents(target.parent, made)
+            make_parents(target.parent, made)
             clear_leftovers(target.parent, re.compile(re.escape(target.name)))
-            with _locked_sibling(target) as temporary:
+            with locked_sibling(target) as temporary:
                 yield temporary
                 _settle(temporary)
                 _swap_in(temporary, target)
@@ -71,7 +71,7 @@ def publish(
                     parent.rmdir()
             raise
     except (OSError, SafetensorError) as error:
-        raise _write_failed(folder, error) from error
+        raise write_failed(folder, error) from error
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -121,12 +121,12 @@ def names_in(folder: Path) -> str:
     return ", ".join(sorted(path.name for path in folder.iterdir())[:8])
 
 
-def _make_parents(parent: Path, made: list[Path]) -> None:
+def make_parents(parent: Path, made: list[Path]) -> None:
     """Create `parent`, durably; the folders that were made are put into `made`, deepest first."""
     for path in reversed([path for path in (parent, *parent.parents) if not path.exists()]):
         path.mkdir(exist_ok=True)
         made.insert(0, path)
-        _fsync(path.parent)  # a folder is on the disk once its parent's entry is
+        fsync(path.parent)  # a folder is on the disk once its parent's entry is
     parent.mkdir(exist_ok=True)  # an error if it is a file
 
 
@@ -182,7 +182,8 @@ def _lock(handle: int) -> bool:
 
 
 @contextmanager
-def _locked_sibling(target: Path) -> Iterator[Path]:
+def locked_sibling(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target`, locked while it is used and removed afterwards."""
     while True:
         path = target.with_name(f".{target.name}.sidepath-{secrets.token_hex(4)}.new")
         os.mkdir(path)
@@ -207,11 +208,12 @@ def _settle(folder: Path) -> None:
     folder_mode = stat.S_IMODE(folder.stat().st_mode)
     for here, _, files in os.walk(folder, topdown=False):
         for name in files:
-            _fsync(os.path.join(here, name), folder_mode & 0o666)
-        _fsync(here, folder_mode)
+            fsync(os.path.join(here, name), folder_mode & 0o666)
+        fsync(here, folder_mode)
 
 
-def _fsync(path: str | Path, mode: int | None = None) -> None:
+def fsync(path: str | Path, mode: int | None = None) -> None:
+    """Bring a file or a folder to the disk, given a mode first."""
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         if mode is not None and stat.S_IMODE(os.fstat(handle).st_mode) != mode:
@@ -230,7 +232,7 @@ def _swap_in(temporary: Path, target: Path) -> None:
         os.rename(temporary, target)
         undo = functools.partial(os.rename, target, temporary)
     try:
-        _fsync(target.parent)
+        fsync(target.parent)
     except BaseException:
         undo()
         raise
@@ -286,7 +288,8 @@ def _renameat2() -> Callable[..., int] | None:
     return function  # type: ignore[no-any-return]
 
 
-def _write_failed(folder: str | os.PathLike[str], error: OSError | SafetensorError) -> WriteFailed:
+def write_failed(folder: str | os.PathLike[str], error: OSError | SafetensorError) -> WriteFailed:
+    """The error for an output that could not be written."""
     reason = getattr(error, "strerror", None) or str(error)
     path = getattr(error, "filename", None)
     return WriteFailed(

@@ -67,12 +67,28 @@ def load_loralib(
     """
     check_name(registry_of(model), name)
     refuse_merged(registry_of(model), f'"{name}" cannot be loaded')
-    state = dict(source) if isinstance(source, Mapping) else _read_file(Path(source))
+    state = dict(source) if isinstance(source, Mapping) else read_file(Path(source))
+    where = None if isinstance(source, Mapping) else source
+    config, sites, tensors = read_state(model, state, alpha, fused or {}, where)
+    return stand_up(model, config, name, sites, tensors, trainable)
+
+
+def read_state(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    alpha: float,
+    fused: Mapping[str, Sequence[bool]],
+    where: object = None,
+) -> tuple[LoRA, list[Site], dict[str, dict[str, Tensor]]]:
+    """A loralib state dict as a method, its sites and their deltas' tensors; changes nothing.
+
+    See `load_loralib`; of the model, names and shapes are looked at. Errors: `DamagedAdapter`.
+    """
     modules = dict(modules_of(model))
     found, faults = _by_path(state, modules)
     layers: dict[str, _Read] = {}
     for path in [path for path in found if "A" in found[path] or "B" in found[path]]:
-        enabled = [tuple(on) for key, on in (fused or {}).items() if name_matches(key, path)]
+        enabled = [tuple(on) for key, on in fused.items() if name_matches(key, path)]
         try:
             layers[path] = _read_layer(modules[path], found[path], alpha, enabled[-1:])
         except ValueError as error:
@@ -80,14 +96,13 @@ def load_loralib(
     if not layers and not faults:
         faults.append("no lora_A and lora_B tensors")
     if faults:
-        where = None if isinstance(source, Mapping) else source
         raise DamagedAdapter("the loralib weights do not fit", where=where, faults=faults)
     config, sites = _config(modules, found, layers)
+    return config, sites, _own_tensors(sites, found, layers)
 
-    return stand_up(model, config, name, sites, _own_tensors(sites, found, layers), trainable)
 
-
-def _read_file(path: Path) -> dict[str, Tensor]:
+def read_file(path: Path) -> dict[str, Tensor]:
+    """A checked safetensors file's tensors. Errors: `DamagedAdapter`; `StoreError` for a pickle."""
     return load_tensors(path, read_header(path))
 
 

@@ -61,7 +61,22 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    values = {
+    values = as_values(manifest)
+    values = {**values, "files": files, "record": values.pop("record")}
+    try:
+        text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise StoreError(
+            f"the adapter's record cannot be written as JSON: {error}",
+            hint="give numbers, texts, lists and tables only; no NaN",
+        ) from error
+    head = text.removesuffix("\n}").encode() + b",\n" + _LAST
+    (folder / NAME).write_bytes(head + hashlib.sha256(head).hexdigest().encode() + _END)
+
+
+def as_values(manifest: Manifest) -> dict[str, Any]:
+    """A manifest's plain values for JSON, without its files; `from_values` is the inverse."""
+    return {
         "format": FORMAT,
         "method": manifest.config.method,
         "config": as_dict(manifest.config),
@@ -74,18 +89,23 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
             "fingerprint": manifest.base.as_dict(),
         },
         "tensors": {key: [dtype, list(shape)] for key, (dtype, shape) in manifest.tensors.items()},
-        "files": files,
         "record": dict(manifest.record),
     }
+
+
+def from_values(
+    values: Any, files: Mapping[str, tuple[int, str]]
+) -> tuple[Manifest | None, list[str]]:
+    """A manifest from its plain values, with all faults; None when it cannot be understood."""
     try:
-        text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise StoreError(
-            f"the adapter's record cannot be written as JSON: {error}",
-            hint="give numbers, texts, lists and tables only; no NaN",
-        ) from error
-    head = text.removesuffix("\n}").encode() + b",\n" + _LAST
-    (folder / NAME).write_bytes(head + hashlib.sha256(head).hexdigest().encode() + _END)
+        _refuse_other_form(values)
+        return _understood(values, files), []
+    except ConfigError as error:
+        return None, [f"{NAME}: {error}"]
+    except DamagedAdapter as error:
+        return None, [f"{NAME}: {fault}" for fault in error.faults or [error.what]]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return None, [f"{NAME}: malformed: {error}"]
 
 
 Files = Mapping[str, tuple[int, str]]
@@ -137,20 +157,21 @@ def read_manifest(
         return None, [f"{NAME}: its bytes are not those that were saved"]
     try:
         values = strict_json(data)
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
-        if values.get("format") != FORMAT:
-            raise ValueError(f"format {values.get('format')!r}, this version reads {FORMAT}")
-        files = {name: (entry["size"], entry["sha256"]) for name, entry in values["files"].items()}
+        _refuse_other_form(values)
+        entries = values["files"].items()
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in entries}
         faults = check(folder, files)
-        # The settings of a folder whose files have changed are not worth a look.
-        return (None, faults) if faults else (_understood(values, files), [])
-    except ConfigError as error:
-        return None, [f"{NAME}: {error}"]
-    except DamagedAdapter as error:
-        return None, [f"{NAME}: {fault}" for fault in error.faults or [error.what]]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return None, [f"{NAME}: malformed: {error}"]
+    # The settings of a folder whose files have changed are not worth a look.
+    return (None, faults) if faults else from_values(values, files)
+
+
+def _refuse_other_form(values: Any) -> None:
+    if not isinstance(values, dict):
+        raise ValueError("not a JSON object")
+    if values.get("format") != FORMAT:
+        raise ValueError(f"format {values.get('format')!r}, this version reads {FORMAT}")
 
 
 def check_file(folder: Path, name: str, size: int, sha256: str | None) -> list[str]:

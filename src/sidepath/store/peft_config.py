@@ -239,7 +239,7 @@ def write_settings(
         "bias": _BIAS[config.bias],
         "fan_in_fan_out": "conv1d_transposed" in kinds and "linear" not in kinds,
         "init_lora_weights": True,
-        "target_modules": _targets(dense, modules),
+        "target_modules": targets_for(dense, modules),
         "modules_to_save": whole or None,
         "rank_pattern": {anchored(path): n for path, n in ranks.items() if n != r},
         "alpha_pattern": {anchored(path): n for path, n in alphas.items() if n != alpha},
@@ -260,12 +260,13 @@ def anchored(path: str) -> str:
     return "^" + re.escape(path)
 
 
-def _targets(paths: list[str], modules: Iterable[str]) -> list[str] | str:
+def targets_for(paths: list[str], modules: Iterable[str] | None) -> list[str] | str:
     """The paths as a list, which PEFT also holds against tails of names; where that would hit
-    another module too, the one expression that names exactly these.
+    another module too, or the base's `modules` are not known, the one expression that names
+    exactly these.
     """
     tails = tuple(f".{path}" for path in paths)
-    if any(path.endswith(tails) for path in modules if path not in paths):
+    if modules is None or any(path.endswith(tails) for path in modules if path not in paths):
         return "|".join(re.escape(path) for path in paths)
     return paths
 

@@ -137,14 +137,21 @@ def to_disk(delta: Delta, view: DenseView | None) -> dict[str, Tensor]:
     """A delta's tensors in PEFT's shapes, by local name; detached, on the CPU, contiguous."""
     tensors = {name: tensor.detach() for name, tensor in delta.tensors().items()}
     if isinstance(delta, LowRank) and view is not None:
-        A, B = tensors["A"], tensors["B"]
-        if view.kind == "conv":
-            A = spread_groups(A.reshape(-1, *view.weight.shape[1:]), groups_of(view))
-            B = B.reshape(*B.shape, *(1 for _ in view.weight.shape[2:]))
-        elif delta.parts:
-            B = _spread_parts(B, delta.parts, view.shape[0])
+        A, B = in_peft_shapes(tensors["A"], tensors["B"], view, delta.parts)
         tensors |= {"A": A, "B": B}
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def in_peft_shapes(
+    A: Tensor, B: Tensor, view: DenseView, parts: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor]:
+    """A delta's A and B in PEFT's shapes, for the layer they stand beside."""
+    if view.kind == "conv":
+        A = spread_groups(A.reshape(-1, *view.weight.shape[1:]), groups_of(view))
+        B = B.reshape(*B.shape, *(1 for _ in view.weight.shape[2:]))
+    elif parts:
+        B = spread_parts(B, parts, view.shape[0])
+    return A, B
 
 
 def from_disk(tensors: dict[str, Tensor], site: Site, module: nn.Module) -> dict[str, Tensor]:
@@ -167,8 +174,8 @@ def from_disk(tensors: dict[str, Tensor], site: Site, module: nn.Module) -> dict
             )
         return tensors | {"A": A_grouped.reshape(len(A_grouped), -1), "B": B.reshape(B.shape[:2])}
     if site.parts:
-        B_blocks = _gather_parts(B, site.parts, B.shape[1] // len(site.parts))
-        if not torch.equal(_spread_parts(B_blocks, site.parts, len(B)), B):
+        B_blocks = gather_parts(B, site.parts, B.shape[1] // len(site.parts))
+        if not torch.equal(spread_parts(B_blocks, site.parts, len(B)), B):
             raise ValueError("lora_B is not zero outside the adapted parts")
         return tensors | {"B": B_blocks}
     return tensors
@@ -184,7 +191,7 @@ def spread_groups(A: Tensor, groups: int) -> Tensor:
     return spread
 
 
-def _spread_parts(B: Tensor, parts: Sequence[tuple[int, int]], rows: int) -> Tensor:
+def spread_parts(B: Tensor, parts: Sequence[tuple[int, int]], rows: int) -> Tensor:
     """(sum of the parts' rows, R) to (O, N R): each part's block in its own rows and columns."""
     rank, at = B.shape[1], 0
     spread = B.new_zeros(rows, len(parts) * rank)
@@ -195,7 +202,8 @@ def _spread_parts(B: Tensor, parts: Sequence[tuple[int, int]], rows: int) -> Ten
     return spread
 
 
-def _gather_parts(B: Tensor, parts: Sequence[tuple[int, int]], rank: int) -> Tensor:
+def gather_parts(B: Tensor, parts: Sequence[tuple[int, int]], rank: int) -> Tensor:
+    """The inverse of `spread_parts`, at `rank` columns a part."""
     blocks = [
         B[start:stop, number * rank : (number + 1) * rank]
         for number, (start, stop) in enumerate(parts)

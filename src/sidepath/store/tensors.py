@@ -180,8 +180,8 @@ def _parse(
         return {}, [f"header is not JSON: {error}"]
     if not isinstance(entries, dict):
         return {}, ["header is not a JSON object"]
-    metadata = entries.pop("__metadata__", {})
-    faults = [] if isinstance(metadata, dict) else ["__metadata__ is not an object"]
+    metadata = entries.pop("__metadata__", None)  # mlx writes null where it has none
+    faults = [] if isinstance(metadata, dict | None) else ["__metadata__ is not an object"]
     if len(entries) > limits.tensors:
         return {}, [*faults, f"{len(entries)} tensors, at most {limits.tensors}"]
     header = {}

@@ -1,0 +1,1 @@
+"""Adapters in other tools' formats, both ways (floor 5)."""

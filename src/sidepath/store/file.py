@@ -1,0 +1,77 @@
+"""One file that appears on disk whole or not at all (floor 4)."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from sidepath.errors import StoreError
+from sidepath.store.folder import (
+    clear_leftovers,
+    fsync,
+    locked_sibling,
+    make_parents,
+    write_failed,
+)
+
+
+@contextmanager
+def publish_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a place to write a file to; on success it becomes `path`. See `folder.publish`.
+
+    Errors: `StoreError` for a folder, and for a file that is there without `overwrite`;
+    `WriteFailed` for any OSError. After an error nothing is left and the old file stands.
+    """
+    target = Path(os.path.realpath(path))
+    made: list[Path] = []
+    try:
+        try:
+            refuse_existing(target, overwrite)
+            make_parents(target.parent, made)
+            clear_leftovers(target.parent, re.compile(re.escape(target.name)))
+            with locked_sibling(target) as temporary:
+                mode = temporary.stat().st_mode & 0o666  # what the umask leaves of a file's
+                file = temporary / target.name
+                yield file
+                fsync(file, mode)
+                _swap_in(file, target)
+        except BaseException:
+            for parent in made:
+                with suppress(OSError):
+                    parent.rmdir()
+            raise
+    except (OSError, SafetensorError) as error:
+        raise write_failed(path, error) from error
+
+
+def refuse_existing(target: Path, overwrite: bool) -> None:
+    """Raise `StoreError` where a file must not be written."""
+    if target.is_dir():
+        raise StoreError("the output is a folder, expected a file", where=target)
+    if target.exists() and not overwrite:
+        raise StoreError(
+            "the output file is there already",
+            where=target,
+            hint="choose another name, or give --overwrite to replace it",
+        )
+
+
+def _swap_in(file: Path, target: Path) -> None:
+    """Put `file` in `target`'s place; the old file stands again where that cannot be made sure."""
+    before = file.with_suffix(".before")
+    if target.exists():
+        os.link(target, before)
+    os.replace(file, target)
+    try:
+        fsync(target.parent)
+    except BaseException:
+        if before.exists():
+            os.replace(before, target)
+        else:
+            os.unlink(target)
+        raise

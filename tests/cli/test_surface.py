@@ -55,6 +55,11 @@ SURFACE = {
         " --data --metric --columns --limit --max-tokens --max-new-tokens --batch-size"
     ),
     "merge": "--skip-parity --dtype --quantise --allow-other-base --overwrite",
+    "combine": (
+        "--kind --weights --layer-weights --r --energy --density --seed --base --allow-other-base"
+        " --overwrite"
+    ),
+    "extract": "--r --energy --targets --exclude --whole --seed --overwrite",
     "bench": "--rounds --threads --device --output --quick",
     "config": f"{RUN} {LORA} --lora-dtype {TRAIN}",
 }
@@ -63,6 +68,8 @@ PLACES = {
     "compare": ("[CONFIG]",),
     "inspect": ("ADAPTER", "[OTHER]"),
     "merge": ("BASE", "ADAPTER...", "OUT"),
+    "combine": ("ADAPTER...", "OUT"),
+    "extract": ("BASE", "TUNED", "OUT"),
     "bench": ("[FIGURE]...",),
 }
 

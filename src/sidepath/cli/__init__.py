@@ -14,7 +14,8 @@ import warnings
 from collections.abc import Sequence
 
 from sidepath.cli.output import note, show, speaks
-from sidepath.cli.surface import VERBS, help_text, overview, parse, unknown_verb
+from sidepath.cli.overview import overview, unknown_verb
+from sidepath.cli.surface import VERBS, help_text, parse
 from sidepath.errors import SidepathError
 
 __all__ = ["main"]

@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import shlex
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from sidepath.cli.combining_run import CombineRun, ExtractRun
 from sidepath.cli.compare_run import CompareRun
 from sidepath.cli.inspect_run import InspectRun
 from sidepath.cli.options import Parser, Sections, add_flags, flags_of, parse_value
@@ -132,6 +132,20 @@ VERBS: Mapping[str, Verb] = {
         MergeRun,
         "sidepath.cli.verbs:merge",
         places=("BASE", "ADAPTER...", "OUT"),
+    ),
+    "combine": Verb(
+        "make one adapter of several: a weighted sum of their updates, exact or cut, TIES, DARE",
+        "combine",
+        CombineRun,
+        "sidepath.cli.combining:combine",
+        places=("ADAPTER...", "OUT"),
+    ),
+    "extract": Verb(
+        "make an adapter of the difference of two full checkpoints",
+        "extract",
+        ExtractRun,
+        "sidepath.cli.combining:extract",
+        places=("BASE", "TUNED", "OUT"),
     ),
     "bench": Verb(
         "measure training, memory, decoding, routing and switching beside PEFT",
@@ -262,29 +276,3 @@ def _count_places(name: str, verb: Verb, given: Sequence[str]) -> None:
             found=" ".join(given) or "nothing",
             hint=f"see sidepath {name} --help",
         )
-
-
-def overview() -> str:
-    """The text of `sidepath --help`."""
-    width = max(len(name) for name in VERBS)
-    lines = [f"  {name.ljust(width)}  {verb.summary}" for name, verb in VERBS.items()]
-    head = """\
-        usage: sidepath COMMAND ...
-
-        Low-rank adaptation of language models: fine-tune, prove, merge and compare.
-
-        """
-    tail = """
-
-        sidepath COMMAND --help tells a command's flags; --version prints the version.
-        SIDEPATH_DEBUG=1 shows the traceback of an error."""
-    return textwrap.dedent(head) + "\n".join(lines) + textwrap.dedent(tail)
-
-
-def unknown_verb(name: str) -> ConfigError:
-    """The error for a command that does not exist."""
-    return ConfigError(
-        f'unknown command "{name}"',
-        expected=", ".join(VERBS),
-        hint=meant(name, VERBS) or "see sidepath --help",
-    )

@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._negative_number_matcher = re.compile(r"-[0-9.][0-9.,eE+-]*")
+        self._negative_number_matcher = re.compile(r"-[0-9.][0-9.,eE+-]*\Z")
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's message as ours."""

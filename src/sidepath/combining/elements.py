@@ -1,7 +1,9 @@
 """Updates put together element by element: TIES and DARE (floor 6).
 
-Each takes the weighted updates `w_i ΔW_i` of one layer as matrices (O, I). PEFT trims and elects
-within A and within B; their product is then not made of the elements of any `ΔW`.
+Each takes the weighted updates `w_i ΔW_i` of one layer as matrices (O, I); what is small is small
+within its layer. Both papers speak of the elements of the change of the weights. PEFT's
+`add_weighted_adapter` treats A and B apart, whose product is then made of no `ΔW`'s elements, and
+elects signs before it weights; with weights 1 the rule here is the papers'.
 """
 
 from __future__ import annotations

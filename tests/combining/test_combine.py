@@ -224,6 +224,10 @@ def test_plain_folders_of_peft(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="could not be verified"):
         loaded = logits(make, tmp_path / "theirs")
     torch.testing.assert_close(logits(make, tmp_path / "based"), loaded)
+    combine(folders[:1], tmp_path / "alone", base=tmp_path / "base")
+    with pytest.warns(UserWarning, match="could not be verified"):
+        alone = logits(make, folders[0])
+    torch.testing.assert_close(logits(make, tmp_path / "alone"), alone, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(logits(make, tmp_path / "ours"), loaded)
 
 

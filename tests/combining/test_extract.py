@@ -168,6 +168,23 @@ def test_a_head_that_the_base_lacks(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(model, IDS), outputs(tuned_model, IDS), atol=1e-4, rtol=1e-3)
 
 
+def test_a_base_with_the_old_names_of_norms(tmp_path: Path) -> None:
+    """`bert-base-uncased` is stored so."""
+    base = folder_of(tiny_bert(), tmp_path / "base")
+    tuned = folder_of(tuned_everywhere(tiny_bert), tmp_path / "tuned")
+    tensors = load_file(base / "model.safetensors")
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    for name in list(tensors):
+        for new, before in old.items():
+            if name.endswith(new):
+                tensors[name.replace(new, before)] = tensors.pop(name)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    found = extract(base, tuned, tmp_path / "out", Extraction(r=2))
+    assert found.unknown == []
+    assert not [one for one in found.others if one["only_in"]]
+    sidepath.load(tiny_bert(), tmp_path / "out")
+
+
 def test_only_its_own_base_takes_it(tmp_path: Path) -> None:
     base, tuned, changes = planted(tmp_path, tiny_llama, r=2, targets=("q_proj",))
     found = extract(base, tuned, tmp_path / "out", Extraction(r=2), record={"command": "typed"})

@@ -13,7 +13,6 @@ from sidepath.errors import ConfigError, StoreError, WrongBase, nearest
 from sidepath.methods.lora import name_matches
 from sidepath.store.fingerprint import Fingerprint, fingerprint, same_base
 from sidepath.store.manifest import Manifest
-from sidepath.store.peft_format import MAGNITUDE
 from sidepath.store.refactored import keys_at
 
 
@@ -121,7 +120,7 @@ def faults_of(adapters: Sequence[Ingredient]) -> list[str]:
         f"{one.name}: DoRA's update is no sum: it scales each row by a norm that depends on the "
         "base and on the update (such an adapter is combined alone, at weight 1, uncut)"
         for one in adapters
-        if any(key.endswith(MAGNITUDE) for key in one.tensors)
+        if one.dora
     ]
     known = [(one, one.manifest) for one in adapters if one.manifest is not None]
     for (one, first), (other, second) in pairwise(known):
@@ -165,10 +164,17 @@ def _shapes(one: Ingredient, path: str) -> dict[str, list[int]]:
     return found
 
 
-def is_itself(adapters: Sequence[Ingredient], weights: Weights, recipe: Combination) -> bool:
-    """Whether the combination is one adapter as it is: alone, at weight 1, no rank cut."""
+def is_itself(
+    adapters: Sequence[Ingredient], weights: Weights, recipe: Combination, base: Path | None
+) -> bool:
+    """Whether the combination is one adapter as it is: alone, at weight 1, no rank cut.
+
+    A plain folder of PEFT's whose `base` is given is written anew, exactly: it gets a manifest.
+    """
     (only, *more) = adapters
     if more or recipe.energy is not None:
+        return False
+    if base is not None and only.manifest is None and not only.dora:
         return False
     ranks = [one.A_RI.shape[0] for one in only.factors.values()]
     uncut = recipe.r is None or max(ranks) <= recipe.r

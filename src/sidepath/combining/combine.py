@@ -100,7 +100,7 @@ def combine(
     notes = require_one_base(found, origin, allow_other_base)
     parents = _parents(found, recipe)
     told = {"combined": {**_said(recipe), "adapters": parents}, **(record or {})}
-    if is_itself(found, weights, recipe):
+    if is_itself(found, weights, recipe, origin):
         layers = _copied(found[0], target, told)
     else:
         result = _result(found, weights, recipe, origin)

@@ -60,6 +60,11 @@ class Ingredient:
         """Paths of the modules trained whole."""
         return [path for path, site in self.sites.items() if site.kind == "whole"]
 
+    @property
+    def dora(self) -> bool:
+        """Whether it holds magnitudes beside its factors."""
+        return any(key.endswith(MAGNITUDE) for key in self.tensors)
+
     @cached_property
     def factors(self) -> dict[str, Factors]:
         """The updates by module path. Errors: see `updates_in`."""

@@ -27,7 +27,8 @@ class Combination:
     to it of a lower rank. `ties`: small elements are trimmed, each element's sign is elected, and
     those that agree are averaged (arXiv 2306.01708). `dare`: elements are dropped at random, the
     others rescaled, then summed (arXiv 2311.03099); `dare-ties`: dropped so, then elected and
-    averaged. These three look at whole matrices, one at a time, and need a rank to come back to."""
+    averaged. These three look at whole matrices, one at a time, and need a rank to come back to;
+    a layer that one adapter alone adapts is left as it is."""
     weights: tuple[float, ...] | None = None
     """Weight of each adapter, in their order; 1 each when not given."""
     layer_weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)

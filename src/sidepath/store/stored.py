@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sidepath.store.fingerprint import checkpoint_files
+from sidepath.store.fingerprint import checkpoint_files, renamed
 from sidepath.store.loading import load_tensors
 from sidepath.store.tensors import FLOATING, TensorInfo, read_header
 
@@ -26,6 +26,8 @@ def stored_name(name: str, stored: Collection[str]) -> str | None:
 class Checkpoint:
     """What a folder stores, by name; nothing but headers is read until a tensor is asked for.
 
+    Names are those that transformers gives them (see `renamed`).
+
     Errors, when it is made: `StoreError` for a folder without safetensors, `DamagedAdapter` for a
     file that cannot be trusted.
     """
@@ -35,7 +37,7 @@ class Checkpoint:
         self._stored: dict[str, tuple[Path, TensorInfo]] = {}
         for path in checkpoint_files(folder):
             header = read_header(path, floating_only=False)
-            self._stored |= {name: (path, info) for name, info in header.items()}
+            self._stored |= {renamed(name): (path, info) for name, info in header.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)

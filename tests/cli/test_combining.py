@@ -19,9 +19,8 @@ def second(run: Run, tiny_base: Path, pairs: Path, tmp_path: Path) -> Path:
     output = tmp_path / "second"
     flags = "--r 3 --steps 2 --batch-size 4 --learning-rate 0.05 --scaling alpha/sqrt(r) --seed 5"
     command = ["train", "--base", tiny_base, "--data", pairs, "--output", output]
-    assert run(*command, *flags.split(), "--forgetting", "off").code in (0, 2)
-    if not output.exists():
-        assert run(*command, *flags.split(), "--no-forgetting").code == 0
+    ran = run(*command, *flags.split(), "--no-forgetting")
+    assert ran.code == 0, ran.err
     return output
 
 
@@ -124,7 +123,6 @@ def test_extract_what_merge_put_in(
     wanted, found = matrices(trained), matrices(tmp_path / "out")
     for key, update in found.items():
         assert float((update - wanted[key]).norm()) < 1e-4 * float(wanted[key].norm())
-    assert run("eval", "--help").code == 0
     prompt = ("--base", tiny_base, "--prompt", "count 3:", "--max-new-tokens", 8, "--json")
     texts = [
         run("generate", *prompt, "--adapter", folder).document["outputs"][0]["text"]

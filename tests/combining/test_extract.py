@@ -154,7 +154,7 @@ def test_what_is_no_target_is_told_and_saved_whole_if_asked(tmp_path: Path, make
 def test_a_head_that_the_base_lacks(tmp_path: Path) -> None:
     from transformers import BertModel
 
-    body = tiny_bert().get_submodule("bert")
+    body = tiny_bert(3).get_submodule("bert")
     assert isinstance(body, BertModel)
     base = folder_of(body, tmp_path / "base")
     tuned_model = tuned_everywhere(lambda: tiny_bert(3))

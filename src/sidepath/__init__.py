@@ -17,6 +17,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sidepath import errors as errors
     from sidepath.base import embedded_base as embedded_base
+    from sidepath.combining.combine import combine as combine
+    from sidepath.combining.extract import extract as extract
+    from sidepath.combining.recipe import Combination as Combination
+    from sidepath.combining.recipe import Extraction as Extraction
     from sidepath.config import TrainConfig as TrainConfig
     from sidepath.data.dataset import load_data as load_data
     from sidepath.injection.merging import merge as merge
@@ -59,6 +63,8 @@ _HOMES = {
     "AdapterFusion": "sidepath.methods.fusion",
     "BitFit": "sidepath.methods.plain",
     "Bottleneck": "sidepath.methods.bottleneck",
+    "Combination": "sidepath.combining.recipe",
+    "Extraction": "sidepath.combining.recipe",
     "FullFineTuning": "sidepath.methods.plain",
     "IntrinsicDimension": "sidepath.methods.intrinsic",
     "Library": "sidepath.store.library",
@@ -72,11 +78,13 @@ _HOMES = {
     "VeRA": "sidepath.methods.vera",
     "VersatileLM": "sidepath.methods.versatile",
     "activate": "sidepath.injection.surgery",
+    "combine": "sidepath.combining.combine",
     "dequantise_": "sidepath.injection.quantising",
     "disabled": "sidepath.injection.surgery",
     "embedded_base": "sidepath.base",
     "errors": "sidepath.errors",
     "evaluate": "sidepath.training.evaluate",
+    "extract": "sidepath.combining.extract",
     "forgetting": "sidepath.training.forgetting",
     "generate": "sidepath.training.evaluate",
     "inject": "sidepath.store.adapter",
@@ -100,6 +108,8 @@ __all__ = [
     "AdapterFusion",
     "BitFit",
     "Bottleneck",
+    "Combination",
+    "Extraction",
     "IntrinsicDimension",
     "Library",
     "LoRA",
@@ -112,11 +122,13 @@ __all__ = [
     "VersatileLM",
     "__version__",
     "activate",
+    "combine",
     "dequantise_",
     "disabled",
     "embedded_base",
     "errors",
     "evaluate",
+    "extract",
     "forgetting",
     "generate",
     "inject",

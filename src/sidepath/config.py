@@ -124,9 +124,16 @@ def check(config: Any) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not _fits(value, hints[field.name]):
-            faults.append(f"{field.name} = {value!r}: expected {type_name(hints[field.name])}")
+            expected = f"{field.name} = {value!r}: expected {type_name(hints[field.name])}"
+            faults.append(guessed(expected, str(value), _texts(hints[field.name])))
     if faults:
         raise ConfigError(f"{type(config).__name__}: wrong type or value", faults=faults)
+
+
+def _texts(hint: Any) -> list[str]:
+    """The texts among which a value is one of; none for other kinds."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+    return [choice for choice in choices if isinstance(choice, str)]
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -213,6 +220,8 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: object = None) -> T
 def _plain(value: Any, hint: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
+    if isinstance(value, Mapping):
+        return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
     if isinstance(value, str) and hint == tuple[str, ...]:
         return (value,)
     numeric = isinstance(value, int) and not isinstance(value, bool)
@@ -229,4 +238,6 @@ def as_dict(config: Any) -> dict[str, Any]:
 def _jsonable(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
-    return dict(value) if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return {key: _jsonable(item) for key, item in value.items()}
+    return value

@@ -58,6 +58,11 @@ SURFACE = {
     "push": "--private --message --licence --parity",
     "library": "--base --method",
     "convert": "--to --from --for --base --alpha --fused --component --overwrite",
+    "combine": (
+        "--kind --weights --layer-weights --r --energy --density --seed --base --allow-other-base"
+        " --overwrite"
+    ),
+    "extract": "--r --energy --targets --exclude --whole --seed --overwrite",
     "bench": "--rounds --threads --device --output --quick",
     "config": f"{RUN} {LORA} --lora-dtype {TRAIN}",
 }
@@ -69,6 +74,8 @@ PLACES = {
     "push": ("ADAPTER", "TARGET"),
     "library": ("FOLDER",),
     "convert": ("IN", "[OUT]"),
+    "combine": ("ADAPTER...", "OUT"),
+    "extract": ("BASE", "TUNED", "OUT"),
     "bench": ("[FIGURE]...",),
 }
 

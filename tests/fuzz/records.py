@@ -13,11 +13,11 @@ import torch
 
 from sidepath import LoRA
 from sidepath.cli.bases import base_folder
-from sidepath.cli.configs import model_without_weights
 from sidepath.cli.runs import TrainRun
 from sidepath.cli.settings import Settings, read_file
 from sidepath.compare.runs import RunTable
 from sidepath.config import TrainConfig, as_dict
+from sidepath.store.configs import model_without_weights
 from sidepath.store.fingerprint import checkpoint_files, fingerprint
 from sidepath.store.loading import load_tensors
 from sidepath.store.parity import read_parity

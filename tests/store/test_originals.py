@@ -15,7 +15,7 @@ from sidepath.core.views import view_of
 from sidepath.errors import ConfigError, StoreError
 from sidepath.injection.quantising import quantise_
 from sidepath.injection.registry import registry_of, require_registry
-from sidepath.store import originals as module
+from sidepath.store import stored as module
 from sidepath.store.adapter import inject
 from tests.conftest import outputs, randomise, tiny_gpt2, tiny_llama
 from tests.store.quantised import packed, plain, stored

@@ -5,7 +5,6 @@ Dimensions: R rank, I columns, O rows, G groups of a convolution, N parts of a f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -48,7 +47,17 @@ def factors_of(place: Path, alpha: float | None = None) -> dict[str, Factors]:
         raise ConfigError("the adapter's settings name its alpha", where=place, found=alpha)
     scaling_of = _scalings(place)
     path = file_inside(place, WEIGHTS)
-    tensors = load_tensors(path, read_header(path))
+    return updates_in(load_tensors(path, read_header(path)), scaling_of, path)
+
+
+def updates_in(
+    tensors: Mapping[str, Tensor], scaling_of: Callable[[str], float], path: Path
+) -> dict[str, Factors]:
+    """The low-rank updates among the tensors of an adapter's file `path`, by module path.
+
+    They share the tensors' storage. Errors: `DamagedAdapter` where A and B do not fit together,
+    `StoreError` when there is none.
+    """
     pairs = _pairs(tensors, _A_THEN_B, path)
     found: dict[str, Factors] = {}
     faults = []
@@ -151,9 +160,4 @@ def _scalings(folder: Path) -> Callable[[str], float]:
     if faults:
         raise DamagedAdapter(f"{CONFIG} has faults", where=folder, faults=faults)
     _refuse_dora(settings.dora, folder)
-
-    def scaling_at(path: str) -> float:
-        rank = settings.rank_at(path)
-        return settings.alpha_at(path) / (math.sqrt(rank) if settings.rslora else rank)
-
-    return scaling_at
+    return settings.scaling_of

@@ -57,10 +57,11 @@ def truncate(factors: Factors, keep: Keep) -> Truncated:
     whole = decompose(factors)
     sigmas: list[float] = whole.sigma_K.tolist()
     r = keep.rank(Spectrum(tuple(sigmas)))
-    A_KI, B_OK = _balanced(whole.first(r))
+    A_KI, B_OK = balanced(whole.first(r))
     return Truncated(A_KI, B_OK, math.hypot(*sigmas[r:]), math.hypot(*sigmas))
 
 
-def _balanced(kept: Decomposition) -> tuple[Tensor, Tensor]:
+def balanced(kept: Decomposition) -> tuple[Tensor, Tensor]:
+    """A (K, I) and B (O, K) of a decomposition, sqrt(σ) in each."""
     root_K = kept.sigma_K.sqrt()
     return root_K[:, None] * kept.V_KI, kept.U_OK * root_K

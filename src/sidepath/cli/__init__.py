@@ -14,8 +14,9 @@ import warnings
 from collections.abc import Sequence
 
 from sidepath.cli.output import note, show, speaks
+from sidepath.cli.overview import overview, unknown_verb
 from sidepath.cli.parsing import help_text, parse
-from sidepath.cli.surface import VERBS, overview, unknown_verb
+from sidepath.cli.surface import VERBS
 from sidepath.errors import SidepathError
 
 __all__ = ["main"]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sidepath.cli.configs import config_of, quiet, skeleton, understood
 from sidepath.errors import ConfigError, StoreError
+from sidepath.store.configs import config_of, quiet, skeleton, understood
 from sidepath.store.hub import ADAPTER, BASE, CONFIG, GRAMMAR, is_hub, local
 
 

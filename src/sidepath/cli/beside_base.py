@@ -9,15 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from sidepath.analyse import Factors, against
-from sidepath.cli.configs import model_without_weights
 from sidepath.cli.output import note, progress
 from sidepath.core.views import view_of
 from sidepath.errors import DamagedAdapter, WrongBase
 from sidepath.injection.architecture import modules_of
 from sidepath.store import manifest as manifests
-from sidepath.store.fingerprint import checkpoint_files, fingerprint, same_base
-from sidepath.store.loading import load_tensors
-from sidepath.store.tensors import FLOATING, read_header
+from sidepath.store.configs import model_without_weights
+from sidepath.store.fingerprint import fingerprint, same_base
+from sidepath.store.stored import Checkpoint
 
 TRANSPOSED = ("conv1d_transposed", "embedding")
 """Kinds of modules that store their matrix with inputs first."""
@@ -72,18 +71,16 @@ def held_against(folder: Path, found: Mapping[str, Factors], widest: int) -> lis
 
 def _weights(folder: Path, found: Mapping[str, Factors]) -> Iterator[tuple[str, Tensor]]:
     """Each adapted weight of a base's checkpoint, one in memory at a time."""
-    packed = 0
-    for path in checkpoint_files(folder):
-        for key, info in read_header(path, floating_only=False).items():
-            owner = key.removesuffix(".weight")
-            name = next((name for name in found if _same_module(name, owner)), None)
-            if name is None or not key.endswith(".weight"):
-                continue
-            if info.dtype in FLOATING:
-                (tensor,) = load_tensors(path, {key: info}).values()
-                yield name, tensor
-            else:
-                packed += 1
+    stored, packed = Checkpoint(folder), 0
+    for key in stored:
+        owner = key.removesuffix(".weight")
+        name = next((name for name in found if _same_module(name, owner)), None)
+        if name is None or not key.endswith(".weight"):
+            continue
+        if stored.floating(key):
+            yield name, stored.read(key)
+        else:
+            packed += 1
     if packed:
         note(f"{packed} weights of the base are stored quantised: they are not looked at")
 

@@ -18,7 +18,6 @@ from sidepath.cli.bases import (
     load_tokenizer,
 )
 from sidepath.cli.compare_run import CompareRun
-from sidepath.cli.configs import quiet
 from sidepath.cli.folders import require_place
 from sidepath.cli.output import Report, Table, note, progress
 from sidepath.cli.runs import Dtype, Quantise
@@ -42,6 +41,7 @@ from sidepath.compare.setting import Setting
 from sidepath.compare.workers import Workers
 from sidepath.config import TrainConfig
 from sidepath.errors import ConfigError
+from sidepath.store.configs import quiet
 from sidepath.store.fingerprint import fingerprint
 from sidepath.store.hub import PREFIX
 

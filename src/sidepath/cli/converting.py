@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 from sidepath.cli.bases import base_folder, config_place
-from sidepath.cli.configs import model_without_weights, quiet
 from sidepath.cli.convert_run import ConvertRun
 from sidepath.cli.folders import require_output
 from sidepath.cli.output import Report, Table
@@ -16,6 +15,7 @@ from sidepath.convert.formats import convert as convert_adapter
 from sidepath.convert.portable import Base, Options, Portable
 from sidepath.convert.vllm import judged
 from sidepath.errors import ConfigError
+from sidepath.store.configs import model_without_weights, quiet
 from sidepath.store.file import refuse_existing
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from sidepath import config
-from sidepath.errors import ConfigError
+from sidepath.errors import ConfigError, meant
 
 Sections = Mapping[str, type]
 
@@ -44,7 +45,13 @@ class Flag:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are `ConfigError`s."""
+    """An argument parser whose complaints are `ConfigError`s, and which takes lists of numbers for
+    values, not flags, also where the first is negative: `--weights -1,0.5`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._negative_number_matcher = re.compile(r"-[0-9.][0-9.,eE+-]*\Z")
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's message as ours."""
@@ -107,7 +114,7 @@ def _help(flag: Flag) -> str:
 def shown(value: Any) -> str:
     """A value as it is typed after a flag."""
     if isinstance(value, Mapping):
-        return ",".join(f"{key}={item}" for key, item in value.items()) or "empty"
+        return ",".join(f"{key}={shown(item)}" for key, item in value.items()) or "empty"
     if isinstance(value, (tuple, list)):
         return ",".join(str(item) for item in value) or "empty"
     if isinstance(value, bool):
@@ -184,6 +191,8 @@ def _parse_one(flag: Flag, text: str, kind: Any) -> Any:
                 return _parse_one(flag, text, arg)
             except ConfigError:
                 continue
+    elif _is_tuple(kind):
+        return tuple(_parse_one(flag, item, typing.get_args(kind)[0]) for item in text.split(","))
     elif typing.get_origin(kind) is Literal:
         by_text = {str(arg): arg for arg in typing.get_args(kind)}
         if text in by_text:
@@ -193,5 +202,10 @@ def _parse_one(flag: Flag, text: str, kind: Any) -> Any:
             return kind(text)
         except ValueError:
             pass
-    expected = config.type_name(kind)
-    raise ConfigError(f"{flag.name}: not a value it takes", found=repr(text), expected=expected)
+    known = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    raise ConfigError(
+        f"{flag.name}: not a value it takes",
+        found=repr(text),
+        expected=config.type_name(kind),
+        hint=meant(text, map(str, known)),
+    )

@@ -14,7 +14,7 @@ from sidepath.store.adapter import PARITY
 from sidepath.store.folder import sha256_file
 from sidepath.store.manifest import Manifest
 from sidepath.store.peft_format import WEIGHTS
-from sidepath.store.tensors import file_inside, strict_json
+from sidepath.store.tensors import file_inside, read_json
 from sidepath.training import history as histories
 
 _MEASURES = ("max_abs", "mean_abs", "top1", "kl")
@@ -92,7 +92,7 @@ def _parity(folder: Path, place: Path) -> dict[str, Any]:
     if not (folder / PARITY).is_file():
         raise StoreError("the folder was not made by sidepath merge", where=folder, expected=PARITY)
     try:
-        values = strict_json(file_inside(folder, PARITY).read_bytes())
+        values = read_json(file_inside(folder, PARITY))
         digests = {entry["digest"] for entry in values["adapters"]}
         skipped = values.get("skipped") is True
         found = {} if skipped else {name: values[name] for name in _MEASURES}

@@ -6,10 +6,10 @@ Nothing here may import torch: `sidepath --help` reads this table.
 from __future__ import annotations
 
 import importlib
-import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from sidepath.cli.combining_run import CombineRun, ExtractRun
 from sidepath.cli.compare_run import CompareRun
 from sidepath.cli.convert_run import ConvertRun
 from sidepath.cli.inspect_run import InspectRun
@@ -157,6 +157,20 @@ VERBS: Mapping[str, Verb] = {
         "sidepath.cli.converting:convert",
         places=("IN", "[OUT]"),
     ),
+    "combine": Verb(
+        "make one adapter of several: a weighted sum of their updates, exact or cut, TIES, DARE",
+        "combine",
+        CombineRun,
+        "sidepath.cli.combining:combine",
+        places=("ADAPTER...", "OUT"),
+    ),
+    "extract": Verb(
+        "make an adapter of the difference of two full checkpoints",
+        "extract",
+        ExtractRun,
+        "sidepath.cli.combining:extract",
+        places=("BASE", "TUNED", "OUT"),
+    ),
     "bench": Verb(
         "measure training, memory, decoding, routing and switching beside PEFT",
         "bench",
@@ -202,29 +216,3 @@ def other_tables(sections: Sections) -> list[str]:
 
     tables = dict.fromkeys([*(verb.table for verb in VERBS.values()), *METHODS, "train"])
     return [table for table in tables if table not in sections]
-
-
-def overview() -> str:
-    """The text of `sidepath --help`."""
-    width = max(len(name) for name in VERBS)
-    lines = [f"  {name.ljust(width)}  {verb.summary}" for name, verb in VERBS.items()]
-    head = """\
-        usage: sidepath COMMAND ...
-
-        Low-rank adaptation of language models: fine-tune, prove, merge and compare.
-
-        """
-    tail = """
-
-        sidepath COMMAND --help tells a command's flags; --version prints the version.
-        SIDEPATH_DEBUG=1 shows the traceback of an error."""
-    return textwrap.dedent(head) + "\n".join(lines) + textwrap.dedent(tail)
-
-
-def unknown_verb(name: str) -> ConfigError:
-    """The error for a command that does not exist."""
-    return ConfigError(
-        f'unknown command "{name}"',
-        expected=", ".join(VERBS),
-        hint=meant(name, VERBS) or "see sidepath --help",
-    )

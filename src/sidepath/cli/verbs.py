@@ -15,8 +15,8 @@ from sidepath.cli.surface import Call
 def plan(call: Call) -> Report:
     """What an adapter of these settings would be on the model; nothing is loaded or changed."""
     from sidepath.cli.bases import config_place
-    from sidepath.cli.configs import model_without_weights
     from sidepath.methods import METHODS
+    from sidepath.store.configs import model_without_weights
     from sidepath.store.plan import plan as plan_of
 
     run = call.settings.build("plan", PlanRun)
@@ -35,8 +35,8 @@ def plan(call: Call) -> Report:
 def merge(call: Call) -> Report:
     """A plain transformers folder with the adapters folded in, and the measured parity."""
     from sidepath.cli.bases import base_folder
-    from sidepath.cli.configs import quiet
     from sidepath.cli.folders import require_output
+    from sidepath.store.configs import quiet
     from sidepath.store.merge import merge_folder
 
     run = call.settings.build("merge", MergeRun)
@@ -89,8 +89,8 @@ def bench(call: Call) -> Report:
     from sidepath.bench.setting import Bench
     from sidepath.bench.table import chosen, measured
     from sidepath.cli.bases import device_of
-    from sidepath.cli.configs import quiet
     from sidepath.cli.folders import require_place
+    from sidepath.store.configs import quiet
 
     run = call.settings.build("bench", BenchRun)
     names = chosen(call.places)
@@ -111,9 +111,9 @@ def bench(call: Call) -> Report:
 
 def demo(call: Call) -> Report:
     """The whole demonstration on the embedded base."""
-    from sidepath.cli.configs import quiet
     from sidepath.demo.report import SCORE_HEAD, facts, samples, score_rows
     from sidepath.demo.run import run_demo
+    from sidepath.store.configs import quiet
 
     run = call.settings.build("demo", DemoRun)
     quiet()

@@ -97,7 +97,7 @@ def read_folder(model: nn.Module, folder: Path) -> Contents:
 
     Errors: one `DamagedAdapter` with all faults; `StoreError` when the folder is no adapter's.
     """
-    _refuse_other_folders(folder)
+    refuse_other_folders(folder)
     modules = dict(modules_of(model))
     faults: list[str] = []
     header: Mapping[str, TensorInfo] = {}
@@ -127,7 +127,8 @@ def read_folder(model: nn.Module, folder: Path) -> Contents:
     return contents
 
 
-def _refuse_other_folders(folder: Path) -> None:
+def refuse_other_folders(folder: Path) -> None:
+    """Raise `StoreError` where there is no adapter, and why not; a pickle is named."""
     if not folder.is_dir():
         raise StoreError("there is no adapter folder of this name", where=folder)
     if (folder / WEIGHTS).exists() or (folder / WEIGHTS).is_symlink():

@@ -215,10 +215,10 @@ def _of_folder(folder: Path) -> dict[str, Sample]:
         packed = packed_weights(where)
         for name, (handle, info) in where.items():
             if name in packed:
-                samples[_renamed(name)] = Sample(*sampled_file(where, name, positions))
+                samples[renamed(name)] = Sample(*sampled_file(where, name, positions))
             elif info.dtype in FLOATING and not name.startswith(tuple(f"{one}." for one in packed)):
                 raw = read_at(handle, info, positions(math.prod(info.shape)))
-                samples[_renamed(name)] = Sample(info.dtype, info.shape, raw)
+                samples[renamed(name)] = Sample(info.dtype, info.shape, raw)
     return samples
 
 
@@ -250,7 +250,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
     )
 
 
-def _renamed(name: str) -> str:
+def renamed(name: str) -> str:
+    """A stored name as transformers' models have it: old BERTs call a norm's weight gamma."""
     for old, new in _OLD_NAMES.items():
         if name.endswith(old):
             return name.removesuffix(old) + new

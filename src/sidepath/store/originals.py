@@ -19,13 +19,11 @@ from sidepath.methods.lora import LoRA
 from sidepath.methods.lowrank import LowRank
 from sidepath.store.fingerprint import (
     Fingerprint,
-    checkpoint_files,
     fingerprint,
     fingerprint_of,
     same_base,
 )
-from sidepath.store.loading import load_tensors
-from sidepath.store.tensors import FLOATING, TensorInfo, read_header
+from sidepath.store.stored import Checkpoint, stored_name
 
 Originals = str | os.PathLike[str] | Mapping[str, Tensor] | None
 """A transformers folder, the tensors by parameter name, or None: the model's own folder."""
@@ -56,7 +54,7 @@ def residual_source(
             hint="load the base with --quantise nf4, or choose another start",
         )
     readers = _readers(model, originals)
-    names = {path: _found(f"{path}.weight", readers) for path in packed}
+    names = {path: stored_name(f"{path}.weight", readers) for path in packed}
     faults = [f"{path}.weight: missing" for path, name in names.items() if name is None]
     if faults:
         raise StoreError("the originals lack weights of the base", faults=faults)
@@ -96,12 +94,8 @@ def _readers(model: nn.Module, originals: Originals) -> dict[str, Callable[[], T
             hint="inject(..., originals=FOLDER), a transformers folder of the unquantised base",
         )
     _refuse_other(model, fingerprint(folder), folder)
-    readers: dict[str, Callable[[], Tensor]] = {}
-    for path in checkpoint_files(Path(folder)):
-        for name, info in read_header(path, floating_only=False).items():
-            if info.dtype in FLOATING:
-                readers[name] = partial(_stored, path, name, info)
-    return readers
+    stored = Checkpoint(Path(folder))
+    return {name: partial(stored.read, name) for name in stored if stored.floating(name)}
 
 
 def _refuse_other(model: nn.Module, found: Fingerprint, where: object) -> None:
@@ -109,15 +103,3 @@ def _refuse_other(model: nn.Module, found: Fingerprint, where: object) -> None:
     faults = [fault for fault in faults if not fault.endswith(": missing")]
     if faults:
         raise StoreError("the originals are another base's", where=where, faults=faults)
-
-
-def _stored(path: Path, name: str, info: TensorInfo) -> Tensor:
-    return load_tensors(path, {name: info})[name]
-
-
-def _found(name: str, readers: Iterable[str]) -> str | None:
-    """The stored name of a parameter: a base saved without its head lacks a prefix, or has one."""
-    known = set(readers)
-    if name in known or name.partition(".")[2] in known:
-        return name if name in known else name.partition(".")[2]
-    return next((other for other in known if other.partition(".")[2] == name), None)

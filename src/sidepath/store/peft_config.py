@@ -23,7 +23,8 @@ from sidepath.store.peft_format import groups_of
 
 T = TypeVar("T")
 MAX_ALPHA = 1e6
-_BIAS = {"none": "none", "all": "all", "lora": "lora_only"}
+BIAS = {"none": "none", "all": "all", "lora": "lora_only"}
+"""PEFT's word for each of ours."""
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -80,6 +81,11 @@ class PeftSettings:
     def alpha_at(self, path: str) -> float:
         """PEFT's alpha at a module."""
         return next((value for key, value in self.alphas.items() if _tail(key, path)), self.alpha)
+
+    def scaling_of(self, path: str) -> float:
+        """The factor of the update at a module: alpha/r, or alpha/sqrt(r) for rsLoRA."""
+        rank = self.rank_at(path)
+        return self.alpha_at(path) / (math.sqrt(rank) if self.rslora else rank)
 
 
 def read_settings(values: Any) -> tuple[PeftSettings, list[str]]:
@@ -168,7 +174,7 @@ def _flag(value: Any) -> bool:
 
 
 def _bias_name(value: Any) -> str:
-    names = {theirs: ours for ours, theirs in _BIAS.items()}
+    names = {theirs: ours for ours, theirs in BIAS.items()}
     if not isinstance(value, str) or value not in names:
         raise ValueError(f"{value!r}, expected one of {', '.join(names)}")
     return names[value]
@@ -220,9 +226,9 @@ def write_settings(
         times = (len(sites[path].parts) or 1) * (groups_of(view) if view else 1)
         root = times if config.scaling == "alpha/r" else math.sqrt(times)
         ranks[path] = config.rank_of(path) * times
-        alphas[path] = _number(config.alpha_of(path) * root)
+        alphas[path] = number(config.alpha_of(path) * root)
     r = commonest(ranks.values()) if ranks else config.r
-    alpha = commonest(alphas.values()) if alphas else _number(config.alpha)
+    alpha = commonest(alphas.values()) if alphas else number(config.alpha)
     whole = [path for path, site in sites.items() if site.kind == "whole"]
     kinds = {view.kind for path in dense if (view := view_of(modules[path]))}
     return {
@@ -236,7 +242,7 @@ def write_settings(
         "lora_dropout": config.dropout,
         "use_rslora": config.scaling == "alpha/sqrt(r)",
         "use_dora": config.dora,
-        "bias": _BIAS[config.bias],
+        "bias": BIAS[config.bias],
         "fan_in_fan_out": "conv1d_transposed" in kinds and "linear" not in kinds,
         "init_lora_weights": True,
         "target_modules": targets_for(dense, modules),
@@ -246,7 +252,8 @@ def write_settings(
     }
 
 
-def _number(value: float) -> float:
+def number(value: float) -> float:
+    """An integer where it is one, as PEFT writes alpha."""
     return int(value) if value == int(value) else value
 
 

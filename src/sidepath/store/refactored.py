@@ -7,30 +7,28 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sidepath.errors import DamagedAdapter, StoreError
 from sidepath.methods.lora import LoRA, by_path
 from sidepath.store import manifest as manifests
-from sidepath.store.card import CARD, model_card
-from sidepath.store.folder import publish
 from sidepath.store.loading import load_tensors
-from sidepath.store.manifest import Manifest, read_manifest, write_manifest
+from sidepath.store.manifest import Manifest, read_manifest
 from sidepath.store.peft_config import anchored, commonest
 from sidepath.store.peft_format import CONFIG, ENDINGS, PREFIX, WEIGHTS, spread_groups
-from sidepath.store.saving import OWN_NAMES, merged_record, plain_peft
-from sidepath.store.tensors import DTYPE_NAMES, file_inside, read_header, read_json
+from sidepath.store.saving import OWN_NAMES, merged_record, publish_adapter
+from sidepath.store.tensors import file_inside, read_header, read_json
 
 Pair = tuple[Tensor, Tensor]
 _PAIRS = (ENDINGS[0:2], ENDINGS[2:4])
+_NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+"""What narrows PEFT's targets further: nothing does where each module is named."""
 
 
 def write_refactored(
@@ -59,38 +57,46 @@ def write_refactored(
     path = file_inside(source, WEIGHTS)
     old = load_tensors(path, read_header(path))
     new = _tensors(old, factors)
-    settings = _settings(source, factors, new)
-    manifest = _manifest(source, factors, new, record)
-    with publish(target, manifests=(manifests.NAME,), replace=plain_peft) as temporary:
-        save_file(new, temporary / WEIGHTS, metadata={"format": "pt"})
-        text = json.dumps(settings, indent=2) + "\n"
-        (temporary / CONFIG).write_text(text, encoding="utf-8")
-        if manifest is not None:
-            for name in manifest.files:
-                if name not in OWN_NAMES:
-                    (temporary / name).write_bytes(file_inside(source, name).read_bytes())
-            card = model_card(manifest, target.name, sum(tensor.numel() for tensor in new.values()))
-            (temporary / CARD).write_text(card, encoding="utf-8")
-            write_manifest(temporary, manifest)
+    manifest = _manifest(source, factors, record)
+    files = {
+        name: file_inside(source, name).read_bytes()
+        for name in (manifest.files if manifest else ())
+        if name not in OWN_NAMES
+    }
+    publish_adapter(target, new, _settings(source, factors, new), manifest, files)
     return target
 
 
 def _tensors(old: Mapping[str, Tensor], factors: Mapping[str, Pair]) -> dict[str, Tensor]:
     """The file's tensors: new factors in the form and data type of the old ones."""
-    new = {key: tensor for key, tensor in old.items() if not key.endswith((*_PAIRS[0], *_PAIRS[1]))}
+    new = {key: tensor for key, tensor in old.items() if not key.endswith(ENDINGS[:4])}
     for name, (A_KI, B_OK) in factors.items():
-        pair = next((pair for pair in _PAIRS if PREFIX + name + pair[0] in old), None)
-        if pair is None:
+        keys = keys_at(name, old)
+        if keys is None:
             raise StoreError("the adapter has no update there", found=name)
-        keys = [PREFIX + name + ending for ending in pair]
         A_old, B_old = (old[key] for key in keys)
-        A, B = A_KI.to(A_old.dtype), B_OK.to(B_old.dtype)
-        if A_old.dim() > 2:  # a convolution
-            groups = A_old.shape[0] // B_old.shape[1]
-            A = spread_groups(A.reshape(len(A), A_old.shape[1] // groups, *A_old.shape[2:]), groups)
-            B = B.reshape(*B.shape, *B_old.shape[2:])
-        new |= {key: t.contiguous().clone() for key, t in zip(keys, (A, B), strict=True)}
+        new |= zip(
+            keys, formed(A_KI.to(A_old.dtype), B_OK.to(B_old.dtype), A_old, B_old), strict=True
+        )
     return new
+
+
+def keys_at(path: str, tensors: Container[str]) -> tuple[str, str] | None:
+    """Under which keys of a file the A and B of a module are; None where it has none."""
+    for ends_A, ends_B in _PAIRS:
+        if PREFIX + path + ends_A in tensors:
+            return PREFIX + path + ends_A, PREFIX + path + ends_B
+    return None
+
+
+def formed(A_KI: Tensor, B_OK: Tensor, A_old: Tensor, B_old: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B of an (O, I) matrix in the form on disk that `A_old` and `B_old` have; copies."""
+    if A_old.dim() > 2:  # a convolution
+        groups = A_old.shape[0] // B_old.shape[1]
+        kernel = A_old.shape[2:]
+        A_KI = spread_groups(A_KI.reshape(len(A_KI), A_old.shape[1] // groups, *kernel), groups)
+        B_OK = B_OK.reshape(*B_OK.shape, *B_old.shape[2:])
+    return A_KI.contiguous().clone(), B_OK.contiguous().clone()
 
 
 def _settings(
@@ -98,30 +104,32 @@ def _settings(
 ) -> dict[str, Any]:
     """PEFT's settings with the ranks that the file has now, and factors that are scaled already."""
     settings: dict[str, Any] = read_json(file_inside(source, CONFIG))
+    keys = {path: keys_at(path, tensors) for path in factors}
+    ranks = {path: len(tensors[key[0]]) for path, key in keys.items() if key is not None}
+    return settings_for(settings, ranks, ranks)
+
+
+def settings_for(
+    settings: Mapping[str, Any], ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> dict[str, Any]:
+    """PEFT's settings of other updates: at these modules, of these ranks (as the file's A has
+    them) and alphas, the factor being alpha/r.
+    """
+    r, alpha = commonest(ranks.values()), commonest(alphas.values())
     expression = isinstance(settings.get("target_modules"), str)
-    ranks = {
-        path: len(tensors[PREFIX + path + ending])
-        for path in factors
-        for ending in (_PAIRS[0][0], _PAIRS[1][0])
-        if PREFIX + path + ending in tensors
-    }
-    r = commonest(ranks.values())
-    others = {anchored(path): rank for path, rank in ranks.items() if rank != r}
-    return settings | {
+    return {
+        **settings,
         "r": r,
-        "lora_alpha": r,
+        "lora_alpha": alpha,
         "use_rslora": False,
         "target_modules": "|".join(map(re.escape, ranks)) if expression else list(ranks),
-        "rank_pattern": others,
-        "alpha_pattern": dict(others),
-    }
+        "rank_pattern": {anchored(path): n for path, n in ranks.items() if n != r},
+        "alpha_pattern": {anchored(path): n for path, n in alphas.items() if n != alpha},
+    } | {name: None for name in _NARROWING if name in settings}
 
 
 def _manifest(
-    source: Path,
-    factors: Mapping[str, Pair],
-    tensors: Mapping[str, Tensor],
-    record: Mapping[str, Any],
+    source: Path, factors: Mapping[str, Pair], record: Mapping[str, Any]
 ) -> Manifest | None:
     if not (source / manifests.NAME).exists():
         return None
@@ -140,7 +148,6 @@ def _manifest(
             for site in manifest.sites
             if site.path not in dropped
         ),
-        tensors={key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in tensors.items()},
         record=merged_record(manifest.record, None, record),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from sidepath.core.views import DenseView, view_of
 from sidepath.errors import StoreError
@@ -20,6 +21,7 @@ from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
 from sidepath.store.card import CARD, model_card
 from sidepath.store.fingerprint import fingerprint
+from sidepath.store.folder import publish
 from sidepath.store.hub import snapshot_of
 from sidepath.store.manifest import Manifest, write_manifest
 from sidepath.store.peft_config import write_settings
@@ -65,6 +67,33 @@ def write_adapter(
     card = model_card(manifest, installed.name, trained)
     (folder / CARD).write_text(card, encoding="utf-8")
     write_manifest(folder, manifest)
+
+
+def publish_adapter(
+    target: Path,
+    tensors: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    manifest: Manifest | None,
+    files: Mapping[str, bytes],
+) -> None:
+    """Write the folder of an adapter that stands on no model; all or nothing.
+
+    `tensors` by PEFT's keys, `settings` for `adapter_config.json`, `files` to lie beside them. With
+    a `manifest` (whose list of tensors is made here) the folder is one of ours, without one
+    PEFT's. Errors: `WriteFailed`, `StoreError` for a folder that holds other files.
+    """
+    with publish(target, manifests=(manifests.NAME,), replace=plain_peft) as temporary:
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+        save_file(dict(tensors), temporary / WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps(settings, indent=2) + "\n"
+        (temporary / CONFIG).write_text(text, encoding="utf-8")
+        if manifest is not None:
+            held = {key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in tensors.items()}
+            manifest = dataclasses.replace(manifest, tensors=held)
+            card = model_card(manifest, target.name, sum(t.numel() for t in tensors.values()))
+            (temporary / CARD).write_text(card, encoding="utf-8")
+            write_manifest(temporary, manifest)
 
 
 def merged_record(

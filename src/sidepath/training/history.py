@@ -15,11 +15,10 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sidepath.errors import DamagedAdapter, StoreError
-from sidepath.store.tensors import strict_json
+from sidepath.store.tensors import read_json
 
 FILE = "history.json"
 FORMAT = 1
@@ -80,7 +79,7 @@ def read_history(path: str | os.PathLike[str]) -> History:
     try:
         if os.path.getsize(path) > MAX_BYTES:
             raise StoreError("the history is too large to be read", where=path, expected=MAX_BYTES)
-        values = strict_json(Path(path).read_bytes())
+        values = read_json(path)
     except OSError as error:
         raise StoreError(f"cannot read the history: {error.strerror}", where=path) from error
     except ValueError as error:

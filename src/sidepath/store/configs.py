@@ -1,4 +1,4 @@
-"""Bases from their configs alone: nothing of their weights is read (floor 7)."""
+"""Bases from their configs alone: nothing of their weights is read (floor 4)."""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ details { margin: .8rem 0 } summary { cursor: pointer; color: var(--soft) }
 code, pre { font-family: ui-monospace, monospace; font-size: .86rem }
 pre { background: var(--tint); padding: .8rem; overflow-x: auto; border-radius: 6px }
 @media print { body { max-width: none; padding: 0 } .scroll, figure { overflow: visible }
-        figure svg { min-width: 0 }
+        figure svg { min-width: 0 } table { font-size: .72rem }
+        th, td { padding: .2rem .3rem; overflow-wrap: anywhere } td.text { min-width: 0 }
         figure, tr { break-inside: avoid } h2 { break-after: avoid } }
 """
 PICTURES_MISSING = "Pictures need matplotlib: pip install 'sidepath[report]'."

@@ -24,6 +24,8 @@ QUIET = (
     " --disable-component-update --disable-sync"
 )
 WIDTHS = {"wide": 1280, "narrow": 390}
+PAPER = {"width": 680, "height": 960}
+"""A4 in CSS pixels, less margins of 15 mm."""
 CONTRAST = """() => {
   const light = color => {
     const [r, g, b] = color.match(/[\\d.]+/g).slice(0, 3).map(v => {
@@ -95,6 +97,7 @@ def test_the_report_in_a_browser(
     assert page.evaluate(CONTRAST) == []
     _require_pictures(page, path)
     page.emulate_media(media="print")
+    page.set_viewport_size(PAPER)
     assert _overflow(page) == 0
     assert page.evaluate(CONTRAST) == []
     context.close()

@@ -27,13 +27,14 @@ FLOORS = {
     "data": 5,
     "training": 5,
     "analyse": 5,
+    "merging": 5,
     "serve": 5,
     "demo": 6,
     "bench": 6,
     "compare": 6,
     "cli": 7,
 }
-APART = {"training", "analyse", "serve"}
+APART = {"training", "analyse", "merging", "serve"}
 """Rooms of one floor that do not know each other."""
 DOWN_WITHIN = {
     ("core", "kernels"),

@@ -37,7 +37,7 @@ def merge(call: Call) -> Report:
     from sidepath.cli.bases import base_folder
     from sidepath.cli.configs import quiet
     from sidepath.cli.folders import require_output
-    from sidepath.store.merge import merge_folder
+    from sidepath.merging.merge import merge_folder
 
     run = call.settings.build("merge", MergeRun)
     base, *adapters, output = call.places

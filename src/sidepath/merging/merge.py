@@ -1,8 +1,9 @@
 """Adapters folded into a copy of their base on disk, and the proof that it is the same model.
 
-The base is read in the dtype it is stored in, the sum of the updates is added in float32, and
-each changed weight is rounded once. What was written is read again with plain transformers and
-run beside the base with the un-merged adapters, both in float32 (floor 4).
+The base's files are mapped into memory and written anew, tensor by tensor: what no adapter changes
+is copied as it lies, the sum of the updates is added in float32, and each changed weight is rounded
+once. What was written is read again with plain transformers and run beside the base with the
+un-merged adapters, both in float32 (floor 5).
 """
 
 from __future__ import annotations
@@ -16,18 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sidepath.errors import ConfigError, ParityError, StoreError
-from sidepath.injection.merging import merge, unmerge
-from sidepath.injection.registry import base_parameters, require_registry
-from sidepath.injection.surgery import activate, remove
+from sidepath.injection.registry import require_registry
+from sidepath.merging.base import Base, load_base, make_float, read_model, understood
+from sidepath.merging.contents import write_tensors
+from sidepath.merging.folded import to_float32
+from sidepath.merging.mapped import Mapped
+from sidepath.merging.peak import peak_bytes, reset_peak
+from sidepath.merging.proof import Loaded, Rounding, parity
 from sidepath.store import manifest as manifests
 from sidepath.store.adapter import PARITY, SidepathNotice, load
-from sidepath.store.fingerprint import fingerprint
+from sidepath.store.fingerprint import checkpoint_files, fingerprint
 from sidepath.store.folder import publish, sha256_file
-from sidepath.store.merge_base import load_base, make_float, read_model, tensors_of, understood
-from sidepath.store.parity import Parity, calibration_rows, compare, disturbed, outputs_of
+from sidepath.store.parity import Parity, calibration_rows
 from sidepath.store.peft_format import WEIGHTS
 from sidepath.store.precision import survivals, together
 from sidepath.store.sums import add_up
@@ -46,6 +50,9 @@ class Merged:
     output: Path
     parity: Parity | None
     """None when it was not measured."""
+    peaks: Mapping[str, int | None]
+    """Most bytes that the process had resident while it merged (`merge`) and while it measured the
+    parity (`parity`), pages of mapped files included."""
     dequantised: int = 0
     """Weights that are dequantised ones, since the adapter was trained over a 4-bit base."""
     requantised: dict[str, Any] | None = None
@@ -53,8 +60,12 @@ class Merged:
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON document of `sidepath merge`."""
-        parity = None if self.parity is None else self.parity.as_dict()
-        document = {"output": str(self.output), "parity": parity, "dequantised": self.dequantised}
+        document = {
+            "output": str(self.output),
+            "parity": None if self.parity is None else self.parity.as_dict(),
+            "peak_memory_bytes": dict(self.peaks),
+            "dequantised": self.dequantised,
+        }
         if self.requantised is not None:
             document["requantised"] = self.requantised
         return document
@@ -74,47 +85,59 @@ def merge_folder(
     """Write `output`: the transformers folder `base` with the adapters folded in.
 
     Several adapters are added up. `dtype` (float32, bfloat16, float16) stores the merged model
-    in another dtype than the base's. The folder is plain: names as the base's, its tokenizer,
-    and `parity.json` with the measured difference on `calibration` texts (a built-in few when
-    not given) and the adapters' digests. Neither the base's folder nor the adapters' change.
+    in another dtype than the base's. The folder is plain: names and files as the base's, its
+    tokenizer, and `parity.json` with the measured difference on `calibration` texts (a built-in few
+    when not given) and the adapters' digests. Neither the base's folder nor the adapters' change.
+
+    Tied embeddings of which the adapters change one side alone are written apart, and the config
+    says so.
 
     When the base is stored in 4 bits, or an adapter was trained over a base that was, the merged
     model is plain all the same: the adapters are added to the dequantised weights. `requantise`
     ("nf4") measures what packing the merged weights again would leave of the updates.
 
-    Needs memory for the base in float32 and its changed weights once more.
+    Needs memory for the adapters and for one tensor at a time, in float32 (a DoRA's: twice). Two
+    kinds of base are held whole: quantised ones, dequantised; and those whose folder holds other
+    tensors than the model (mixtures of experts), for which a `SidepathNotice` says so. Parity needs
+    the model's embeddings, one block and 512 MiB of others in float32, and 256 MiB of outputs.
 
-    Errors: `ParityError` beyond the tolerance (nothing is published), `TiedWeights` when a
-    changed tensor is shared, `MergeError`, `WrongBase`, `DamagedAdapter`, `WriteFailed`, ...
+    Errors: `ParityError` beyond the tolerance (nothing is published), `TiedWeights` for tied
+    tensors that no config parts, `MergeError`, `WrongBase`, `DamagedAdapter`, `WriteFailed`, ...
     """
     base, output = Path(base), Path(output)
     folders = [Path(adapter) for adapter in adapters]
     target = None if dtype is None else _dtype(dtype)
     _refuse_places(base, folders, output)
+    reset_peak()
     model, cls, options = load_base(base, folders)
     vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
     rows = calibration_rows(base, vocabulary, calibration)
     identity = fingerprint(model).id
     held = make_float(model, folders, allow_other_base)
-    stored = {full: target or dtype for full, dtype in held.stored.items()}
+    rounding = _rounding(held, target)
     name = _load_adapters(model, folders, allow_other_base or bool(held.quantised))
-    model.float()
-    left = None if requantise is None else together(survivals(model, name, requantise, stored))
-    runs = None if skip_parity else _run_unmerged(model, name, rows, held.exact, stored)
-    merge(model, name)
-    _make_plain(model, stored)
+    left = None
+    if requantise is not None:
+        left = together(survivals(model, name, requantise, rounding.stored))
+    loaded = Loaded(model, Mapped(checkpoint_files(base)))
+    found = None
     with publish(output, manifests=(PARITY,)) as temporary:
-        _write(model, base, temporary)
-        del model
-        parity = None
-        if runs is None:
+        write_tensors(loaded, cls, name, rounding.stored, base, temporary)
+        _write_settings(model, cls, rounding.stored, base, temporary)
+        peaks: dict[str, int | None] = {"merge": peak_bytes(), "parity": None}
+        if skip_parity:
             warnings.warn(_UNCHECKED.format(output), SidepathNotice, stacklevel=2)
         else:
-            exact = {**options, "dtype": torch.float32}
-            merged = outputs_of(read_model(cls, temporary, exact), rows)
-            parity = _proved(runs, merged, output)
-        _write_record(temporary, parity, folders, {"name": base.name, "fingerprint": identity})
-    return Merged(output, parity, len(held.quantised), left)
+            reset_peak()
+            again = {**options, "dtype": _reading_dtype(rounding)}
+            merged = read_model(cls, temporary, again)
+            written = Loaded(merged, Mapped(checkpoint_files(temporary)))
+            found = _proved(parity(loaded, name, rows, rounding, written), output)
+            del merged, written
+            peaks["parity"] = peak_bytes()
+        record = {"base": {"name": base.name, "fingerprint": identity}, "peak_memory_bytes": peaks}
+        _write_record(temporary, found, folders, record)
+    return Merged(output, found, peaks, len(held.quantised), left)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -133,86 +156,51 @@ def _refuse_places(base: Path, folders: Sequence[Path], output: Path) -> None:
         )
 
 
+def _rounding(held: Base, target: torch.dtype | None) -> Rounding:
+    stored = {
+        full: target if target is not None and dtype.is_floating_point else dtype
+        for full, dtype in held.stored.items()
+    }
+    return Rounding(stored, held.exact)
+
+
+def _reading_dtype(rounding: Rounding) -> torch.dtype:
+    """What the written folder is read in, so that no value is rounded."""
+    floating = {dtype for dtype in rounding.stored.values() if dtype.is_floating_point}
+    return floating.pop() if len(floating) == 1 else torch.float32
+
+
 def _load_adapters(model: nn.Module, folders: Sequence[Path], allow_other_base: bool) -> str:
-    """Load the adapters and activate their sum; returns its name."""
+    """Load the adapters, in float32, and activate their sum; returns its name."""
     names = [f"adapter-{number}" for number in range(len(folders))]
     for name, folder in zip(names, folders, strict=True):
         load(model, folder, name, allow_other_base=allow_other_base)
-    if len(names) == 1:
-        return names[0]
-    return add_up(model, names)
-
-
-@dataclass(frozen=True)
-class _Runs:
-    """Outputs of the un-merged model and of the base alone; what rounding does to the outputs."""
-
-    unmerged: list[Tensor]
-    base: list[Tensor]
-    noise: list[Tensor]
-
-
-def _run_unmerged(
-    model: nn.Module,
-    name: str,
-    rows: Sequence[Sequence[int]],
-    dtypes: Mapping[str, torch.dtype],
-    stored: Mapping[str, torch.dtype],
-) -> _Runs:
-    """Run the model with and without its adapter, and merged in memory with rounding noise.
-
-    The model is in float32; afterwards it is as it was.
-    """
-    unmerged = outputs_of(model, rows)
-    activate(model, None)
-    base = outputs_of(model, rows)
-    activate(model, name)
-    merge(model, name)
-    changed = require_registry(model).pristine
-    rounded = {
-        full: parameter
-        for full, parameter in base_parameters(model)
-        if full in changed or stored[full] != dtypes[full]
-    }
-    exact = outputs_of(model, rows)
-    with disturbed(rounded, stored):
-        noisy = outputs_of(model, rows)
-    unmerge(model)
-    return _Runs(unmerged, base, [one - other for one, other in zip(exact, noisy, strict=True)])
-
-
-def _make_plain(model: nn.Module, stored: Mapping[str, torch.dtype]) -> None:
-    """Make the merged model (in float32) a plain one in its stored dtypes, in place."""
     registry = require_registry(model)
-    kept = {full: _holder(model, full).detach().clone() for full in registry.pristine}
-    unmerge(model)
-    for name in reversed(list(registry.adapters)):
-        remove(model, name)
-    for full, tensor in kept.items():
-        _holder(model, full).data = tensor
-    for full, tensor in tensors_of(model).items():
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(stored[full])
+    for installed in registry.adapters.values():
+        for delta in installed.deltas.values():
+            delta._apply(to_float32)  # type: ignore[no-untyped-call]
+    return names[0] if len(names) == 1 else add_up(model, names)
 
 
-def _holder(model: nn.Module, full: str) -> Tensor:
-    path, _, local = full.rpartition(".")
-    module = model.get_submodule(path)
-    return module.get_buffer(local) if local in module._buffers else module.get_parameter(local)
-
-
-def _write(model: nn.Module, base: Path, folder: Path) -> None:
+def _write_settings(
+    model: Any, cls: Any, stored: Mapping[str, torch.dtype], base: Path, folder: Path
+) -> None:
+    """The merged model's config, and the base's tokenizer and whatever else its folder tells."""
+    first = next(name for name, parameter in model.named_parameters())
+    model.config.dtype = str(stored[first]).removeprefix("torch.")
+    model.config.architectures = [cls.__name__]
     with understood(base):
-        model.save_pretrained(folder)  # type: ignore[operator]
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
     for path in sorted(base.iterdir()):
         left_out = path.name in _NOT_COPIED or path.name.startswith("adapter_")
         if path.is_file() and path.suffix in _COPIED and not left_out:
             shutil.copyfile(path, folder / path.name)
 
 
-def _proved(runs: _Runs, merged: Sequence[Tensor], output: Path) -> Parity:
-    """The difference of the written model's outputs; raises `ParityError` where it is too large."""
-    parity = compare(runs.unmerged, merged, runs.base, runs.noise)
+def _proved(parity: Parity, output: Path) -> Parity:
+    """The measured difference; raises `ParityError` where it is too large."""
     if not parity.holds:
         raise ParityError(
             "the merged model does not give the un-merged model's outputs; nothing was published",
@@ -227,7 +215,7 @@ def _proved(runs: _Runs, merged: Sequence[Tensor], output: Path) -> Parity:
 
 
 def _write_record(
-    folder: Path, parity: Parity | None, adapters: Sequence[Path], base: Mapping[str, Any]
+    folder: Path, parity: Parity | None, adapters: Sequence[Path], record: Mapping[str, Any]
 ) -> None:
     digests = [
         {"name": path.resolve().name, "digest": sha256_file(path / WEIGHTS)} for path in adapters
@@ -235,7 +223,7 @@ def _write_record(
     values = {
         **(parity.as_dict() if parity else {"skipped": True}),
         "adapters": digests,
-        "base": base,
+        **record,
         "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir())},
     }
     (folder / PARITY).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -54,7 +54,7 @@ SURFACE = {
         f"{COMMON} --widest --alpha --html --truncate --output --overwrite --advise --tolerance"
         " --data --metric --columns --limit --max-tokens --max-new-tokens --batch-size"
     ),
-    "merge": "--skip-parity --dtype --quantise --allow-other-base --overwrite",
+    "merge": "--skip-parity --data --dtype --quantise --allow-other-base --overwrite",
     "bench": "--rounds --threads --device --output --quick",
     "config": f"{RUN} {LORA} --lora-dtype {TRAIN}",
 }

@@ -1,4 +1,4 @@
-"""The slow, obvious merge: the whole base in float32, merged, rounded, and saved by transformers."""
+"""The slow, obvious merge: all of the base in float32, merged, rounded, saved by transformers."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,14 @@ def write_tensors(
     stored: Mapping[str, torch.dtype],
     base: Path,
     folder: Path,
+    written: Callable[[Path], object],
 ) -> None:
     """Write the model with its adapter `name` folded in as safetensors: files as those of `base`.
 
     `cls` is the model's class; `stored` gives the dtype of each tensor by name. Tied tensors that
     the adapter parts are parted in the model too. What the adapter leaves as it is and no other
     dtype is wanted for is copied from the base's files; the rest is made one module at a time.
+    `written` is called with each file that is whole.
 
     Errors: `OSError`; `TiedWeights`, `MergeError`.
     """
@@ -60,6 +62,7 @@ def write_tensors(
     files = _in_files(entries, checkpoint_files(base))
     for file, own in files.items():
         write_file(folder / file, own)
+        written(folder / file)
     if (base / INDEX).is_file() and not (base / "model.safetensors").is_file():
         earlier = strict_json((base / INDEX).read_bytes()).get("metadata") or {}
         write_index(folder / INDEX, earlier, files)

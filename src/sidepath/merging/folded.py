@@ -105,8 +105,9 @@ def first_names(model: nn.Module) -> dict[str, str]:
     names = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if module in first:
-            for local in (*module._parameters, *module._buffers):
-                names[_joined(path, local)] = _joined(first[module], local)
+            for local, tensor in {**module._parameters, **module._buffers}.items():
+                if tensor is not None:
+                    names[_joined(path, local)] = _joined(first[module], local)
     return names
 
 

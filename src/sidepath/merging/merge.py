@@ -20,21 +20,24 @@ import torch
 from torch import nn
 
 from sidepath.errors import ConfigError, ParityError, StoreError
-from sidepath.injection.registry import require_registry
+from sidepath.injection.registry import open_registry, require_registry
+from sidepath.injection.surgery import activate
 from sidepath.merging.base import Base, load_base, make_float, read_model, understood
 from sidepath.merging.contents import write_tensors
+from sidepath.merging.digests import Digests
 from sidepath.merging.folded import to_float32
 from sidepath.merging.mapped import Mapped
 from sidepath.merging.peak import peak_bytes, reset_peak
 from sidepath.merging.proof import Loaded, Rounding, parity
 from sidepath.store import manifest as manifests
 from sidepath.store.adapter import PARITY, SidepathNotice, load
-from sidepath.store.fingerprint import checkpoint_files, fingerprint
+from sidepath.store.fingerprint import Fingerprint, checkpoint_files, fingerprint
 from sidepath.store.folder import publish, sha256_file
 from sidepath.store.parity import Parity, calibration_rows
 from sidepath.store.peft_format import WEIGHTS
 from sidepath.store.precision import survivals, together
 from sidepath.store.sums import add_up
+from sidepath.store.tensors import FLOATING, read_header
 
 _UNCHECKED = (
     "{}: PARITY NOT MEASURED: nothing shows that this merged model gives the adapter's outputs"
@@ -112,31 +115,34 @@ def merge_folder(
     model, cls, options = load_base(base, folders)
     vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
     rows = calibration_rows(base, vocabulary, calibration)
-    identity = fingerprint(model).id
+    mapped = Mapped(checkpoint_files(base))
+    identity = fingerprint(model, done_with=mapped.release)
     held = make_float(model, folders, allow_other_base)
     rounding = _rounding(held, target)
-    name = _load_adapters(model, folders, allow_other_base or bool(held.quantised))
+    name = _load_adapters(model, folders, identity, allow_other_base or bool(held.quantised))
     left = None
     if requantise is not None:
         left = together(survivals(model, name, requantise, rounding.stored))
-    loaded = Loaded(model, Mapped(checkpoint_files(base)))
-    found = None
-    with publish(output, manifests=(PARITY,)) as temporary:
-        write_tensors(loaded, cls, name, rounding.stored, base, temporary)
+    loaded, found = Loaded(model, mapped), None
+    with publish(output, manifests=(PARITY,)) as temporary, Digests() as digests:
+        write_tensors(loaded, cls, name, rounding.stored, base, temporary, digests.take)
         _write_settings(model, cls, rounding.stored, base, temporary)
         peaks: dict[str, int | None] = {"merge": peak_bytes(), "parity": None}
         if skip_parity:
             warnings.warn(_UNCHECKED.format(output), SidepathNotice, stacklevel=2)
         else:
             reset_peak()
-            again = {**options, "dtype": _reading_dtype(rounding)}
+            again = {**options, "dtype": _reading_dtype(temporary)}
             merged = read_model(cls, temporary, again)
             written = Loaded(merged, Mapped(checkpoint_files(temporary)))
             found = _proved(parity(loaded, name, rows, rounding, written), output)
             del merged, written
             peaks["parity"] = peak_bytes()
-        record = {"base": {"name": base.name, "fingerprint": identity}, "peak_memory_bytes": peaks}
-        _write_record(temporary, found, folders, record)
+        record = {
+            "base": {"name": base.name, "fingerprint": identity.id},
+            "peak_memory_bytes": peaks,
+        }
+        _write_record(temporary, found, folders, digests, record)
     return Merged(output, found, peaks, len(held.quantised), left)
 
 
@@ -164,30 +170,41 @@ def _rounding(held: Base, target: torch.dtype | None) -> Rounding:
     return Rounding(stored, held.exact)
 
 
-def _reading_dtype(rounding: Rounding) -> torch.dtype:
-    """What the written folder is read in, so that no value is rounded."""
-    floating = {dtype for dtype in rounding.stored.values() if dtype.is_floating_point}
-    return floating.pop() if len(floating) == 1 else torch.float32
+def _reading_dtype(folder: Path) -> torch.dtype:
+    """What a folder is read in so that no value is rounded: its dtype, if it has but one."""
+    found = {
+        FLOATING[info.dtype]
+        for path in checkpoint_files(folder)
+        for info in read_header(path, floating_only=False).values()
+        if info.dtype in FLOATING
+    }
+    return found.pop() if len(found) == 1 else torch.float32
 
 
-def _load_adapters(model: nn.Module, folders: Sequence[Path], allow_other_base: bool) -> str:
+def _load_adapters(
+    model: nn.Module, folders: Sequence[Path], identity: Fingerprint, allow_other_base: bool
+) -> str:
     """Load the adapters, in float32, and activate their sum; returns its name."""
+    open_registry(model).sampled = identity.samples
     names = [f"adapter-{number}" for number in range(len(folders))]
     for name, folder in zip(names, folders, strict=True):
         load(model, folder, name, allow_other_base=allow_other_base)
-    registry = require_registry(model)
-    for installed in registry.adapters.values():
+    for installed in require_registry(model).adapters.values():
         for delta in installed.deltas.values():
             delta._apply(to_float32)  # type: ignore[no-untyped-call]
-    return names[0] if len(names) == 1 else add_up(model, names)
+    if len(names) > 1:
+        return add_up(model, names)
+    activate(model, names[0])
+    return names[0]
 
 
 def _write_settings(
     model: Any, cls: Any, stored: Mapping[str, torch.dtype], base: Path, folder: Path
 ) -> None:
     """The merged model's config, and the base's tokenizer and whatever else its folder tells."""
-    first = next(name for name, parameter in model.named_parameters())
-    model.config.dtype = str(stored[first]).removeprefix("torch.")
+    dtypes = (stored[name] for name, _ in model.named_parameters() if name in stored)
+    first = next(dtype for dtype in dtypes if dtype.is_floating_point)
+    model.config.dtype = str(first).removeprefix("torch.")
     model.config.architectures = [cls.__name__]
     with understood(base):
         model.config.save_pretrained(folder)
@@ -215,15 +232,19 @@ def _proved(parity: Parity, output: Path) -> Parity:
 
 
 def _write_record(
-    folder: Path, parity: Parity | None, adapters: Sequence[Path], record: Mapping[str, Any]
+    folder: Path,
+    parity: Parity | None,
+    adapters: Sequence[Path],
+    digests: Digests,
+    record: Mapping[str, Any],
 ) -> None:
-    digests = [
+    merged = [
         {"name": path.resolve().name, "digest": sha256_file(path / WEIGHTS)} for path in adapters
     ]
     values = {
         **(parity.as_dict() if parity else {"skipped": True}),
-        "adapters": digests,
+        "adapters": merged,
         **record,
-        "files": {path.name: sha256_file(path) for path in sorted(folder.iterdir())},
+        "files": {path.name: digests.of(path) for path in sorted(folder.iterdir())},
     }
     (folder / PARITY).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

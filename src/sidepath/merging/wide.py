@@ -69,14 +69,18 @@ class _Part:
         if tensor.data_ptr() != own.tensor.data_ptr():
             self.bytes += tensor.nbytes
             own.put(tensor)
+            self._release(own)
 
     def narrow(self) -> None:
         """Put the base's own tensors back, and let their pages go."""
         self.wide, self.bytes = False, 0
         for own in self._owned:
             own.restore()
-            if self._mapped is not None:
-                self._mapped.release(own.tensor)
+            self._release(own)
+
+    def _release(self, own: _Own) -> None:
+        if self._mapped is not None:
+            self._mapped.release(own.tensor)
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def make_base(folder: Path, blocks: int) -> dict[str, tuple[int, ...]]:
     shard: dict[str, torch.Tensor] = {}
     size, number = 0, 1
     for name, shape in shapes.items():
-        shard[name] = torch.randn(shape, dtype=torch.bfloat16) * 0.02
+        shard[name] = torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.03, 0.03)
         if name.endswith("norm.weight"):
             shard[name].add_(1)
         size += shard[name].nbytes
@@ -110,13 +110,8 @@ def merged(base: Path, adapter: Path, out: Path, parity: bool) -> dict[str, Any]
     text = process.stdout.read()
     done.set()
     watch.join()
-    _, status, used = os.wait4(process.pid, 0)
-    assert status == 0, status
-    return {
-        **json.loads(text),
-        "rss_peak_bytes": used.ru_maxrss * 1024,
-        "anonymous_peak_bytes": anonymous[0],
-    }
+    assert process.wait() == 0
+    return {**json.loads(text), "anonymous_peak_bytes": anonymous[0]}
 
 
 def _watch(process: int, found: list[int], done: threading.Event) -> None:
@@ -146,7 +141,8 @@ def child(base: str, adapter: str, out: str, parity: bool) -> None:
     began = time.perf_counter()
     found = merge_folder(base, [adapter], out, skip_parity=not parity)
     seconds = time.perf_counter() - began
-    print(json.dumps({"seconds": seconds, "imports_bytes": imported, **found.as_dict()}))
+    peaks = {"imports_bytes": imported, "rss_peak_bytes": found.peaks["merge"]}
+    print(json.dumps({"seconds": seconds, **peaks, **found.as_dict()}))
 
 
 def compared(base: Path, adapter: Path, out: Path) -> dict[str, int]:
@@ -226,7 +222,7 @@ def _summary(rows: list[dict[str, Any]], cp: float, synced: float) -> dict[str, 
         "over_cp": seconds / cp,
         "over_cp_on_disk": seconds / synced,
         **{name: max(row[name] for row in rows) for name in largest},
-        "peaks": rows[-1]["peak_memory_bytes"],
+        "parity_peak_bytes": rows[-1]["peak_memory_bytes"]["parity"],
         "parity": rows[-1]["parity"],
     }
 

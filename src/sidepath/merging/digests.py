@@ -1,4 +1,4 @@
-"""Digests of large files, taken by another core while the next file is written (floor 5)."""
+"""Digests of large files, taken by other cores while the next file is written (floor 5)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Digests:
     """
 
     def __init__(self) -> None:
-        self._worker = ThreadPoolExecutor(1)
+        self._workers = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
         self._found: dict[Path, Future[str]] = {}
 
     def __enter__(self) -> Digests:
@@ -29,11 +29,11 @@ class Digests:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._worker.shutdown(cancel_futures=True)
+        self._workers.shutdown(cancel_futures=True)
 
     def take(self, path: Path) -> None:
         """Announce a file that is whole."""
-        self._found[path] = self._worker.submit(_settled, path)
+        self._found[path] = self._workers.submit(_settled, path)
 
     def of(self, path: Path) -> str:
         """The digest of a file, in hexadecimal."""

@@ -57,12 +57,12 @@ class Folded:
     def _fold(self, path: str) -> dict[str, Tensor]:
         view = self._views[path]
         names = (f"{path}.{local}" for local in held_by(view.module))
-        rounded_twice = any(
+        converted = any(
             holder(self._model, full).dtype != self._dtypes[full]
             for full in names
             if full in self.touched
         )
-        with _exact(view.module) if rounded_twice else nullcontext():
+        with _exact(view.module) if converted else nullcontext():
             return self._deltas[path].folded(view)
 
 

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -112,38 +112,71 @@ def merge_folder(
     target = None if dtype is None else _dtype(dtype)
     _refuse_places(base, folders, output)
     reset_peak()
+    ready = _prepare(base, folders, target, calibration, allow_other_base)
+    left = None
+    if requantise is not None:
+        found = survivals(ready.loaded.model, ready.name, requantise, ready.rounding.stored)
+        left = together(found)
+    measured = None
+    with publish(output, manifests=(PARITY,)) as temporary, Digests() as digests:
+        stored = ready.rounding.stored
+        write_tensors(ready.loaded, ready.cls, ready.name, stored, base, temporary, digests.take)
+        _write_settings(ready.loaded.model, ready.cls, stored, base, temporary)
+        peaks: dict[str, int | None] = {"merge": peak_bytes(), "parity": None}
+        if skip_parity:
+            warnings.warn(_UNCHECKED.format(output), SidepathNotice, stacklevel=2)
+        else:
+            reset_peak()
+            measured = _proved(_measured(ready, temporary), output)
+            peaks["parity"] = peak_bytes()
+        known = {"name": base.name, "fingerprint": ready.identity.id}
+        record = {"base": known, "peak_memory_bytes": peaks}
+        _write_record(temporary, measured, folders, digests, record)
+    return Merged(output, measured, peaks, ready.dequantised, left)
+
+
+class _Ready(NamedTuple):
+    """A base with the sum of the adapters active on it, and what there is to know of it."""
+
+    loaded: Loaded
+    cls: Any
+    """Its class as transformers has it."""
+    options: Mapping[str, Any]
+    """What transformers was asked for to load it."""
+    name: str
+    """The adapter that is active."""
+    identity: Fingerprint
+    rounding: Rounding
+    rows: list[list[int]]
+    """Token ids that parity is measured on."""
+    dequantised: int
+
+
+def _prepare(
+    base: Path,
+    folders: Sequence[Path],
+    target: torch.dtype | None,
+    calibration: Sequence[str] | None,
+    allow_other_base: bool,
+) -> _Ready:
+    """Load the base and the adapters; everything that the user can be wrong about is found here."""
     model, cls, options = load_base(base, folders)
     vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
     rows = calibration_rows(base, vocabulary, calibration)
     mapped = Mapped(checkpoint_files(base))
     identity = fingerprint(model, done_with=mapped.release)
     held = make_float(model, folders, allow_other_base)
-    rounding = _rounding(held, target)
     name = _load_adapters(model, folders, identity, allow_other_base or bool(held.quantised))
-    left = None
-    if requantise is not None:
-        left = together(survivals(model, name, requantise, rounding.stored))
-    loaded, found = Loaded(model, mapped), None
-    with publish(output, manifests=(PARITY,)) as temporary, Digests() as digests:
-        write_tensors(loaded, cls, name, rounding.stored, base, temporary, digests.take)
-        _write_settings(model, cls, rounding.stored, base, temporary)
-        peaks: dict[str, int | None] = {"merge": peak_bytes(), "parity": None}
-        if skip_parity:
-            warnings.warn(_UNCHECKED.format(output), SidepathNotice, stacklevel=2)
-        else:
-            reset_peak()
-            again = {**options, "dtype": _reading_dtype(temporary)}
-            merged = read_model(cls, temporary, again)
-            written = Loaded(merged, Mapped(checkpoint_files(temporary)))
-            found = _proved(parity(loaded, name, rows, rounding, written), output)
-            del merged, written
-            peaks["parity"] = peak_bytes()
-        record = {
-            "base": {"name": base.name, "fingerprint": identity.id},
-            "peak_memory_bytes": peaks,
-        }
-        _write_record(temporary, found, folders, digests, record)
-    return Merged(output, found, peaks, len(held.quantised), left)
+    rounding, count = _rounding(held, target), len(held.quantised)
+    return _Ready(Loaded(model, mapped), cls, options, name, identity, rounding, rows, count)
+
+
+def _measured(ready: _Ready, folder: Path) -> Parity:
+    """Read what was written as plain transformers does, and compare it with the un-merged model."""
+    options = {**ready.options, "dtype": _reading_dtype(folder)}
+    merged = read_model(ready.cls, folder, options)
+    written = Loaded(merged, Mapped(checkpoint_files(folder)))
+    return parity(ready.loaded, ready.name, ready.rows, ready.rounding, written)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -28,6 +28,7 @@ FLOORS = {
     "data": 5,
     "training": 5,
     "analyse": 5,
+    "merging": 5,
     "serve": 5,
     "combining": 6,
     "demo": 6,
@@ -35,7 +36,7 @@ FLOORS = {
     "compare": 6,
     "cli": 7,
 }
-APART = {"training", "analyse", "serve", "convert"}
+APART = {"training", "analyse", "merging", "serve", "convert"}
 """Rooms of one floor that do not know each other."""
 DOWN_WITHIN = {
     ("core", "kernels"),

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sidepath.injection.surgery import remove as remove
     from sidepath.injection.surgery import route as route
     from sidepath.injection.surgery import use_kernels as use_kernels
+    from sidepath.merging.merge import merge_folder as merge_folder
     from sidepath.methods.bottleneck import Bottleneck as Bottleneck
     from sidepath.methods.fusion import AdapterFusion as AdapterFusion
     from sidepath.methods.intrinsic import IntrinsicDimension as IntrinsicDimension
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from sidepath.store.adapter import load as load
     from sidepath.store.eva import inject_eva as inject_eva
     from sidepath.store.library import Library as Library
-    from sidepath.store.merge import merge_folder as merge_folder
     from sidepath.store.plan import Plan as Plan
     from sidepath.store.plan import plan as plan
     from sidepath.training.evaluate import evaluate as evaluate
@@ -92,7 +92,7 @@ _HOMES = {
     "load": "sidepath.store.adapter",
     "load_data": "sidepath.data.dataset",
     "merge": "sidepath.injection.merging",
-    "merge_folder": "sidepath.store.merge",
+    "merge_folder": "sidepath.merging.merge",
     "plan": "sidepath.store.plan",
     "quantise_": "sidepath.injection.quantising",
     "remove": "sidepath.injection.surgery",

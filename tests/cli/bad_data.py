@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from .conftest import write_rows
-from .place import Case, Place
+from .place import Case, Place, merge_command
 
 
 def broken_line_7(place: Place) -> list[str]:
@@ -82,7 +82,29 @@ def template_that_fails(place: Place, template: str) -> list[str]:
 
 GOOD = [{"prompt": "a", "completion": "b"}]
 
+
+def merge_on(place: Place, data: Path) -> list[str]:
+    out = place.here / "out"
+    return merge_command(place, place.base, place.adapter, out, "--data", data)
+
+
 DATA: dict[str, Case] = {
+    "calibration file missing": (
+        lambda p: merge_on(p, p.here / "none.txt"),
+        ("none.txt", "No such file"),
+    ),
+    "calibration text that is none": (
+        lambda p: merge_on(p, p.base / "model.safetensors"),
+        ("of no known format", ".jsonl"),
+    ),
+    "calibration text without text": (
+        lambda p: merge_on(p, p.file("d.txt", "\n \n")),
+        ("no calibration texts", "d.txt"),
+    ),
+    "calibration rows without text": (
+        lambda p: merge_on(p, p.file("d.jsonl", '{"text": "a"}\n{"label": 1}\n{"text": ""}\n')),
+        ("line 2: no text", "line 3: no text"),
+    ),
     "data file missing": (
         lambda p: p.train(data=p.here / "none.jsonl"),
         ("none.jsonl", "No such file"),

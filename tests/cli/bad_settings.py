@@ -33,6 +33,10 @@ SETTINGS: dict[str, Case] = {
     "flag of a wrong type": (lambda p: p.train("--r", "eight"), ("--r", "'eight'", "int")),
     "needed flag missing": (lambda p: ["train", "--data", "d.csv"], ("--output is needed",)),
     "place missing": (lambda p: merge_command(p, p.base), ("merge takes BASE ADAPTER... OUT",)),
+    "text for a parity that is skipped": (
+        lambda p: merge_command(p, p.base, p.adapter, p.here / "out", "--skip-parity", "--data", 1),
+        ("data = '1'",),
+    ),
     "too many places": (lambda p: ["plan", str(p.base), "more"], ("plan takes MODEL", "more")),
     "r is zero": (lambda p: p.train("--r", 0), ("r = 0",)),
     "alpha is NaN": (lambda p: p.train("--alpha", "nan"), ("alpha = nan",)),

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sidepath.store.parity import Parity
+
 from .conftest import Run, write_rows
 
 PROMPTS = ("count 3:", "count 5:")
@@ -144,6 +146,33 @@ def test_merged_folder_gives_the_adapters_tokens(
     skipped = run("merge", tiny_base, trained, merged, "--overwrite", "--skip-parity", "--json")
     assert skipped.document["parity"] is None
     assert "PARITY NOT MEASURED" in skipped.err
+
+
+def test_parity_is_measured_on_text_of_the_users(
+    run: Run, tiny_base: Path, trained: Path, pairs: Path, tmp_path: Path
+) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("abc\n\nabcdef\n")
+    positions = []
+    for data in (lines, pairs):
+        words = ("merge", tiny_base, trained, tmp_path / "out", "--overwrite", "--json")
+        found = run(*words, "--data", data).document
+        assert found["parity"]["top1"] == 1.0
+        assert found["peak_memory_bytes"]["parity"] > 0
+        positions.append(found["parity"]["positions"])
+    assert positions[0] < 20 < positions[1]
+
+
+def test_a_merge_beyond_the_tolerance_is_not_published(
+    run: Run, tiny_base: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 1: neither the input nor the command is wrong."""
+    monkeypatch.setattr(Parity, "holds", property(lambda _: False))
+    ran = run("merge", tiny_base, trained, tmp_path / "out")
+    assert ran.code == 1
+    assert "nothing was published" in ran.err
+    assert "Traceback" not in ran.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_labels_are_learned_by_a_head_trained_whole(

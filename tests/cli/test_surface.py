@@ -54,7 +54,7 @@ SURFACE = {
         f"{COMMON} --widest --alpha --html --merged --truncate --output --overwrite --advise"
         " --tolerance --data --metric --columns --limit --max-tokens --max-new-tokens --batch-size"
     ),
-    "merge": "--skip-parity --dtype --quantise --allow-other-base --overwrite",
+    "merge": "--skip-parity --data --dtype --quantise --allow-other-base --overwrite",
     "push": "--private --message --licence --parity",
     "library": "--base --method",
     "convert": "--to --from --for --base --alpha --fused --component --overwrite",

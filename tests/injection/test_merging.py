@@ -128,3 +128,26 @@ def test_a_dispatchers_own_forward_is_heard_while_merged() -> None:
     assert "forward" not in vars(layer)
     remove(model, "a")
     assert layer.forward is hooked
+
+
+@pytest.mark.parametrize("cycles", [25, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_merging_and_swapping_any_number_of_times_changes_no_bit(
+    kind: str, dtype: torch.dtype, cycles: int
+) -> None:
+    """Nothing is subtracted: the base's own storage comes back, whatever was merged in between."""
+    model = MODELS[kind][0]().to(dtype)
+    before = snapshot(model)
+    memory = {name: held.data_ptr() for name, held in model.named_parameters()}
+    for name in "ab":
+        put(model, LoRA(r=3), name)
+    for _ in range(cycles):
+        merge(model, "a")
+        unmerge(model, keep=True)
+        merge(model, "b")
+        unmerge(model)
+    for name in "ab":
+        remove(model, name)
+    assert same_state(model, before)
+    assert {name: held.data_ptr() for name, held in model.named_parameters()} == memory

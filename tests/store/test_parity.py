@@ -39,12 +39,19 @@ def test_one_bad_position_cannot_hide_a_wrong_mean() -> None:
 def test_the_noise_is_that_of_one_rounding(dtype: torch.dtype) -> None:
     exact = torch.rand(200_000, dtype=torch.float64) + 1.0
     rounding = ((exact.to(dtype).double() - exact) / exact).std()
-    tensor = exact.float()
-    before = tensor.clone()
-    with disturbed({"w": tensor}, {"w": dtype}):
-        noise = ((tensor - before) / before).double().std()
-    assert torch.equal(tensor, before)
+    before = exact.float()
+    noise = ((disturbed("w", before, dtype) - before) / before).double().std()
     assert 1.0 <= noise / rounding <= 2.0
+    assert torch.equal(disturbed("w", before, dtype), disturbed("w", before, dtype))
+    assert not torch.equal(disturbed("w", before, dtype), disturbed("v", before, dtype))
+
+
+def test_no_more_positions_than_the_outputs_have_room_for(stories: Path) -> None:
+    texts = ["Once upon a time there was a little girl. " * 4] * 100
+    rows = calibration_rows(stories, 512, texts)
+    assert sum(map(len, rows)) == 2048
+    assert max(map(len, rows)) <= 96
+    assert sum(map(len, calibration_rows(stories, 2**28 // 20 // 50, texts))) == 50
 
 
 def test_calibration_without_a_tokenizer_is_the_same_each_time(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from sidepath.core.quant import nearest_levels
 from sidepath.errors import MergeError, MissingExtra, WrongBase
 from sidepath.injection.surgery import remove
+from sidepath.merging.merge import merge_folder
 from sidepath.methods.lora import LoRA
 from sidepath.store.adapter import inject, load
-from sidepath.store.merge import merge_folder
 from sidepath.store.precision import Survival, survival, together
 from tests.conftest import outputs, randomise, tiny_gpt2, tiny_llama
 from tests.store.quantised import packed, plain, stored

@@ -5,7 +5,7 @@ Nothing here may import torch: `sidepath --help` reads these classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sidepath.combining.recipe import Combination, Extraction
 
@@ -14,7 +14,7 @@ from sidepath.combining.recipe import Combination, Extraction
 class CombineRun(Combination):
     """How `combine` makes one adapter of several."""
 
-    base: str | None = None
+    base: str | None = field(default=None, metadata={"place": "base"})
     """Folder of the base; needed only where biases or modules trained whole are combined with
     weights that do not sum to 1. Of it, nothing else is read."""
     allow_other_base: bool = False

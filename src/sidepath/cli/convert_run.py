@@ -25,7 +25,7 @@ class ConvertRun:
     for_: Literal["vllm"] | None = None
     """Say what vLLM would refuse or compute wrongly, and what to do; with `--to peft` write the
     adapter so that it takes it: one rank, one scale."""
-    base: str | None = None
+    base: str | None = field(default=None, metadata={"place": "base"})
     """Folder of the base, or its config.json where names and shapes are enough; our own format
     records the fingerprint of its weights."""
     alpha: float | None = None

@@ -15,7 +15,14 @@ from sidepath.store.hub import ADAPTER, BASE, CONFIG, is_hub, pinned
 
 KINDS = {"adapter": ADAPTER, "base": BASE, "config": CONFIG}
 """What a field's metadata says under "place"."""
-READ = {"ADAPTER": "adapter", "BASE": "base", "MODEL": "config", "OTHER": "adapter"}
+READ = {
+    "ADAPTER": "adapter",
+    "BASE": "base",
+    "IN": "adapter",
+    "MODEL": "config",
+    "OTHER": "adapter",
+    "TUNED": "base",
+}
 """Places of verbs that are read, and as what; others are written, or are no folders."""
 
 

@@ -205,6 +205,9 @@ class MergeRun:
 
     skip_parity: bool = False
     """Publish without running the merged model beside the un-merged one."""
+    data: str | None = None
+    """Text that the two are run on: a .txt file with a text on each line, or data in one of the
+    forms that training takes; the first 2,048 tokens of it. A built-in few when not given."""
     dtype: Dtype = "auto"
     """Data type of the merged weights; `auto` keeps the base's."""
     quantise: Quantise = "none"
@@ -217,6 +220,7 @@ class MergeRun:
 
     def __post_init__(self) -> None:
         check(self)
+        require(self, {"data": self.data is None or not self.skip_parity})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,13 +35,15 @@ def plan(call: Call) -> Report:
 def merge(call: Call) -> Report:
     """A plain transformers folder with the adapters folded in, and the measured parity."""
     from sidepath.cli.bases import base_folder
+    from sidepath.cli.calibration import calibration_of
     from sidepath.cli.folders import require_output
+    from sidepath.merging.merge import merge_folder
     from sidepath.store.configs import quiet
-    from sidepath.store.merge import merge_folder
 
     run = call.settings.build("merge", MergeRun)
     base, *adapters, output = call.places
     require_output(Path(output), overwrite=run.overwrite)
+    calibration = None if run.data is None else calibration_of(run.data)
     quiet()
     note(f"merging {', '.join(adapters)} into a copy of {base}")
     found = merge_folder(
@@ -49,23 +51,33 @@ def merge(call: Call) -> Report:
         adapters,
         Path(output),
         skip_parity=run.skip_parity,
+        calibration=calibration,
         dtype=None if run.dtype == "auto" else run.dtype,
         allow_other_base=run.allow_other_base,
         requantise=None if run.quantise == "none" else run.quantise,
     )
     document = found.as_dict()
+    return Report(document, _told_of_merge(document, run))
+
+
+def _told_of_merge(document: Mapping[str, Any], run: MergeRun) -> list[str | Table]:
     rows = [[name, value] for name, value in (document["parity"] or {}).items()]
     table = Table("parity: merged against un-merged", ["measure", "value"], rows)
-    told: list[str | Table] = [f"merged model in {output}", *([table] if rows else [])]
-    if found.dequantised:
-        told.append(f"{found.dequantised} weights of the 4-bit base were dequantised")
+    told: list[str | Table] = [f"merged model in {document['output']}", *([table] if rows else [])]
+    told += [
+        f"most memory resident, {part}: {peak / 2**20:,.0f} MiB"
+        for part, peak in document["peak_memory_bytes"].items()
+        if peak is not None
+    ]
+    if document["dequantised"]:
+        told.append(f"{document['dequantised']} weights of the 4-bit base were dequantised")
     left = document.get("requantised")
     if left is not None:
         layers = [[one["name"], one["share"], one["relative_error"]] for one in left["layers"]]
         title = f"packed into {run.quantise} again, this is left of the update"
         total = ["all layers", left["share"], left["relative_error"]]
         told.append(Table(title, ["layer", "share", "relative error"], [*layers, total]))
-    return Report(document, told)
+    return told
 
 
 def config(call: Call) -> Report:

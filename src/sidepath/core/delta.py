@@ -58,6 +58,10 @@ class Delta(nn.Module, ABC):
         `into`: memory that may be written and given back for a tensor of that name.
         """
 
+    @abstractmethod
+    def touches(self, base: View) -> set[str]:
+        """The names of the tensors that `folded` gives, without computing any."""
+
     def penalty(self) -> Tensor | None:
         """What training adds to each step's loss for the delta itself, whatever the data."""
         return None
@@ -81,7 +85,14 @@ class LayerDelta(Delta):
 
     def folded(self, base: View, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Errors: `MergeError`, always."""
-        raise MergeError(
+        raise self._stays_apart(base)
+
+    def touches(self, base: View) -> set[str]:
+        """Errors: `MergeError`, always."""
+        raise self._stays_apart(base)
+
+    def _stays_apart(self, base: View) -> MergeError:
+        return MergeError(
             f"{type(self).__name__} has layers of its own, which no weight of the base can take in",
             found=base.base_class.__name__,
             hint="keep the adapter apart: load it beside the base, or route rows to it",
@@ -113,6 +124,9 @@ class WeightDelta(Delta):
         if self.bias is not None:
             tensors["bias"] = fold_bias(self.bias, base)
         return tensors
+
+    def touches(self, base: View) -> set[str]:
+        return {"weight"} if self.bias is None else {"weight", "bias"}
 
 
 def _memory_like(tensor: Tensor, offered: Tensor | None) -> Tensor:

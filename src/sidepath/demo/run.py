@@ -24,9 +24,9 @@ from sidepath.demo.report import write_report
 from sidepath.demo.tasks import Task, make_tasks
 from sidepath.injection.registry import base_parameters
 from sidepath.injection.surgery import activate
+from sidepath.merging.merge import merge_folder
 from sidepath.methods.lora import LoRA
 from sidepath.store.adapter import Adapter, inject
-from sidepath.store.merge import merge_folder
 from sidepath.store.plan import Plan, plan
 from sidepath.training.evaluate import evaluate, generate
 from sidepath.training.loop import train

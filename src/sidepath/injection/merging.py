@@ -153,6 +153,7 @@ def _refuse_tied(installed: Installed, owners: dict[int, list[str]]) -> None:
         raise TiedWeights(
             f'merging "{installed.name}" would rewrite a tensor shared with another module',
             faults=faults,
-            hint="leave these modules out of the targets, or untie them before injecting "
-            "(tie_word_embeddings=False and a copy of the tensor)",
+            hint="leave these modules out of the targets; merge on disk (`sidepath merge`), where "
+            "tied embeddings are parted; or untie them before injecting (tie_word_embeddings=False "
+            "and a copy of the tensor)",
         )

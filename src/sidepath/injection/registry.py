@@ -52,7 +52,8 @@ class Registry:
     spare: dict[str, Tensor] = field(default_factory=dict)
     """Memory of matrices merged before, by module path, for the next merge to write into."""
     sampled: Mapping[str, Any] | None = None
-    """The base's fingerprint, kept where its weights are no longer whole (sharded)."""
+    """The base's fingerprint, kept where its weights are no longer whole (sharded), or where they
+    are windows onto a file that are not to be looked through twice."""
     quantised: bool = False
     """transformers' own word that the base alone cannot be trained; put down while adapters are
     on it, since its Trainer knows no adapters but PEFT's."""

@@ -23,8 +23,8 @@ def fold(W0_OI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, out_OI: Tens
     """Write `W0 + scaling * B A` into `out`: accumulated in `A`'s dtype, rounded once to `out`'s.
 
     `A` and `B` have the dtype that sums are accumulated in. `W0` and `out` may have any layout
-    (`out` is written along its own memory) and must not overlap. Nothing else is allocated but
-    one block in the accumulation dtype, where that is not `out`'s.
+    (`out` is written along its own memory); they are one tensor or do not overlap. Nothing else is
+    allocated but one block in the accumulation dtype, where that is not `out`'s.
     """
     if out_OI.stride(0) < out_OI.stride(1):  # stored by columns: the same update, seen from there
         W0_OI, out_OI, A_RI, B_OR = W0_OI.T, out_OI.T, B_OR.T, A_RI.T

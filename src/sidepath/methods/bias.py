@@ -27,6 +27,9 @@ class BiasOnly(Delta):
     def folded(self, base: View, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         return {"bias": fold_bias(self.bias, base)}
 
+    def touches(self, base: View) -> set[str]:
+        return {"bias"}
+
 
 def trained_bias(view: View, values_O: torch.Tensor | None = None) -> nn.Parameter:
     """A trainable copy of a module's bias, or `values`, in its dtype and on its device."""

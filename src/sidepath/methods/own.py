@@ -88,6 +88,9 @@ class InPlaceOf(Delta):
     def folded(self, base: View, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in self.stand_ins(base).items()}
 
+    def touches(self, base: View) -> set[str]:
+        return set(held_by(base.module))
+
 
 class Own(InPlaceOf):
     """Trained copies of the parameters a module uses itself.

@@ -30,6 +30,9 @@ class Whole(Delta):
     def folded(self, base: View, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in self.copy.state_dict().items()}
 
+    def touches(self, base: View) -> set[str]:
+        return set(self.copy.state_dict())
+
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of the copy, by their name within the module."""
         return dict(self.copy.state_dict(keep_vars=True))

@@ -42,7 +42,7 @@ from sidepath.store.packed import (
     sampled_file,
 )
 from sidepath.store.rounding import meet, overlap, ulp, within
-from sidepath.store.sampling import SAMPLES, positions, sample_parameters
+from sidepath.store.sampling import SAMPLES, DoneWith, positions, sample_parameters
 from sidepath.store.tensors import (
     FLOATING,
     file_inside,
@@ -137,14 +137,18 @@ class Fingerprint:
 
 
 def fingerprint(
-    base: nn.Module | str | os.PathLike[str], *, leave_out: Iterable[str] = ()
+    base: nn.Module | str | os.PathLike[str],
+    *,
+    leave_out: Iterable[str] = (),
+    done_with: DoneWith = None,
 ) -> Fingerprint:
     """The fingerprint of a model in memory, or of a transformers folder on disk.
 
     A model is read as it was before any adapter was merged; parameters of side paths are left
     out, tied parameters come once. Modules named in `leave_out` are not looked at: those an
-    adapter trains whole, since a new head is random at each load. A folder must hold
-    safetensors, single or sharded; 16 values a tensor are read from it.
+    adapter trains whole, since a new head is random at each load. `done_with` is told of each
+    tensor of a model that was looked at: where it is a window onto a file, its pages can go. A
+    folder must hold safetensors, single or sharded; 16 values a tensor are read from it.
     """
     if not isinstance(base, nn.Module):
         return Fingerprint(_of_folder(Path(base)))
@@ -155,7 +159,7 @@ def fingerprint(
         return Fingerprint({name: one for name, one in known if not name.startswith(outside)})
     named = base_parameters(base) if registry is None else registry.pristine_parameters(base)
     kept = ((name, tensor) for name, tensor in named if not name.startswith(outside))
-    return Fingerprint(_samples(base, kept))
+    return Fingerprint(_samples(base, kept, done_with))
 
 
 def fingerprint_of(tensors: Mapping[str, torch.Tensor]) -> Fingerprint:
@@ -199,8 +203,11 @@ def _differing(one: Sample, other: Sample) -> int:
     return sum(not overlap(a, one.dtype, b, other.dtype) for a, b in pairs)
 
 
-def _samples(model: nn.Module, named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Sample]:
-    return {name: Sample(*one) for name, one in sample_parameters(model, named).items()}
+def _samples(
+    model: nn.Module, named: Iterable[tuple[str, torch.Tensor]], done_with: DoneWith = None
+) -> dict[str, Sample]:
+    sampled = sample_parameters(model, named, done_with)
+    return {name: Sample(*one) for name, one in sampled.items()}
 
 
 def _of_folder(folder: Path) -> dict[str, Sample]:

@@ -6,11 +6,11 @@ Dimensions: T positions, V outputs (the vocabulary, or the classes) (floor 4).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,10 @@ CALIBRATION = (
 
 MAX_TOKENS = 96
 """Positions of one calibration row that are looked at."""
+MAX_POSITIONS = 2048
+"""Positions of all rows together that are looked at."""
+_RUNS, _OUTPUT_BYTES = 5, 2**28
+"""How many runs' outputs are held at once, and the memory they may take."""
 
 
 @dataclass(frozen=True)
@@ -112,46 +116,54 @@ def compare(
     and the model's own sensitivity, and a wrong merge, which errs by as much as the adapter
     does, stands out.
     """
-    want_TV, got_TV = torch.cat(list(unmerged)), torch.cat(list(merged))
-    difference_TV = (want_TV - got_TV).abs()
-    noise_TV = torch.cat(list(noise)).abs()
-    arithmetic = 256 * 2.0**-23 * float(want_TV.abs().max())
-    p_TV, q_TV = want_TV.log_softmax(-1), got_TV.log_softmax(-1)
-    divergence_T = (p_TV.exp() * (p_TV - q_TV)).sum(-1)
-    same_T = want_TV.argmax(-1) == got_TV.argmax(-1)
+    largest = torch.stack([want_TV.abs().max() for want_TV in unmerged]).max()
+    arithmetic = 256 * 2.0**-23 * float(largest)
+    difference = _sizes(one - other for one, other in zip(unmerged, merged, strict=True))
+    disturbance = _sizes(noise)
+    alike, divergence = 0, 0.0
+    for want_TV, got_TV in zip(unmerged, merged, strict=True):
+        p_TV, q_TV = want_TV.log_softmax(-1), got_TV.log_softmax(-1)
+        divergence += float((p_TV.exp() * (p_TV - q_TV)).sum(dtype=torch.float64))
+        alike += int((want_TV.argmax(-1) == got_TV.argmax(-1)).sum())
+    positions = sum(len(want_TV) for want_TV in unmerged)
     return Parity(
-        max_abs=float(difference_TV.max()),
-        mean_abs=float(difference_TV.mean()),
-        top1=float(same_T.float().mean()),
-        kl=max(0.0, float(divergence_T.mean())),
-        tolerance=4 * float(noise_TV.max()) + arithmetic,
-        mean_tolerance=4 * float(noise_TV.mean()) + arithmetic,
-        effect=float((want_TV - torch.cat(list(base))).abs().max()),
-        positions=len(want_TV),
+        max_abs=difference.largest,
+        mean_abs=difference.mean,
+        top1=alike / positions,
+        kl=max(0.0, divergence / positions),
+        tolerance=4 * disturbance.largest + arithmetic,
+        mean_tolerance=4 * disturbance.mean + arithmetic,
+        effect=_sizes(one - other for one, other in zip(unmerged, base, strict=True)).largest,
+        positions=positions,
     )
 
 
-@contextmanager
-def disturbed(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> Iterator[None]:
-    """Within the block float32 tensors carry the noise of one rounding to their dtype.
+class _Sizes(NamedTuple):
+    largest: float
+    mean: float
+
+
+def _sizes(rows: Iterable[Tensor]) -> _Sizes:
+    """The largest and the mean absolute value of all rows' numbers; NaN where one is NaN."""
+    largest, total, count = torch.tensor(0.0), 0.0, 0
+    for row_TV in rows:
+        sizes_TV = row_TV.abs()
+        largest = torch.maximum(largest, sizes_TV.max())
+        total += float(sizes_TV.sum(dtype=torch.float64))
+        count += sizes_TV.numel()
+    return _Sizes(float(largest), total / count)
+
+
+def disturbed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 tensor with the noise of one rounding to `dtype`; the same for each `name`.
 
     Rounding changes a number by a relative error that is spread evenly over at most half a step,
-    `eps / 2`, to both sides: a standard deviation of `eps / (2 sqrt(3))`. Changed in place and
-    put back bit for bit; the noise is the same each time.
+    `eps / 2`, to both sides: a standard deviation of `eps / (2 sqrt(3))`.
     """
-    generator = torch.Generator().manual_seed(0)
-    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    try:
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                size = torch.finfo(dtypes[name]).eps / (2 * math.sqrt(3))
-                noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
-                tensor.mul_(1 + size * noise)
-        yield
-    finally:
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(before[name])
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
+    size = torch.finfo(dtype).eps / (2 * math.sqrt(3))
+    return noise.mul_(size).add_(1).mul_(tensor)
 
 
 @torch.no_grad()
@@ -174,7 +186,10 @@ def calibration_rows(
 ) -> list[list[int]]:
     """Token ids of the calibration texts, with the tokenizer in `folder`.
 
-    Without a tokenizer and without texts: fixed pseudo-random ids, never 0, the usual padding.
+    Of each text the first 96 tokens; of all together the first 2,048, or as many as 256 MiB hold
+    the outputs of in five runs. Without a tokenizer and without texts: fixed pseudo-random ids,
+    never 0, the usual padding.
+
     Errors: `DataError` for texts that no tokenizer is there for, or that give no tokens.
     """
     from transformers import AutoTokenizer
@@ -201,7 +216,12 @@ def calibration_rows(
     )
     encoded = [tokenizer(text)["input_ids"][:MAX_TOKENS] for text in texts or CALIBRATION]
     rows = [[token for token in row if token < vocabulary] for row in encoded]
-    rows = [row for row in rows if row]
-    if not rows:
+    left = max(1, min(MAX_POSITIONS, _OUTPUT_BYTES // (_RUNS * 4 * vocabulary)))
+    kept = []
+    for row in rows:
+        if row[:left]:
+            kept.append(row[:left])
+        left -= len(row[:left])
+    if not kept:
         raise DataError("the calibration texts give no tokens", where=folder)
-    return rows
+    return kept

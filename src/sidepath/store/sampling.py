@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
 import torch
@@ -13,6 +13,8 @@ from sidepath.store.packed import Sampled, sampled_parameter
 from sidepath.store.tensors import DTYPE_NAMES
 
 SAMPLES = 16
+DoneWith = Callable[[Tensor], None] | None
+"""Told of each tensor when its numbers were taken."""
 
 
 def positions(elements: int) -> list[int]:
@@ -29,7 +31,9 @@ def positions(elements: int) -> list[int]:
     return found
 
 
-def sample_parameters(model: nn.Module, named: Iterable[tuple[str, Tensor]]) -> dict[str, Sampled]:
+def sample_parameters(
+    model: nn.Module, named: Iterable[tuple[str, Tensor]], done_with: DoneWith = None
+) -> dict[str, Sampled]:
     """Samples of named parameters (a tied one once; those that hold no numbers left out).
 
     One small gather a tensor; the numbers leave their device in one copy a dtype.
@@ -48,6 +52,8 @@ def sample_parameters(model: nn.Module, named: Iterable[tuple[str, Tensor]]) -> 
         seen.add(key)
         index = _index(tensor.numel(), tensor.device)
         taken[name] = torch.take(tensor.detach(), index)
+        if done_with is not None:
+            done_with(tensor)
         samples[name] = (DTYPE_NAMES[tensor.dtype], key[1], b"")  # its place in the order
     return samples | _with_values(samples, taken)
 

@@ -6,7 +6,7 @@ Dimensions: O out, I in.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +52,9 @@ class Sum(Delta):
         if matrices:
             assert isinstance(base, DenseView)
             W0_OI = base.matrix()
-            dtype = accumulation_dtype(W0_OI.dtype)
-            updates = [delta.matrix(W0_OI.shape[0], dtype) for delta in matrices]
-            W_OI = W0_OI.to(dtype) + torch.stack(updates).sum(0)
+            W_OI = W0_OI.to(accumulation_dtype(W0_OI.dtype), copy=True)
+            for delta in matrices:
+                delta.merged(W_OI, W_OI)
             tensors["weight"] = base.from_matrix(W_OI.to(W0_OI.dtype))
         biases = [delta.bias for delta in deltas if isinstance(delta.bias, Tensor)]
         if biases:
@@ -62,6 +62,9 @@ class Sum(Delta):
             assert isinstance(own, Tensor)
             tensors["bias"] = own + torch.stack([bias - own for bias in biases]).sum(0)
         return tensors
+
+    def touches(self, base: View) -> set[str]:
+        return set().union(*(cast(Delta, delta).touches(base) for delta in self.deltas))
 
 
 def add_up(model: nn.Module, names: Sequence[str]) -> str:

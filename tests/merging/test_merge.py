@@ -19,13 +19,12 @@ from sidepath.errors import (
     MergeError,
     ParityError,
     StoreError,
-    TiedWeights,
     WrongBase,
 )
+from sidepath.merging import contents
+from sidepath.merging.merge import merge_folder
 from sidepath.methods.lora import LoRA
-from sidepath.store import merge as module
 from sidepath.store.adapter import SidepathNotice, inject, load
-from sidepath.store.merge import merge_folder
 from tests.conftest import outputs, randomise, tiny_bert, tiny_gpt2, tiny_llama
 from tests.faults import flip_bit
 
@@ -162,26 +161,17 @@ def test_parts_of_gpt2_merge(tmp_path: Path) -> None:
     assert difference.abs().max() <= 1e-5
 
 
-def test_tied_embeddings_are_refused(tmp_path: Path) -> None:
-    tiny_llama(tied=True).save_pretrained(tmp_path / "base")  # type: ignore[operator]
-    folder = adapter(tmp_path / "base", tmp_path / "a", LoRA(r=2, targets=("embed_tokens",)))
-    with pytest.raises(TiedWeights):
-        merge_folder(tmp_path / "base", [folder], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_beyond_the_tolerance_nothing_is_published(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = adapter(base, tmp_path / "a", LoRA(r=4))
-    write = module._write
+    made = contents._made
 
-    def damaged(model: Any, source: Path, target: Path) -> None:
-        with torch.no_grad():
-            model.get_parameter("model.layers.0.mlp.up_proj.weight").add_(0.5)
-        write(model, source, target)
+    def damaged(folded: Any, full: str, *rest: Any) -> Tensor:
+        wrong = 0.5 if full == "model.layers.0.mlp.up_proj.weight" else 0.0
+        return made(folded, full, *rest) + wrong
 
-    monkeypatch.setattr(module, "_write", damaged)
+    monkeypatch.setattr(contents, "_made", damaged)
     with pytest.raises(ParityError, match="nothing was published") as caught:
         merge_folder(base, [folder], tmp_path / "out")
     assert caught.value.exit_code == 1

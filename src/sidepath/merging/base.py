@@ -1,4 +1,4 @@
-"""The base of a merge, as its folder stores it and without its 4-bit layers (floor 4)."""
+"""The base of a merge, as its folder stores it and without its 4-bit layers (floor 5)."""
 
 from __future__ import annotations
 
@@ -127,5 +127,8 @@ def _check_adapters(model: nn.Module, folders: Sequence[Path], allow_other_base:
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Parameters and buffers by all their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }

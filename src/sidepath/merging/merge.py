@@ -1,0 +1,283 @@
+"""Adapters folded into a copy of their base on disk, and the proof that it is the same model.
+
+The base's files are mapped into memory and written anew, tensor by tensor: what no adapter changes
+is copied as it lies, the sum of the updates is added in float32, and each changed weight is rounded
+once. What was written is read again with plain transformers and run beside the base with the
+un-merged adapters, both in float32 (floor 5).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from sidepath.errors import ConfigError, ParityError, StoreError
+from sidepath.injection.registry import open_registry, require_registry
+from sidepath.injection.surgery import activate
+from sidepath.merging.base import Base, load_base, make_float, read_model, understood
+from sidepath.merging.contents import write_tensors
+from sidepath.merging.digests import Digests
+from sidepath.merging.folded import to_float32
+from sidepath.merging.mapped import Mapped
+from sidepath.merging.peak import peak_bytes, reset_peak
+from sidepath.merging.proof import Loaded, Rounding, parity
+from sidepath.store import manifest as manifests
+from sidepath.store.adapter import PARITY, SidepathNotice, load
+from sidepath.store.fingerprint import Fingerprint, checkpoint_files, fingerprint
+from sidepath.store.folder import publish, sha256_file
+from sidepath.store.hub import ADAPTER, BASE, local, origin_of
+from sidepath.store.parity import Parity, calibration_rows
+from sidepath.store.peft_format import WEIGHTS
+from sidepath.store.precision import survivals, together
+from sidepath.store.sums import add_up
+from sidepath.store.tensors import FLOATING, read_header
+
+_UNCHECKED = (
+    "{}: PARITY NOT MEASURED: nothing shows that this merged model gives the adapter's outputs"
+)
+_COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_NOT_COPIED = (PARITY, manifests.NAME, "config.json", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge_folder` published."""
+
+    output: Path
+    parity: Parity | None
+    """None when it was not measured."""
+    peaks: Mapping[str, int | None]
+    """Most bytes that the process had resident while it merged (`merge`) and while it measured the
+    parity (`parity`), pages of mapped files included."""
+    dequantised: int = 0
+    """Weights that are dequantised ones, since the adapter was trained over a 4-bit base."""
+    requantised: dict[str, Any] | None = None
+    """What would survive quantising the merged weights again (see `precision.Survival`)."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON document of `sidepath merge`."""
+        document = {
+            "output": str(self.output),
+            "parity": None if self.parity is None else self.parity.as_dict(),
+            "peak_memory_bytes": dict(self.peaks),
+            "dequantised": self.dequantised,
+        }
+        if self.requantised is not None:
+            document["requantised"] = self.requantised
+        return document
+
+
+def merge_folder(
+    base: str | Path,
+    adapters: Sequence[str | Path],
+    output: str | Path,
+    *,
+    skip_parity: bool = False,
+    calibration: Sequence[str] | None = None,
+    dtype: str | None = None,
+    allow_other_base: bool = False,
+    requantise: str | None = None,
+) -> Merged:
+    """Write `output`: the transformers folder `base` with the adapters folded in.
+
+    Base and adapters may be names on the hub, `hub:OWNER/NAME[@REVISION]`.
+    Several adapters are added up. `dtype` (float32, bfloat16, float16) stores the merged model
+    in another dtype than the base's. The folder is plain: names and files as the base's, its
+    tokenizer, and `parity.json` with the measured difference on `calibration` texts (a built-in few
+    when not given) and the adapters' digests. Neither the base's folder nor the adapters' change.
+
+    Tied embeddings of which the adapters change one side alone are written apart, and the config
+    says so.
+
+    When the base is stored in 4 bits, or an adapter was trained over a base that was, the merged
+    model is plain all the same: the adapters are added to the dequantised weights. `requantise`
+    ("nf4") measures what packing the merged weights again would leave of the updates.
+
+    Needs memory for the adapters and for one tensor at a time, in float32 (a DoRA's: twice). Two
+    kinds of base are held whole: quantised ones, dequantised; and those whose folder holds other
+    tensors than the model (mixtures of experts), for which a `SidepathNotice` says so. Parity needs
+    the model's embeddings, one block and 512 MiB of others in float32, and 256 MiB of outputs.
+
+    Errors: `ParityError` beyond the tolerance (nothing is published), `TiedWeights` for tied
+    tensors that no config parts, `MergeError`, `WrongBase`, `DamagedAdapter`, `WriteFailed`, ...
+    """
+    base, output = local(base, BASE), Path(output)
+    folders = [local(adapter, ADAPTER) for adapter in adapters]
+    target = None if dtype is None else _dtype(dtype)
+    _refuse_places(base, folders, output)
+    reset_peak()
+    ready = _prepare(base, folders, target, calibration, allow_other_base)
+    left = None
+    if requantise is not None:
+        found = survivals(ready.loaded.model, ready.name, requantise, ready.rounding.stored)
+        left = together(found)
+    measured = None
+    with publish(output, manifests=(PARITY,)) as temporary, Digests() as digests:
+        stored = ready.rounding.stored
+        write_tensors(ready.loaded, ready.cls, ready.name, stored, base, temporary, digests.take)
+        _write_settings(ready.loaded.model, ready.cls, stored, base, temporary)
+        peaks: dict[str, int | None] = {"merge": peak_bytes(), "parity": None}
+        if skip_parity:
+            warnings.warn(_UNCHECKED.format(output), SidepathNotice, stacklevel=2)
+        else:
+            reset_peak()
+            measured = _proved(_measured(ready, temporary), output)
+            peaks["parity"] = peak_bytes()
+        known = {**origin_of(base), "fingerprint": ready.identity.id}
+        record = {"base": known, "peak_memory_bytes": peaks}
+        _write_record(temporary, measured, folders, digests, record)
+    return Merged(output, measured, peaks, ready.dequantised, left)
+
+
+class _Ready(NamedTuple):
+    """A base with the sum of the adapters active on it, and what there is to know of it."""
+
+    loaded: Loaded
+    cls: Any
+    """Its class as transformers has it."""
+    options: Mapping[str, Any]
+    """What transformers was asked for to load it."""
+    name: str
+    """The adapter that is active."""
+    identity: Fingerprint
+    rounding: Rounding
+    rows: list[list[int]]
+    """Token ids that parity is measured on."""
+    dequantised: int
+
+
+def _prepare(
+    base: Path,
+    folders: Sequence[Path],
+    target: torch.dtype | None,
+    calibration: Sequence[str] | None,
+    allow_other_base: bool,
+) -> _Ready:
+    """Load the base and the adapters; everything that the user can be wrong about is found here."""
+    model, cls, options = load_base(base, folders)
+    vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+    rows = calibration_rows(base, vocabulary, calibration)
+    mapped = Mapped(checkpoint_files(base))
+    identity = fingerprint(model, done_with=mapped.release)
+    held = make_float(model, folders, allow_other_base)
+    name = _load_adapters(model, folders, identity, allow_other_base or bool(held.quantised))
+    rounding, count = _rounding(held, target), len(held.quantised)
+    return _Ready(Loaded(model, mapped), cls, options, name, identity, rounding, rows, count)
+
+
+def _measured(ready: _Ready, folder: Path) -> Parity:
+    """Read what was written as plain transformers does, and compare it with the un-merged model."""
+    options = {**ready.options, "dtype": _reading_dtype(folder)}
+    merged = read_model(ready.cls, folder, options)
+    written = Loaded(merged, Mapped(checkpoint_files(folder)))
+    return parity(ready.loaded, ready.name, ready.rows, ready.rounding, written)
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ConfigError("unknown dtype to merge to", found=name, expected=", ".join(known))
+    return known[name]
+
+
+def _refuse_places(base: Path, folders: Sequence[Path], output: Path) -> None:
+    if not folders:
+        raise ConfigError("no adapter to merge")
+    if output.resolve() in {path.resolve() for path in (base, *folders)}:
+        raise StoreError(
+            "the output is one of the folders that are read", where=output, hint="choose another"
+        )
+
+
+def _rounding(held: Base, target: torch.dtype | None) -> Rounding:
+    stored = {
+        full: target if target is not None and dtype.is_floating_point else dtype
+        for full, dtype in held.stored.items()
+    }
+    return Rounding(stored, held.exact)
+
+
+def _reading_dtype(folder: Path) -> torch.dtype:
+    """What a folder is read in so that no value is rounded: its dtype, if it has but one."""
+    found = {
+        FLOATING[info.dtype]
+        for path in checkpoint_files(folder)
+        for info in read_header(path, floating_only=False).values()
+        if info.dtype in FLOATING
+    }
+    return found.pop() if len(found) == 1 else torch.float32
+
+
+def _load_adapters(
+    model: nn.Module, folders: Sequence[Path], identity: Fingerprint, allow_other_base: bool
+) -> str:
+    """Load the adapters, in float32, and activate their sum; returns its name."""
+    open_registry(model).sampled = identity.samples
+    names = [f"adapter-{number}" for number in range(len(folders))]
+    for name, folder in zip(names, folders, strict=True):
+        load(model, folder, name, allow_other_base=allow_other_base)
+    for installed in require_registry(model).adapters.values():
+        for delta in installed.deltas.values():
+            delta._apply(to_float32)  # type: ignore[no-untyped-call]
+    if len(names) > 1:
+        return add_up(model, names)
+    activate(model, names[0])
+    return names[0]
+
+
+def _write_settings(
+    model: Any, cls: Any, stored: Mapping[str, torch.dtype], base: Path, folder: Path
+) -> None:
+    """The merged model's config, and the base's tokenizer and whatever else its folder tells."""
+    dtypes = (stored[name] for name, _ in model.named_parameters() if name in stored)
+    first = next(dtype for dtype in dtypes if dtype.is_floating_point)
+    model.config.dtype = str(first).removeprefix("torch.")
+    model.config.architectures = [cls.__name__]
+    with understood(base):
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+    for path in sorted(base.iterdir()):
+        left_out = path.name in _NOT_COPIED or path.name.startswith("adapter_")
+        if path.is_file() and path.suffix in _COPIED and not left_out:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _proved(parity: Parity, output: Path) -> Parity:
+    """The measured difference; raises `ParityError` where it is too large."""
+    if not parity.holds:
+        raise ParityError(
+            "the merged model does not give the un-merged model's outputs; nothing was published",
+            where=output,
+            found=f"largest difference {parity.max_abs:.3g}, mean {parity.mean_abs:.3g}, same "
+            f"first choice at {parity.top1:.1%} of {parity.positions} positions",
+            expected=f"at most {parity.tolerance:.3g}, mean {parity.mean_tolerance:.3g}",
+            hint="merge in float32 (dtype), or keep the adapter beside the base; skip_parity "
+            "publishes all the same",
+        )
+    return parity
+
+
+def _write_record(
+    folder: Path,
+    parity: Parity | None,
+    adapters: Sequence[Path],
+    digests: Digests,
+    record: Mapping[str, Any],
+) -> None:
+    merged = [{**origin_of(path), "digest": sha256_file(path / WEIGHTS)} for path in adapters]
+    values = {
+        **(parity.as_dict() if parity else {"skipped": True}),
+        "adapters": merged,
+        **record,
+        "files": {path.name: digests.of(path) for path in sorted(folder.iterdir())},
+    }
+    (folder / PARITY).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -76,6 +76,25 @@ def test_the_ways_to_train_run_as_printed(here: Path, capsys: pytest.CaptureFixt
     assert call.settings.build("run", TrainRun).distributed == "ddp"
 
 
+def test_the_hand_overs_run_as_printed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gguf")
+    (block,) = [text for text in blocks("") if "sidepath combine" in text]
+    (here / "sample.txt").write_text("How many cities are there?\nA line of its own.\n")
+    for name in ("mine", "other"):
+        trained = f"train --data train.jsonl --output adapters/{name} --steps 2 --no-forgetting"
+        assert main(trained.split()) == 0, capsys.readouterr().err
+    *lines, pushed = block.splitlines()
+    for line in lines:
+        words = [word if word != "MODEL" else str(embedded_base()) for word in shlex.split(line)]
+        assert main(words[1:]) == 0, f"{line}: {capsys.readouterr().err}"
+    assert "5 of 5 adapters, 0 damaged" in capsys.readouterr().out
+    assert {path.name for path in (here / "adapters").iterdir()} == {
+        "mine", "other", "both", "small", "again",
+    }  # fmt: skip
+    # What it sends, and to whom: tests/store/test_pushing.py.
+    assert parse("push", shlex.split(pushed)[2:]).places == ("adapters/mine", "hub:me/mine")
+
+
 def test_make_targets_the_readme_names_exist() -> None:
     makefile = README.with_name("Makefile").read_text()
     for target in re.findall(r"^make (\S+)", README.read_text(), flags=re.MULTILINE):

@@ -194,7 +194,8 @@ def locked_sibling(target: Path) -> Iterator[Path]:
             yield path
             return
         finally:
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):  # even told to ignore errors it raises some
+                shutil.rmtree(path, ignore_errors=True)
             if handle >= 0:
                 with suppress(OSError):  # closing it is all that is left of a finished save
                     os.close(handle)

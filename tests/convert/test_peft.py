@@ -20,9 +20,10 @@ from sidepath.store.adapter import inject, load
 from .conftest import biased_llama
 from .made import KINDS, SPECIAL, made, options, randomise, same_adapter, save_base
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # PEFT's
-)
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{said}")  # PEFT's own
+    for said in ("`is_gradient_checkpointing` is deprecated", "Setting `save_embedding_layers`")
+]
 IDS = torch.tensor([[1, 5, 9, 33, 7, 2, 60, 11]])
 PEFT: dict[str, dict[str, Any]] = {
     "patterns": {

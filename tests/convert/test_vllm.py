@@ -95,13 +95,14 @@ def test_all_of_it_at_once(llama: Base, tmp_path: Path) -> None:
         assert word in said
 
 
-def portable(r: int, **values: Any) -> Portable:
+def portable(size: int, **values: Any) -> Portable:
+    """One update of this rank."""
     start = "base_model.model.model.layers.0.self_attn.q_proj"
     tensors = {
-        f"{start}.lora_A.weight": torch.zeros(r, 2),
-        f"{start}.lora_B.weight": torch.zeros(2, r),
+        f"{start}.lora_A.weight": torch.zeros(size, 2),
+        f"{start}.lora_B.weight": torch.zeros(2, size),
     }
-    return Portable(tensors, {"peft_type": "LORA", "r": r, "lora_alpha": r, **values})
+    return Portable(tensors, {"peft_type": "LORA", "r": size, "lora_alpha": size, **values})
 
 
 @pytest.mark.parametrize(("r", "need"), [(1, 1), (2, 8), (8, 8), (9, 16), (65, 128), (257, 320)])

@@ -1,6 +1,7 @@
 """Rows of the shared data as JSONL files that `sidepath compare` reads, in the folder asked for.
 
-CoLA has no header and RTE two sentences; WikiSQL is packed, and its questions become prompts.
+CoLA has no header and RTE two sentences; WikiSQL is packed, and its questions become prompts. The
+demo's restaurants are written too, whose rows are made and not read.
 
     python benchmarks/comparisons/make_data.py comparison-data
 """
@@ -13,6 +14,8 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from sidepath.demo.tasks import make_tasks
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 PARTS = ("train", "dev")
@@ -40,6 +43,12 @@ def wikisql(part: str) -> Iterator[dict[str, str]]:
             yield {"prompt": f"{row['question']} SQL: ", "completion": row["sql"]}
 
 
+def restaurant(part: str) -> Iterator[dict[str, str]]:
+    """A restaurant's attributes and a sentence that tells them."""
+    task = next(task for task in make_tasks() if task.name == "restaurant")
+    yield from task.train if part == "train" else task.test
+
+
 def write(rows: Iterable[dict[str, str]], place: Path) -> None:
     """One JSON object a line."""
     place.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -49,9 +58,9 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "comparison-data")
     folder.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
-        for task in (cola, rte, wikisql):
+        for task in (cola, rte, wikisql, restaurant):
             write(task(part), folder / f"{task.__name__}-{part}.jsonl")
-    print(f"{len(PARTS) * 3} files in {folder}")
+    print(f"{len(PARTS) * 4} files in {folder}")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def similarities(pairs: Sequence[Mapping[str, Any]]) -> str:
             for ticks in (axis.xaxis, axis.yaxis):
                 ticks.get_major_locator().set_params(integer=True)
         line[0].set_ylabel(f"{_short(pair['name'])}\ni, of the first", fontsize=8)
-    drawn.colorbar(image, ax=axes, label="φ(i, j)")
+    drawn.colorbar(image, ax=axes, label="φ(i, j)", location="top", shrink=0.5, aspect=40, pad=0.01)
     return svg(drawn, "similarities")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ TOLD = ("audit", "memory", "adapter_bytes")
 def report(document: Document, audit: Sequence[tuple[str, str]] = ()) -> str:
     """The page. Every number on it is one of the document's; `audit`: its audit, for people."""
     title = f"What {document['adapter']} learned"
+    if document.get("other"):
+        title = f"What {document['adapter']} and {document['other']} share"
     body = [f"<h1>{html.escape(title)}</h1>", _lead(document)]
     if document.get("layers"):
         body += _layers(document["layers"], document["energy"])
@@ -140,9 +143,14 @@ def _similarity(document: Document) -> list[str]:
         ]
         for pair in pairs
     ]
+    first, whole, random = (
+        _number(statistics.median(pair[name] for pair in pairs))
+        for name in ("first", "whole", "expected")
+    )
     return [
-        f"<h2>What it shares with {html.escape(document['other'])}</h2>",
-        "<p>φ(i, j) is 1 where the smaller of two subspaces lies in the larger one, and "
+        f"<h2>The first directions share {first}, the whole spaces {whole}</h2>",
+        f"<p>Medians over {len(pairs)} layers, of the matrices A; whole random spaces share "
+        f"{random}. φ(i, j) is 1 where the smaller of two subspaces lies in the larger one, and "
         "max(i, j) / d for random ones.</p>",
         *drawn(
             lambda: pictures.similarities(ordered),

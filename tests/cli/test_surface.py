@@ -55,6 +55,10 @@ SURFACE = {
         " --data --metric --columns --limit --max-tokens --max-new-tokens --batch-size"
     ),
     "merge": "--skip-parity --dtype --quantise --allow-other-base --overwrite",
+    "serve": (
+        f"{COMMON} --adapters --port --name --allow-other-base --rows --slots --context"
+        " --cached-tokens --step-tokens --queue"
+    ),
     "bench": "--rounds --threads --device --output --quick",
     "config": f"{RUN} {LORA} --lora-dtype {TRAIN}",
 }

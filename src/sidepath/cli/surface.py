@@ -25,6 +25,7 @@ from sidepath.cli.runs import (
     PlanRun,
     TrainRun,
 )
+from sidepath.cli.serve_run import ServeRun
 from sidepath.cli.settings import Settings, read_file, read_tables
 from sidepath.config import TrainConfig
 from sidepath.errors import ConfigError, meant
@@ -132,6 +133,12 @@ VERBS: Mapping[str, Verb] = {
         MergeRun,
         "sidepath.cli.verbs:merge",
         places=("BASE", "ADAPTER...", "OUT"),
+    ),
+    "serve": Verb(
+        "answer requests to a base and a folder of adapters, as OpenAI's server does",
+        "serve",
+        ServeRun,
+        "sidepath.cli.serving:serve",
     ),
     "bench": Verb(
         "measure training, memory, decoding, routing and switching beside PEFT",

@@ -24,7 +24,7 @@ from sidepath.errors import (
 )
 from sidepath.injection.registry import registry_of
 from sidepath.serve.engine import Engine
-from sidepath.serve.requests import Answer, Handle, Request
+from sidepath.serve.requests import Answer, Handle, Piece, Request
 from sidepath.serve.sampling import Sampling
 from sidepath.serve.scheduler import Limits
 from tests.conftest import tiny_bert, tiny_gpt2, tiny_llama
@@ -262,6 +262,44 @@ def test_one_bad_request_does_not_hurt_another(llama: Setting) -> None:
     for layer in engine._runner.cache.layers:
         assert not layer.keys.any()
         assert not layer.values.any()
+
+
+class Broken:
+    """A tokenizer that fails at one token."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def decode(self, tokens: list[int], **options: Any) -> str:
+        if self.at in tokens:
+            raise ValueError("this token has no text")
+        return "".join(f"{token:02d}" for token in tokens)
+
+
+def test_a_fault_in_handing_out_ends_its_own_request_alone(llama: Setting) -> None:
+    """The rows of one call whose tokens were handed out before the fault are not answered twice."""
+    prompts = [(5, 6, 7, 8 + row) for row in range(4)]
+    expected = [llama.alone.tokens(0, prompt, 6) for prompt in prompts]
+    others = {t for row in (0, 2, 3) for t in (*expected[row], *prompts[row])}
+    at = next(token for token in expected[1] if token not in {*others, *prompts[1]})
+    engine = Engine(llama.make(), Broken(at), SMALL)
+    engine.adapters.load("adapter-0", llama.folders[0])
+
+    def deaf(piece: Piece) -> None:
+        raise KeyError("gone")
+
+    handles = [engine.submit(Request(prompt, "adapter-0", 6)) for prompt in prompts]
+    engine.submit(Request((5, 6, 7, 20), "adapter-0", 6), deaf)
+    run(engine)
+    with pytest.raises(ServeError, match="has no text"):
+        handles[1].result()
+    for row in (0, 2, 3):
+        answer = handles[row].result()
+        assert answer.tokens == expected[row]
+        shown = expected[row][:-1] if answer.finish == "stop" else expected[row]
+        assert answer.text == "".join(f"{token:02d}" for token in shown)
+    assert engine.ended["error"] == 1
+    assert engine.ended["cancelled"] == 1
 
 
 def test_nobody_waits_for_ever_when_the_engine_itself_fails(

@@ -54,6 +54,7 @@ def test_a_completion_with_everything() -> None:
     assert (found.model, found.stream, found.usage, found.chat) == ("m", True, True, False)
     prompts = [tuple(tokenizer()(text)["input_ids"]) for text in ("one two", "three")]
     assert [request.prompt for request in found.requests] == [prompts[0]] * 2 + [prompts[1]] * 2
+    assert found.prompt_tokens == sum(map(len, prompts))
     first = found.requests[0]
     assert (first.max_new_tokens, first.stop, first.adapter) == (5, ("x",), None)
     assert first.sampling == Sampling(0.5, 3, 0.9, 0.1, 1.1, 7, 2)

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sidepath.errors import RequestRefused, ServeError
 from sidepath.serve.adapters import Adapters
@@ -26,7 +26,7 @@ from sidepath.serve.errands import Errands
 from sidepath.serve.requests import Handle, Listener, Piece, Request
 from sidepath.serve.runner import Piece as Part
 from sidepath.serve.runner import Runner
-from sidepath.serve.sampling import choose
+from sidepath.serve.sampling import Chosen, choose
 from sidepath.serve.scheduler import Limits, Row, Scheduler
 from sidepath.serve.text import check_stops
 
@@ -171,40 +171,43 @@ class Engine:
 
     def _answer(self, rows: list[Row]) -> set[int]:
         """Compute some rows and hand out what came of it; returns the requests that ended."""
+        due = [index for index, row in enumerate(rows) if row.samples]
+        answering = [self._answering[rows[index].request] for index in due]
         try:
-            return self._hand_out(rows, self._runner.logits([self._part(row) for row in rows]))
+            logits_BV = self._runner.logits([self._part(row) for row in rows])
+            found = choose(logits_BV[due], [each.turn() for each in answering]) if due else []
         except Exception as error:
-            if len(rows) == 1:
-                return self._put(rows[0].request, self._answering[rows[0].request].broken(error))
-        return set().union(*(self._answer([row]) for row in rows))
+            if len(rows) > 1:  # nothing was handed out yet, and the cache takes it twice
+                return set().union(*(self._answer([row]) for row in rows))
+            return self._put(rows[0].request, self._answering[rows[0].request].broken(error))
+        ended = [self._hand_out(*each) for each in zip(answering, found, strict=True)]
+        return set().union(*ended)
 
     def _part(self, row: Row) -> Part:
         answering = self._answering[row.request]
         tokens = tuple(answering.tokens[row.start : row.start + row.count])
         return Part(row.request, answering.internal, row.start, tokens)
 
-    def _hand_out(self, rows: list[Row], logits_BV: Tensor) -> set[int]:
-        due = [index for index, row in enumerate(rows) if row.samples]
-        if not due:
-            return set()
-        answering = [self._answering[rows[index].request] for index in due]
-        ended: set[int] = set()
-        found = choose(logits_BV[due], [each.turn() for each in answering])
-        for each, chosen in zip(answering, found, strict=True):
+    def _hand_out(self, answering: Answering, chosen: Chosen | None) -> set[int]:
+        try:
             if chosen is None:
-                error = ServeError("the logits are not numbers", found="NaN or Inf")
-                ended |= self._put(each.handle.number, each.broken(error))
-            else:
-                self.new_tokens += 1
-                ended |= self._put(each.handle.number, each.take(chosen))
-        return ended
+                raise ServeError("the logits are not numbers", found="NaN or Inf")
+            piece = answering.take(chosen)
+            self.new_tokens += 1
+        except Exception as error:  # of the tokenizer, say
+            piece = answering.broken(error)
+        return self._put(answering.handle.number, piece)
 
     def _put(self, number: int, piece: Piece) -> set[int]:
         """Give a piece to its request; returns it if that was the last."""
-        self._answering[number].handle.put(piece)
-        if piece.finish is None:
+        finish = piece.finish
+        try:
+            self._answering[number].handle.put(piece)
+        except Exception:  # whoever listens does not listen any more
+            finish = "cancelled"
+        if finish is None:
             return set()
-        self.ended[piece.finish] += 1
+        self.ended[finish] += 1
         return {number}
 
     def _end_cancelled(self) -> None:

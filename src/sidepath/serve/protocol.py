@@ -86,6 +86,8 @@ class Asked:
     stream: bool
     usage: bool
     """Whether the stream ends with the number of tokens."""
+    prompt_tokens: int
+    """Tokens of all prompts; answers to one prompt share it."""
 
 
 def parse(raw: bytes, chat: bool, tokenizer: Any) -> Asked:
@@ -111,7 +113,8 @@ def parse(raw: bytes, chat: bool, tokenizer: Any) -> Asked:
         for number, prompt in enumerate(prompt for prompt in prompts for _ in range(count))
     )
     usage = body.get("stream_options", {}).get("include_usage") is True
-    return Asked(chat, body["model"], requests, body.get("stream", False), usage)
+    tokens = sum(map(len, prompts))
+    return Asked(chat, body["model"], requests, body.get("stream", False), usage, tokens)
 
 
 def _object(raw: bytes) -> dict[str, Any]:
@@ -259,9 +262,7 @@ class Reply:
         return {**self.head, "object": kind, "choices": choices}
 
     def _usage(self) -> dict[str, int]:
-        # Answers to one prompt share it; a body's prompts are counted once each.
-        prompts = {request.prompt: len(request.prompt) for request in self._asked.requests}
-        prompt, answer = sum(prompts.values()), sum(self._answers)
+        prompt, answer = self._asked.prompt_tokens, sum(self._answers)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": answer,

@@ -1,17 +1,20 @@
 """The engine beside transformers' own ways, on prompts of many lengths, and over many adapters.
 
-    python benchmarks/serving.py [--rounds 3] [--threads 1] [--adapters 32] [--skip-peer]
+    python benchmarks/serving.py [--figures mixed many zipf] [--rounds 3] [--skip-peer]
 
 A random Llama of 29M parameters. First figure: 8 prompts of 40 to 300 tokens, 24 new tokens each,
 on the base: padded `generate`, transformers' continuous batching (`generate_batch`), the engine.
 Second figure: 32 requests of 32 + 16 tokens, each over an adapter of its own (LoRA r=8, all linear
-layers), against the same on the base. With one thread a second is a second of CPU.
+layers), against the same on the base. Third: 160 requests over 1,000 adapters (r=8, queries and
+values) of Zipf popularity with 16 slots, against the same number over 16 adapters. With one thread
+a second is a second of CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import statistics
 import sys
 import tempfile
@@ -33,11 +36,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--adapters", type=int, default=32)
+    parser.add_argument("--figures", nargs="+", default=list(FIGURES), choices=list(FIGURES))
     parser.add_argument("--skip-peer", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    figures = [mixed_lengths(options), many_adapters(options)]
+    figures = [FIGURES[name](options) for name in options.figures]
     cells = [
         [
             figure["name"],
@@ -138,24 +141,8 @@ def peer(prompts: Prompts, new: int) -> Callable[[], object]:
 
 def many_adapters(options: argparse.Namespace) -> dict[str, Any]:
     """As many requests as adapters, each over its own, against the base."""
-    import sidepath
-    from sidepath.serve.engine import Engine
-    from sidepath.serve.scheduler import Limits
-
-    count, new = options.adapters, 16
-    source = llama()
-    model = llama()
-    engine = Engine(
-        model, limits=Limits(rows=count, slots=count, context=64, step_tokens=32 * count)
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(count):
-            adapter = sidepath.inject(source, sidepath.LoRA(r=8), name="new")
-            with torch.no_grad():
-                for parameter in adapter.parameters():
-                    parameter.add_(torch.randn_like(parameter) * 0.02)
-            engine.adapters.load(f"a{number}", adapter.save(Path(folder) / f"a{number}"))
-            sidepath.remove(source, "new")
+    count, new = 32, 16
+    engine = engine_with(count, ("all-linear",), slots=count, rows=count)
     prompts = prompts_of([32] * count)
     names = [f"a{number}" for number in range(count)]
     ways = {
@@ -163,6 +150,45 @@ def many_adapters(options: argparse.Namespace) -> dict[str, Any]:
         "engine": engine_way(engine, prompts, names, new),
     }
     return figure(f"{count} requests over {count} adapters", ways, options.rounds, count * new)
+
+
+def zipf(options: argparse.Namespace) -> dict[str, Any]:
+    """Many adapters that are asked for unequally, against as many as there are slots."""
+    count, slots, requests, new = 1000, 16, 160, 8
+    engine = engine_with(count, ("q_proj", "v_proj"), slots=slots, rows=slots)
+    prompts = prompts_of([24] * requests)
+    rng = random.Random(1)
+    weights = [1 / (place + 1) for place in range(count)]
+    many = rng.choices([f"a{number}" for number in range(count)], weights, k=requests)
+    few = rng.choices([f"a{number}" for number in range(slots)], weights[:slots], k=requests)
+    ways = {
+        f"{slots} adapters": engine_way(engine, prompts, few, new),
+        "engine": engine_way(engine, prompts, many, new),
+    }
+    name = f"{requests} requests over {count} adapters ({len(set(many))} asked for), {slots} slots"
+    return figure(name, ways, options.rounds, requests * new)
+
+
+def engine_with(count: int, targets: tuple[str, ...], *, slots: int, rows: int) -> Any:
+    """An engine with so many adapters, loaded from their folders."""
+    import sidepath
+    from sidepath.serve.engine import Engine
+    from sidepath.serve.scheduler import Limits
+
+    source = llama()
+    limits = Limits(rows=rows, slots=slots, context=64, step_tokens=32 * rows)
+    engine = Engine(llama(), limits=limits)
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(count):
+            adapter = sidepath.inject(source, sidepath.LoRA(r=8, targets=targets), name="new")
+            with torch.no_grad():
+                for parameter in adapter.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.02)
+            place = adapter.save(Path(folder) / f"a{number}")
+            engine.adapters.load(f"a{number}", place)
+            sidepath.remove(source, "new")
+            shutil.rmtree(place)
+    return engine
 
 
 def figure(
@@ -176,6 +202,8 @@ def figure(
         "ratio": {way: ratios(s, seconds["engine"]) for way, s in seconds.items()},
     }
 
+
+FIGURES = {"mixed": mixed_lengths, "many": many_adapters, "zipf": zipf}
 
 if __name__ == "__main__":
     main()

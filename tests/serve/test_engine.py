@@ -150,38 +150,53 @@ def test_an_unloaded_adapter_is_unknown_at_once_and_leaves_when_drained(llama: S
         engine.adapters.unload("adapter-0")
 
 
-def test_swaps_under_load_with_threads(llama: Setting) -> None:
-    """Four callers, and one that loads and unloads: each answer is one version's, whole."""
-    asked: list[Handle] = []
-    answers: list[Answer] = []
+def swap_under_load(setting: Setting, loads: int) -> int:
+    """Four callers while one name is loaded again and again: each answer is one version's, whole.
+
+    Returns the number of versions that answered.
+    """
+    asked: list[tuple[Handle, Answer]] = []
+    over = threading.Event()
 
     def call(engine: Engine, seed: int) -> None:
         rng = random.Random(seed)
-        for _ in range(8):
-            request = Request(llama.prompt(rng, 20), "swapped", rng.randint(1, 8))
-            handle = engine.submit(request)
-            answer = handle.result()
-            asked.append(handle)
-            answers.append(answer)
+        prompts = [setting.prompt(rng, 20) for _ in range(8)]
+        while not over.is_set():
+            handle = engine.submit(Request(rng.choice(prompts), "swapped", rng.randint(1, 8)))
+            asked.append((handle, handle.result()))
 
-    with Engine(llama.make(), limits=SMALL) as engine, ThreadPoolExecutor(4) as pool:
-        versions = [engine.adapters.load("swapped", llama.folders[0])]
+    with Engine(setting.make(), limits=SMALL) as engine, ThreadPoolExecutor(4) as pool:
+        versions = [engine.adapters.load("swapped", setting.folders[0])]
         callers = [pool.submit(call, engine, seed) for seed in range(4)]
-        while not all(caller.done() for caller in callers) and len(versions) < 100:
-            folder = llama.folders[len(versions) % COUNT]
-            versions.append(engine.adapters.load("swapped", folder))
+        try:
+            while len(versions) < loads:
+                folder = setting.folders[len(versions) % COUNT]
+                versions.append(engine.adapters.load("swapped", folder))
+        finally:
+            over.set()
         for caller in callers:
             caller.result()
     folder_of = {version.generation: number % COUNT for number, version in enumerate(versions)}
-    assert len(asked) == 32
-    for handle, answer in zip(asked, answers, strict=True):
+    for handle, answer in asked:
         request = handle.request
         assert handle.generation is not None
         folder_number = folder_of[handle.generation]
-        expected = llama.alone.tokens(folder_number, request.prompt, request.max_new_tokens)
+        expected = setting.alone.tokens(folder_number, request.prompt, request.max_new_tokens)
         assert answer.tokens == expected
-    assert len({handle.generation for handle in asked}) > 1
     assert all(version.gone.is_set() for version in versions[:-1])
+    registry = registry_of(engine.model)
+    assert registry is not None
+    assert list(registry.adapters) == [versions[-1].internal]
+    return len({handle.generation for handle, _ in asked})
+
+
+def test_swaps_under_load(llama: Setting) -> None:
+    assert swap_under_load(llama, 40) > 1
+
+
+@pytest.mark.slow
+def test_a_thousand_swaps_under_load(llama: Setting) -> None:
+    assert swap_under_load(llama, 1000) > 50
 
 
 def test_what_cannot_be_loaded_changes_nothing(llama: Setting, tmp_path: Path) -> None:

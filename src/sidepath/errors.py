@@ -24,6 +24,10 @@ do next. Faults of one operation are collected and raised once.
     │   ├── NonFinite              a NaN or Inf in loss or gradient
     │   └── Interrupted            exit code 143: stopped on request, to be resumed
     ├── ResumeError                a checkpoint that does not belong to this run
+    ├── ServeError                 requests to a running engine
+    │   ├── RequestRefused         a request that can never be answered as it stands
+    │   │   └── TooLarge           its body is longer than any that is read
+    │   └── Overloaded             no room for one request more just now
     ├── MissingExtra               an optional dependency is not installed
     └── ParityError                exit code 1: merged and un-merged model disagree
 
@@ -158,6 +162,22 @@ class Interrupted(TrainError):
 
 class ResumeError(SidepathError):
     """A checkpoint is damaged or belongs to a run with other settings."""
+
+
+class ServeError(SidepathError):
+    """A request to a running engine was not answered."""
+
+
+class RequestRefused(ServeError):
+    """A request can never be answered as it stands: nothing of it was begun."""
+
+
+class TooLarge(RequestRefused):
+    """The body of a request is longer than any that is read."""
+
+
+class Overloaded(ServeError):
+    """There is no room for one request more just now; the same may be asked again later."""
 
 
 class MissingExtra(SidepathError):

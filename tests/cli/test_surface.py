@@ -63,6 +63,10 @@ SURFACE = {
         " --overwrite"
     ),
     "extract": "--r --energy --targets --exclude --whole --seed --overwrite",
+    "serve": (
+        f"{COMMON} --adapters --port --name --allow-other-base --rows --slots --context"
+        " --cached-tokens --step-tokens --queue"
+    ),
     "bench": "--rounds --threads --device --output --quick",
     "config": f"{RUN} {LORA} --lora-dtype {TRAIN}",
 }

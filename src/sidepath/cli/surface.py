@@ -24,6 +24,7 @@ from sidepath.cli.runs import (
     PlanRun,
     TrainRun,
 )
+from sidepath.cli.serve_run import ServeRun
 from sidepath.cli.settings import Settings
 from sidepath.cli.sharing_runs import LibraryRun, PushRun
 from sidepath.config import TrainConfig
@@ -170,6 +171,12 @@ VERBS: Mapping[str, Verb] = {
         ExtractRun,
         "sidepath.cli.combining:extract",
         places=("BASE", "TUNED", "OUT"),
+    ),
+    "serve": Verb(
+        "answer requests to a base and a folder of adapters, as OpenAI's server does",
+        "serve",
+        ServeRun,
+        "sidepath.cli.serving:serve",
     ),
     "bench": Verb(
         "measure training, memory, decoding, routing and switching beside PEFT",

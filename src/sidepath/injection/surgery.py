@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sidepath.core.adapted import adapt, restore
 from sidepath.core.around import CallView
 from sidepath.core.delta import Delta
-from sidepath.core.routing import group_rows
+from sidepath.core.routing import Rows, group_rows
 from sidepath.core.views import View, view_of
 from sidepath.errors import MergeError, UnsupportedModule
 from sidepath.injection.architecture import module_at
@@ -175,14 +175,34 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     Raises `UnknownAdapter` for a name that is not loaded, `MergeError` while one is merged in,
     and, when a batch comes, `RoutingError` unless it has `len(names)` rows.
     """
+    with route_rows(model, rows_of(model, names)):
+        yield
+
+
+def rows_of(model: nn.Module, names: Sequence[str | None]) -> Rows:
+    """The rows of batches that these adapters answer, for `route_rows`.
+
+    Raises `UnknownAdapter` for a name that is not loaded.
+    """
     registry = require_registry(model)
     for name in names:
         if name is not None:
             registry.adapter(name)
+    return group_rows(names)
+
+
+@contextmanager
+def route_rows(model: nn.Module, rows: Rows) -> Iterator[None]:
+    """`route` for rows that come again: the factors they hold are kept from block to block.
+
+    So the adapters they name must not change or leave meanwhile, nor the base's dtype. Raises as
+    `route` does.
+    """
+    registry = require_registry(model)
     refuse_merged(registry, "rows cannot be routed")
     routing = registry.routing
     before = routing.rows
-    routing.rows = group_rows(names)
+    routing.rows = rows
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from sidepath.store.contents import Contents, read_folder
 from sidepath.store.fingerprint import fingerprint, same_base
 from sidepath.store.folder import publish, sha256_file
 from sidepath.store.hub import ADAPTER, local, name_of
+from sidepath.store.loading import Loaded
 from sidepath.store.originals import Originals, residual_source, start_at_residuals
 from sidepath.store.parity import read_parity
 from sidepath.store.peft_format import WEIGHTS
@@ -158,17 +160,51 @@ def load(
     registry = registry_of(model)
     check_name(registry, name)
     refuse_merged(registry, f'"{name}" cannot be loaded')
+    with opened(model, folder, allow_other_base=allow_other_base) as ready:
+        return ready.stand_up(name, trainable)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter whose folder was read and checked against the model, and that is not on it yet."""
+
+    model: nn.Module
+    contents: Contents
+    loaded: Loaded
+
+    def stand_up(self, name: str, trainable: bool = False) -> Adapter:
+        """Put it on the model, once its bytes are known to be the right ones.
+
+        Errors: `DamagedAdapter`, `BadName`, `NameTaken`; `MergeError` while one is merged in.
+        """
+        contents = self.contents
+        tensors = contents.placed(self.loaded.tensors)
+        adapter = stand_up(
+            self.model,
+            contents.config,
+            name,
+            contents.sites,
+            tensors,
+            trainable,
+            self.loaded.settle,
+        )
+        if contents.manifest is not None:
+            adapter.installed.record = dict(contents.manifest.record)
+        return adapter
+
+
+@contextmanager
+def opened(model: nn.Module, folder: Path, *, allow_other_base: bool = False) -> Iterator[Opened]:
+    """Read and check an adapter's folder, as `load` does; the model is looked at, not changed.
+
+    Errors: `DamagedAdapter` with all faults, `WrongBase`, `StoreError`; `MergeError` when this
+    adapter is merged into the base's folder.
+    """
     contents = read_folder(model, folder)
     _refuse_merged_base(model, contents)
     _check_base(model, contents, folder, allow_other_base)
     with contents.loading(model) as loaded:
-        tensors = contents.placed(loaded.tensors)
-        adapter = stand_up(
-            model, contents.config, name, contents.sites, tensors, trainable, loaded.settle
-        )
-    if contents.manifest is not None:
-        adapter.installed.record = dict(contents.manifest.record)
-    return adapter
+        yield Opened(model, contents, loaded)
 
 
 def stand_up(
@@ -214,7 +250,7 @@ def _check_base(model: nn.Module, contents: Contents, folder: Path, allow_other:
         warnings.warn(
             f"{folder}: no sidepath.json: its base could not be verified",
             SidepathNotice,
-            stacklevel=3,
+            stacklevel=5,
         )
         return
     recorded = contents.manifest.base

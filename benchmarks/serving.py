@@ -1,0 +1,209 @@
+"""The engine beside transformers' own ways, on prompts of many lengths, and over many adapters.
+
+    python benchmarks/serving.py [--figures mixed many zipf] [--rounds 3] [--skip-peer]
+
+A random Llama of 29M parameters. First figure: 8 prompts of 40 to 300 tokens, 24 new tokens each,
+on the base: padded `generate`, transformers' continuous batching (`generate_batch`), the engine.
+Second figure: 32 requests of 32 + 16 tokens, each over an adapter of its own (LoRA r=8, all linear
+layers), against the same on the base. Third: 160 requests over 1,000 adapters (r=8, queries and
+values) of Zipf popularity with 16 slots, against the same number over 16 adapters. With one thread
+a second is a second of CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import interleaved, machine, markdown, ratios, show
+
+Prompts = Sequence[tuple[int, ...]]
+VOCABULARY = 12_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--figures", nargs="+", default=list(FIGURES), choices=list(FIGURES))
+    parser.add_argument("--skip-peer", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    figures = [FIGURES[name](options) for name in options.figures]
+    cells = [
+        [
+            figure["name"],
+            way,
+            f"{figure['tokens_per_second'][way]:,.1f}",
+            f"{ratio['median']:.2f}",
+            f"{ratio['min']:.2f}",
+            f"{ratio['max']:.2f}",
+        ]
+        for figure in figures
+        for way, ratio in figure["ratio"].items()
+    ]
+    head = ["figure", "way", "new tokens/s", "engine's over it", "min", "max"]
+    show({"machine": machine(), "figures": figures}, machine(), markdown(head, cells))
+
+
+def llama() -> Any:
+    """The same random base at each call; no token ends an answer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def prompts_of(lengths: Sequence[int]) -> Prompts:
+    rng = random.Random(0)
+    return [tuple(rng.randrange(3, VOCABULARY) for _ in range(length)) for length in lengths]
+
+
+def engine_way(engine: Any, prompts: Prompts, names: Sequence[str | None], new: int) -> Any:
+    """Answers all prompts; returns their tokens."""
+    from sidepath.serve.requests import Request
+
+    def way() -> list[tuple[int, ...]]:
+        asked = [
+            engine.submit(Request(prompt, name, new))
+            for prompt, name in zip(prompts, names, strict=True)
+        ]
+        while engine.step():
+            pass
+        return [handle.result().tokens for handle in asked]
+
+    return way
+
+
+def mixed_lengths(options: argparse.Namespace) -> dict[str, Any]:
+    """Prompts of 40 to 300 tokens on the base."""
+    from sidepath.serve.engine import Engine
+    from sidepath.serve.scheduler import Limits
+
+    new, lengths = 24, [40, 77, 114, 151, 188, 225, 262, 300]
+    prompts, model = prompts_of(lengths), llama()
+    engine = Engine(model, limits=Limits(rows=8, context=512, step_tokens=512))
+    longest = max(lengths)
+    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    settings = {"max_new_tokens": new, "do_sample": False}
+
+    def padded() -> list[tuple[int, ...]]:
+        out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=0, **settings)
+        return [tuple(row) for row in out[:, longest:].tolist()]
+
+    ours = engine_way(engine, prompts, [None] * len(prompts), new)
+    assert ours() == padded(), "greedy tokens are those of generate"
+    ways: dict[str, Callable[[], object]] = {"padded generate": padded, "engine": ours}
+    if not options.skip_peer:
+        ways["continuous batching"] = peer(prompts, new)
+    return figure("8 prompts of 40..300 tokens, 24 new", ways, options.rounds, len(prompts) * new)
+
+
+def peer(prompts: Prompts, new: int) -> Callable[[], object]:
+    """Continuous batching of transformers, on a model of its own: it changes the attention."""
+    from transformers import GenerationConfig
+
+    model = llama()
+    config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+    def way() -> object:
+        found = model.generate_batch([list(p) for p in prompts], generation_config=config)
+        assert all(len(each.generated_tokens) == new for each in found.values())
+        return found
+
+    return way
+
+
+def many_adapters(options: argparse.Namespace) -> dict[str, Any]:
+    """As many requests as adapters, each over its own, against the base."""
+    count, new = 32, 16
+    engine = engine_with(count, ("all-linear",), slots=count, rows=count)
+    prompts = prompts_of([32] * count)
+    names = [f"a{number}" for number in range(count)]
+    ways = {
+        "base": engine_way(engine, prompts, [None] * count, new),
+        "engine": engine_way(engine, prompts, names, new),
+    }
+    return figure(f"{count} requests over {count} adapters", ways, options.rounds, count * new)
+
+
+def zipf(options: argparse.Namespace) -> dict[str, Any]:
+    """Many adapters that are asked for unequally, against as many as there are slots."""
+    count, slots, requests, new = 1000, 16, 160, 8
+    engine = engine_with(count, ("q_proj", "v_proj"), slots=slots, rows=slots)
+    prompts = prompts_of([24] * requests)
+    rng = random.Random(1)
+    weights = [1 / (place + 1) for place in range(count)]
+    many = rng.choices([f"a{number}" for number in range(count)], weights, k=requests)
+    few = rng.choices([f"a{number}" for number in range(slots)], weights[:slots], k=requests)
+    ways = {
+        f"{slots} adapters": engine_way(engine, prompts, few, new),
+        "engine": engine_way(engine, prompts, many, new),
+    }
+    name = f"{requests} requests over {count} adapters ({len(set(many))} asked for), {slots} slots"
+    return figure(name, ways, options.rounds, requests * new)
+
+
+def engine_with(count: int, targets: tuple[str, ...], *, slots: int, rows: int) -> Any:
+    """An engine with so many adapters, loaded from their folders."""
+    import sidepath
+    from sidepath.serve.engine import Engine
+    from sidepath.serve.scheduler import Limits
+
+    source = llama()
+    limits = Limits(rows=rows, slots=slots, context=64, step_tokens=32 * rows)
+    engine = Engine(llama(), limits=limits)
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(count):
+            adapter = sidepath.inject(source, sidepath.LoRA(r=8, targets=targets), name="new")
+            with torch.no_grad():
+                for parameter in adapter.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.02)
+            place = adapter.save(Path(folder) / f"a{number}")
+            engine.adapters.load(f"a{number}", place)
+            sidepath.remove(source, "new")
+            shutil.rmtree(place)
+    return engine
+
+
+def figure(
+    name: str, ways: dict[str, Callable[[], object]], rounds: int, tokens: int
+) -> dict[str, Any]:
+    """Seconds of each way in turn; a ratio above 1 says that the engine is faster."""
+    seconds = interleaved(ways, rounds=rounds, warmup=1)
+    return {
+        "name": name,
+        "tokens_per_second": {way: tokens / statistics.median(s) for way, s in seconds.items()},
+        "ratio": {way: ratios(s, seconds["engine"]) for way, s in seconds.items()},
+    }
+
+
+FIGURES = {"mixed": mixed_lengths, "many": many_adapters, "zipf": zipf}
+
+if __name__ == "__main__":
+    main()

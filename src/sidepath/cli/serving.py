@@ -1,0 +1,120 @@
+"""The verb serve: one base and a folder of adapters behind OpenAI's routes (floor 7)."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sidepath.cli.bases import base_folder, load_causal, load_tokenizer
+from sidepath.cli.launch import stopped_by_sigterm
+from sidepath.cli.output import Report, Table, note
+from sidepath.cli.serve_run import ServeRun
+from sidepath.cli.surface import Call
+from sidepath.errors import ConfigError, MissingExtra, SidepathError, StoreError, in_one_line
+
+if TYPE_CHECKING:
+    from sidepath.serve.engine import Engine
+
+HOST = "127.0.0.1"
+
+
+def serve(call: Call) -> Report:
+    """Serve until SIGTERM or Ctrl-C; what was begun by then is answered first."""
+    try:
+        import uvicorn
+
+        from sidepath.serve.http import application
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            "serving needs a web server", found=str(error), hint="pip install 'sidepath[serve]'"
+        ) from error
+    from sidepath.serve.engine import Engine
+    from sidepath.serve.scheduler import Limits
+
+    run = call.settings.build("serve", ServeRun)
+    folder = base_folder(run.base)
+    base = run.name if run.name is not None else folder.resolve().name
+    found = folders_in(run.adapters, base)
+    limits = Limits(run.rows, run.slots, run.context, run.cached_tokens, run.step_tokens, run.queue)
+    with listening(run.port) as bound:
+        model = load_causal(folder, run.dtype, run.device, run.quantise)
+        engine = Engine(model, load_tokenizer(folder), limits)
+        load_all(engine, found, run.allow_other_base)
+        config = uvicorn.Config(application(engine, base), log_level="warning", lifespan="off")
+        server = uvicorn.Server(config)
+        with engine, stopped_by_sigterm(lambda: None):  # uvicorn's own takes its place meanwhile
+            url = f"http://{HOST}:{bound.getsockname()[1]}/v1"
+            note(f"serving {base} and {len(found)} adapters at {url}")
+            server.run(sockets=[bound])
+    ended = dict(engine.ended)
+    return Report(
+        {"ended": ended, "steps": engine.steps, "tokens": engine.new_tokens},
+        [Table("", ["requests ended by", "count"], list(ended.items()))],
+    )
+
+
+def listening(port: int) -> socket.socket:
+    """A socket that listens on a port of this machine, before anything is loaded: who comes early
+    waits.
+    """
+    bound = socket.socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((HOST, port))
+        bound.listen()
+    except OSError as error:
+        bound.close()
+        raise ConfigError(
+            "the port cannot be listened on",
+            where=f"{HOST}:{port}",
+            found=error.strerror,
+            hint="--port 0 takes a free one",
+        ) from error
+    return bound
+
+
+def folders_in(given: str | None, base: str) -> dict[str, Path]:
+    """The adapters' folders by the names they are served under.
+
+    Errors: `StoreError` for a folder without any; `ConfigError` for one that is called as the base.
+    """
+    if given is None:
+        return {}
+    root = Path(given)
+    if not root.is_dir():
+        raise StoreError("no such folder of adapters", where=root)
+    places = [root] if _is_adapter(root) else sorted(place for place in root.iterdir())
+    found = {place.resolve().name: place for place in places if _is_adapter(place)}
+    for place in places:
+        if place.is_dir() and not _is_adapter(place):
+            note(f"note: {place} is passed over: it has no adapter_config.json")
+    if not found:
+        raise StoreError(
+            "the folder holds no adapter",
+            where=root,
+            expected="folders with adapter_config.json in it, as `sidepath train` writes them",
+        )
+    if base in found:
+        raise ConfigError(
+            f'an adapter is called "{base}", as the base is',
+            where=found[base],
+            hint="give the base another name with --name",
+        )
+    return found
+
+
+def _is_adapter(place: Path) -> bool:
+    return (place / "adapter_config.json").is_file()
+
+
+def load_all(engine: Engine, found: dict[str, Path], allow_other_base: bool) -> None:
+    """Load every adapter. Errors: one `StoreError` that names each that cannot be served."""
+    faults = []
+    for name, folder in found.items():
+        try:
+            engine.adapters.load(name, folder, allow_other_base=allow_other_base)
+        except SidepathError as error:
+            faults.append(f"{folder}: {in_one_line(error)}")
+    if faults:
+        raise StoreError(f"{len(faults)} of {len(found)} adapters cannot be served", faults=faults)

@@ -1,0 +1,1 @@
+"""One base, many adapters, many requests at a time (floor 5)."""

@@ -1,0 +1,115 @@
+"""The adapters that can be asked for by name, and the versions of them that still answer (floor 5).
+
+Each load of a name is a version with a name of its own on the model, so that a request keeps the
+one it started with. A version that was replaced or unloaded takes no new request and leaves the
+model with its last one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sidepath.errors import UnknownAdapter, meant
+
+
+@dataclass(eq=False)
+class Version:
+    """One load of an adapter."""
+
+    name: str
+    generation: int
+    """Counts the loads of all names, from 1."""
+    source: str
+    """The folder it came from."""
+    answering: int = 0
+    """Requests that it answers, waiting ones too."""
+    retired: bool = False
+    gone: threading.Event = field(default_factory=threading.Event)
+    """Set when it has left the model."""
+
+    @property
+    def internal(self) -> str:
+        """Its name on the model."""
+        return f"serving-{self.generation}"
+
+
+class Library:
+    """Names and versions. Safe for several threads; `drop` is called for each version that nobody
+    asks any more, with no lock held.
+    """
+
+    def __init__(self, drop: Callable[[Version], None]) -> None:
+        self._drop = drop
+        self._lock = threading.Lock()
+        self._current: dict[str, Version] = {}
+        self._generations = 0
+
+    def versions(self) -> list[Version]:
+        """The version of each name, in order of name."""
+        with self._lock:
+            return [self._current[name] for name in sorted(self._current)]
+
+    def new(self, name: str, source: str) -> Version:
+        """A version to be loaded; nobody can ask for it before `publish`."""
+        with self._lock:
+            self._generations += 1
+            return Version(name, self._generations, source)
+
+    def publish(self, version: Version) -> None:
+        """Let a version answer its name from now on; the one before is retired.
+
+        Of two loads of one name at a time the one begun last stays, whichever is ready first.
+        """
+        with self._lock:
+            before = self._current.get(version.name)
+            if before is not None and before.generation > version.generation:
+                before = version
+            else:
+                self._current[version.name] = version
+            leaving = self._retired(before)
+        self._drop_all(leaving)
+
+    def retire(self, name: str) -> Version:
+        """Let a name be unknown from now on. Errors: `UnknownAdapter`."""
+        with self._lock:
+            version = self._known(name)
+            del self._current[name]
+            leaving = self._retired(version)
+        self._drop_all(leaving)
+        return version
+
+    def acquire(self, name: str) -> Version:
+        """The version that answers a new request. Errors: `UnknownAdapter` with near names."""
+        with self._lock:
+            version = self._known(name)
+            version.answering += 1
+            return version
+
+    def release(self, version: Version) -> None:
+        """A request has ended."""
+        with self._lock:
+            version.answering -= 1
+            leaving = [version] if version.retired and not version.answering else []
+        self._drop_all(leaving)
+
+    def _known(self, name: str) -> Version:
+        if name not in self._current:
+            loaded = ", ".join(f'"{known}"' for known in sorted(self._current)) or "none"
+            raise UnknownAdapter(
+                f'no adapter "{name}" is loaded',
+                found=f"loaded: {loaded}",
+                hint=meant(name, self._current),
+            )
+        return self._current[name]
+
+    def _retired(self, version: Version | None) -> list[Version]:
+        if version is None:
+            return []
+        version.retired = True
+        return [] if version.answering else [version]
+
+    def _drop_all(self, versions: list[Version]) -> None:
+        for version in versions:
+            self._drop(version)

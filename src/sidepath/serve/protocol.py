@@ -1,0 +1,295 @@
+"""Bodies as OpenAI's clients write them, and what they expect back (floor 5).
+
+A field that would change the answer and is not known, or that cannot be followed, is an error:
+nothing is ignored in silence. Fields of other servers that people use (top_k, min_p,
+repetition_penalty) are taken too.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sidepath.errors import RequestRefused, closest
+from sidepath.kernels.hashed import seed_of
+from sidepath.serve.requests import Piece, Request
+from sidepath.serve.sampling import Chosen, Sampling
+
+MOST_ANSWERS = 16
+"""Answers that one body may ask for: n times the number of prompts."""
+DEFAULT_TOKENS = 128
+"""Longest answer where the body says nothing."""
+
+
+def _is(kind: type | tuple[type, ...]) -> Callable[[Any], bool]:
+    """Whether a value is of a kind; true and false are no numbers."""
+    return lambda value: isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(each, str) for each in value)
+    )
+
+
+_NUMBER = (_is((int, float)), "a number")
+_WHOLE = (_is(int), "a whole number")
+_SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (_is(str), "a string"),
+    "max_tokens": _WHOLE,
+    "max_completion_tokens": _WHOLE,
+    "temperature": _NUMBER,
+    "top_p": _NUMBER,
+    "top_k": _WHOLE,
+    "min_p": _NUMBER,
+    "repetition_penalty": _NUMBER,
+    "seed": _WHOLE,
+    "stop": (_strings, "a string or a list of strings"),
+    "stream": (_is(bool), "true or false"),
+    "stream_options": (_is(dict), "an object"),
+    "n": _WHOLE,
+    "user": (_is(str), "a string"),
+}
+_COMPLETION = {"prompt": (lambda value: True, ""), "logprobs": _WHOLE}
+_CHAT = {
+    "messages": (_is(list), "a list"),
+    "logprobs": (_is(bool), "true or false"),
+    "top_logprobs": _WHOLE,
+}
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "response_format": ({"type": "text"},),
+    "metadata": ({},),
+    "store": (False,),
+}
+"""Fields that are known and not followed, with the value that asks for nothing."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A body that was understood."""
+
+    chat: bool
+    model: str
+    requests: tuple[Request, ...]
+    """One an answer; the adapter is not filled in yet."""
+    stream: bool
+    usage: bool
+    """Whether the stream ends with the number of tokens."""
+    prompt_tokens: int
+    """Tokens of all prompts; answers to one prompt share it."""
+
+
+def parse(raw: bytes, chat: bool, tokenizer: Any) -> Asked:
+    """What a body asks for. Errors: one `RequestRefused` that names every field at fault."""
+    body = _object(raw)
+    body = {name: value for name, value in body.items() if value is not None}
+    faults = _faults(body, {**_SETTINGS, **(_CHAT if chat else _COMPLETION)})
+    needed = "messages" if chat else "prompt"
+    faults += [f"{name} is missing" for name in ("model", needed) if name not in body]
+    if faults:
+        raise RequestRefused("the body cannot be followed", faults=faults)
+    prompts = [_chat_prompt(body, tokenizer)] if chat else _prompts(body["prompt"], tokenizer)
+    count = body.get("n", 1)
+    if not 1 <= count * len(prompts) <= MOST_ANSWERS:
+        raise RequestRefused(
+            "the body asks for too many answers, or for none",
+            found=f"n = {count} for {len(prompts)} prompts",
+            expected=f"1 to {MOST_ANSWERS} in all",
+        )
+    seed = body.get("seed", secrets.randbits(63))
+    requests = tuple(
+        _request(body, chat, prompt, seed if number == 0 else seed_of(seed, number))
+        for number, prompt in enumerate(prompt for prompt in prompts for _ in range(count))
+    )
+    usage = body.get("stream_options", {}).get("include_usage") is True
+    tokens = sum(map(len, prompts))
+    return Asked(chat, body["model"], requests, body.get("stream", False), usage, tokens)
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise RequestRefused("the body is not JSON", found=str(error)[:200]) from error
+    if not isinstance(body, dict):
+        raise RequestRefused("the body is not a JSON object", found=type(body).__name__)
+    return body
+
+
+def _faults(
+    body: Mapping[str, Any], known: Mapping[str, tuple[Callable[[Any], bool], str]]
+) -> list[str]:
+    faults = []
+    for name, value in body.items():
+        if name in known:
+            holds, must = known[name]
+            if not holds(value):
+                faults.append(f"{name} must be {must}")
+        elif name in _NEUTRAL:
+            if value not in _NEUTRAL[name]:
+                faults.append(f"{name} is not supported")
+        else:
+            near = closest(name, known, 1)
+            faults.append(f"{name} is not known" + (f": did you mean {near[0]}?" if near else ""))
+    return faults
+
+
+def _request(body: Mapping[str, Any], chat: bool, prompt: tuple[int, ...], seed: int) -> Request:
+    stop = body.get("stop", [])
+    logprobs = body.get("logprobs")
+    if chat:
+        logprobs = body.get("top_logprobs", 0) if logprobs else None
+    return Request(
+        prompt=prompt,
+        max_new_tokens=body.get("max_completion_tokens", body.get("max_tokens", DEFAULT_TOKENS)),
+        sampling=Sampling(
+            temperature=body.get("temperature", 1.0),
+            top_k=body.get("top_k", 0),
+            top_p=body.get("top_p", 1.0),
+            min_p=body.get("min_p", 0.0),
+            repetition_penalty=body.get("repetition_penalty", 1.0),
+            seed=seed,
+            logprobs=logprobs,
+        ),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+    )
+
+
+def _prompts(given: Any, tokenizer: Any) -> list[tuple[int, ...]]:
+    """A prompt may be a string, tokens, or a list of either."""
+    several = given if isinstance(given, list) and not _tokens(given) else [given]
+    if not all(isinstance(each, str) or _tokens(each) for each in several):
+        raise RequestRefused(
+            "prompt cannot be read", expected="a string, a list of tokens, or a list of either"
+        )
+    return [
+        tuple(tokenizer(each)["input_ids"]) if isinstance(each, str) else tuple(each)
+        for each in several
+    ]
+
+
+def _tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(_is(int)(each) for each in value)
+
+
+def _chat_prompt(body: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
+    faults = [
+        f"messages[{number}] must have a role and a content, both strings"
+        for number, message in enumerate(body["messages"])
+        if not isinstance(message, dict)
+        or not isinstance(message.get("role"), str)
+        or not isinstance(message.get("content"), str)
+    ]
+    if faults or not body["messages"]:
+        raise RequestRefused("messages cannot be read", faults=faults or ["there are none"])
+    if not tokenizer.chat_template:
+        raise RequestRefused(
+            "the base has no chat template", hint="ask /v1/completions, with the prompt as it is"
+        )
+    try:
+        ids = tokenizer.apply_chat_template(
+            body["messages"], add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+    # A template is a program of its author's: it may fail in any way a program can.
+    except Exception as error:
+        raise RequestRefused(
+            "the chat template refuses the messages", found=f"{type(error).__name__}: {error}"
+        ) from error
+    return tuple(ids)
+
+
+class Reply:
+    """Builds the documents of one reply."""
+
+    def __init__(self, asked: Asked, tokenizer: Any) -> None:
+        self._asked, self._tokenizer = asked, tokenizer
+        kind = "chatcmpl" if asked.chat else "cmpl"
+        self.head = {
+            "id": f"{kind}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": asked.model,
+        }
+        self._answers = [0] * len(asked.requests)
+        self._fresh = [True] * len(asked.requests)
+
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+        """A piece of one answer as the stream carries it."""
+        self._answers[index] += piece.chosen is not None
+        choice: dict[str, Any] = {"index": index, "finish_reason": piece.finish}
+        chosen = [] if piece.chosen is None else [piece.chosen]
+        choice["logprobs"] = self._logprobs(index, chosen) if chosen else None
+        if self._asked.chat:
+            first = {"role": "assistant"} if self._fresh[index] else {}
+            choice["delta"] = first | ({"content": piece.text} if piece.text or first else {})
+        else:
+            choice["text"] = piece.text
+        self._fresh[index] = False
+        return self._document([choice], "chat.completion.chunk")
+
+    def whole(self, answers: Sequence[Sequence[Piece]]) -> dict[str, Any]:
+        """All answers in one document."""
+        choices = []
+        for index, pieces in enumerate(answers):
+            chosen = [piece.chosen for piece in pieces if piece.chosen is not None]
+            self._answers[index] = len(chosen)
+            text = "".join(piece.text for piece in pieces)
+            choice: dict[str, Any] = {"index": index, "finish_reason": pieces[-1].finish}
+            choice["logprobs"] = self._logprobs(index, chosen)
+            if self._asked.chat:
+                choice["message"] = {"role": "assistant", "content": text}
+            else:
+                choice["text"] = text
+            choices.append(choice)
+        return self._document(choices, "chat.completion") | {"usage": self._usage()}
+
+    def last(self) -> dict[str, Any]:
+        """The document that ends a stream whose tokens were to be counted."""
+        return self._document([], "chat.completion.chunk") | {"usage": self._usage()}
+
+    def _document(self, choices: list[dict[str, Any]], chat_object: str) -> dict[str, Any]:
+        kind = chat_object if self._asked.chat else "text_completion"
+        return {**self.head, "object": kind, "choices": choices}
+
+    def _usage(self) -> dict[str, int]:
+        prompt, answer = self._asked.prompt_tokens, sum(self._answers)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": answer,
+            "total_tokens": prompt + answer,
+        }
+
+    def _logprobs(self, index: int, chosen: Sequence[Chosen]) -> dict[str, Any] | None:
+        if self._asked.requests[index].sampling.logprobs is None:
+            return None
+        if self._asked.chat:
+            return {"content": [self._entry(each) for each in chosen]}
+        return {
+            "tokens": [self._text(each.token) for each in chosen],
+            "token_logprobs": [each.logprob for each in chosen],
+            "top_logprobs": [
+                {self._text(token): logprob for token, logprob in each.likeliest} for each in chosen
+            ],
+        }
+
+    def _entry(self, chosen: Chosen) -> dict[str, Any]:
+        own = ((chosen.token, chosen.logprob), *chosen.likeliest)
+        entries = [
+            {"token": self._text(token), "logprob": logprob, "bytes": None}
+            for token, logprob in own
+        ]
+        return {**entries[0], "top_logprobs": entries[1:]}
+
+    def _text(self, token: int) -> str:
+        text: str = self._tokenizer.decode([token])
+        return text

@@ -1,0 +1,93 @@
+"""The verb serve: a process that is asked, told to end, and ends well; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import Run
+
+
+def ask(url: str, model: str) -> Any:
+    body = {"model": model, "prompt": "count 3:", "max_tokens": 4, "temperature": 0}
+    sent = urllib.request.Request(
+        f"{url}/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(sent, timeout=60) as reply:
+        return json.load(reply)
+
+
+def test_a_server_answers_and_ends_on_sigterm(tiny_base: Path, trained: Path) -> None:
+    flags = f"--port 0 --name tiny-base --base {tiny_base} --adapters {trained.parent}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sidepath", "serve", "--json", *flags.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        assert process.stderr is not None
+        said = process.stderr.readline()
+        found = re.fullmatch(
+            r"serving tiny-base and 1 adapters at (http://127\.0\.0\.1:\d+/v1)\n", said
+        )
+        assert found is not None, said + process.stderr.read()
+        url = found[1]
+        assert ask(url, "tiny-base")["model"] == "tiny-base"
+        assert ask(url, trained.name)["usage"]["completion_tokens"] >= 1
+        with pytest.raises(urllib.error.HTTPError) as error:
+            ask(url, "other")
+        assert error.value.code == 404
+        error.value.close()
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert sum(json.loads(out)["ended"].values()) == 2
+
+
+def test_what_cannot_be_served(
+    run: Run, tiny_base: Path, other_base: Path, trained: Path, tmp_path: Path
+) -> None:
+    def refused(*more: object) -> str:
+        ran = run("serve", "--base", tiny_base, "--port", "0", *more)
+        assert (ran.code, ran.out) == (2, "")
+        assert "Traceback" not in ran.err
+        return ran.err
+
+    assert "no such folder of adapters" in refused("--adapters", tmp_path / "none")
+    assert "the folder holds no adapter" in refused("--adapters", tmp_path)
+    own = refused("--adapters", trained, "--name", trained.name)
+    assert "give the base another name with --name" in own
+    shutil.copytree(trained, tmp_path / "good")
+    shutil.copytree(trained, tmp_path / "bad name")
+    shutil.copytree(trained, tmp_path / "damaged")
+    (tmp_path / "damaged" / "adapter_model.safetensors").write_bytes(b"x")
+    both = refused("--adapters", tmp_path)
+    assert "2 of 3 adapters cannot be served" in both
+    assert "bad name" in both
+    assert "damaged" in both
+    ran = run("serve", "--base", other_base, "--port", "0", "--adapters", trained)
+    assert ran.code == 2
+    assert "the adapter was made for another base" in ran.err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        busy = run("serve", "--base", tiny_base, "--port", taken.getsockname()[1])
+    assert busy.code == 2
+    assert "--port 0 takes a free one" in busy.err

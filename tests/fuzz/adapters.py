@@ -7,7 +7,7 @@ import json
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 import sidepath
 from sidepath import LoRA
 from sidepath.analyse import factors_of
+from sidepath.combining.ingredients import read_all
 from sidepath.config import as_dict
 from sidepath.methods import METHODS
 from sidepath.store.library import Library
@@ -133,17 +134,19 @@ def peft_says(folder: Path) -> Any:
     values = json.loads((folder / CONFIG).read_bytes())
     tensors = tensors_in(folder / WEIGHTS)
     paths = [name[17:-14] for name in tensors if name.endswith(".lora_A.weight")]
-    scalings = {}
-    for path in paths:
-        r, alpha = values.get("r", 8), values.get("lora_alpha", 8)
-        for name, patterns in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
-            for pattern, value in (values.get(patterns) or {}).items():
-                key = pattern.removeprefix("^").removesuffix("$").replace("\\", "")
-                if path == key or (not pattern.startswith("^") and path.endswith("." + key)):
-                    r, alpha = (value, alpha) if name == "r" else (r, value)
-                    break
-        scalings[path] = float(alpha / (math.sqrt(r) if values.get("use_rslora") else r))
-    return tensors, scalings
+    return tensors, {path: scaling_at(values, path) for path in paths}
+
+
+def scaling_at(values: Mapping[str, Any], path: str) -> float:
+    """The scaling of an update by PEFT's settings."""
+    r, alpha = values.get("r", 8), values.get("lora_alpha", 8)
+    for name, patterns in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
+        for pattern, value in (values.get(patterns) or {}).items():
+            key = pattern.removeprefix("^").removesuffix("$").replace("\\", "")
+            if path == key or (not pattern.startswith("^") and path.endswith("." + key)):
+                r, alpha = (value, alpha) if name == "r" else (r, value)
+                break
+    return float(alpha / (math.sqrt(r) if values.get("use_rslora") else r))
 
 
 def read_factors(folder: Path) -> Any:
@@ -161,6 +164,23 @@ def factors_say(folder: Path) -> Any:
         }
         for name in names
     }  # fmt: skip
+
+
+def read_ingredient(folder: Path) -> Any:
+    (one,) = read_all([folder])
+    scalings = {name: factors.scaling for name, factors in one.factors.items()}
+    return plain(one.tensors), saved(one.settings), scalings
+
+
+def ingredient_says(folder: Path) -> Any:
+    tensors = tensors_in(folder / WEIGHTS)
+    values = json.loads((folder / CONFIG).read_bytes())
+    paths = [name[17:-14] for name in tensors if name.endswith(".lora_A.weight")]
+    if not (folder / MANIFEST).exists():
+        return tensors, saved(values), {path: scaling_at(values, path) for path in paths}
+    config = json.loads((folder / MANIFEST).read_bytes())["config"]
+    said = LoRA(**{key: tuple(v) if isinstance(v, list) else v for key, v in config.items()})
+    return tensors, saved(values), {path: said.scaling_of(path) for path in paths}
 
 
 def read_library(folder: Path) -> Any:
@@ -226,5 +246,7 @@ READERS = (
     Reader("library", own_files, read_library, library_says, share=1.5, **OURS),
     Reader("PEFT folder", peft_files, read_peft, peft_says, share=2),
     Reader("inspect", peft_files, read_factors, factors_say, share=1.5),
+    Reader("combine", own_files, read_ingredient, ingredient_says, **OURS),
+    Reader("combine, PEFT's", peft_files, read_ingredient, ingredient_says),
     Reader("loralib file", loralib_files, read_loralib, loralib_says, share=1.5, places=False),
 )

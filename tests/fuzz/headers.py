@@ -6,7 +6,7 @@ import json
 import random
 import struct
 
-from tests.fuzz.mutators import JSON, ODD_NAMES, Mutator, written
+from tests.fuzz.mutators import JSON, ODD_NAMES, ODD_VALUES, Mutator, written
 
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "f32", "", "X")
 
@@ -84,6 +84,21 @@ def header_same(rng: random.Random, data: bytes) -> bytes:
     return joined(written({name: entries[name] for name in names} | metadata) + b" " * 8, body)
 
 
+def metadata(rng: random.Random, data: bytes) -> bytes:
+    """One text of the metadata: changed as JSON where it is some, or another text, or none."""
+    head, body = split(data)
+    entries = json.loads(head)
+    texts = entries["__metadata__"]
+    name = rng.choice(list(texts))
+    if texts[name][:1] == "{" and rng.random() < 0.8:
+        texts[name] = rng.choice(JSON)(rng, texts[name].encode()).decode("utf-8", "replace")
+    elif rng.random() < 0.5:
+        texts[name] = rng.choice(ODD_VALUES)
+    else:
+        entries["__metadata__"] = rng.choice((*ODD_VALUES, {**texts, "more": "x"}))
+    return joined(written(entries), body)
+
+
 def wild_numbers(rng: random.Random, data: bytes) -> bytes:
     """NaN, infinities and denormal numbers among the tensors'."""
     head, body = split(data)
@@ -94,7 +109,7 @@ def wild_numbers(rng: random.Random, data: bytes) -> bytes:
 
 SAFETENSORS: tuple[Mutator, ...] = (
     header_length, header_json, header_json, header_entry, header_entry, header_entry, header_many,
-    header_same, wild_numbers,
+    header_same, metadata, metadata, wild_numbers,
 )  # fmt: skip
 
 

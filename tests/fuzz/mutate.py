@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.fuzz.gguf import GGUF
 from tests.fuzz.headers import SAFETENSORS
 from tests.fuzz.mutators import BYTES, JSON, LINES, Mutator, flip
 
@@ -29,6 +31,10 @@ class Sparse:
     size: int
 
 
+_LEFT_NOTHING = (
+    *(ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError),
+    *(AssertionError, struct.error),
+)
 FIFO, FOLDER = "a fifo", "a folder"
 Content = bytes | Link | Sparse | str
 
@@ -63,7 +69,9 @@ def mutators_of(name: str) -> tuple[Mutator, ...]:
         return (*BYTES, *SAFETENSORS, *SAFETENSORS)
     if name.endswith(".json"):
         return (*BYTES, *JSON, *JSON)
-    if name.endswith((".toml", ".jsonl", ".csv", ".tsv")):
+    if name.endswith(".gguf"):
+        return (*BYTES, *GGUF, *GGUF)
+    if name.endswith((".toml", ".jsonl", ".csv", ".tsv", ".txt")):
         return (*BYTES, *LINES, *LINES)
     return BYTES
 
@@ -89,7 +97,7 @@ def mutate(
         mutator = rng.choice(mutators_of(name))
         try:
             draft.files[name] = mutator(rng, data)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        except _LEFT_NOTHING:
             draft.files[name] = flip(rng, data)  # an earlier mutation left nothing to understand
         draft.done.append(f"{name}: {mutator.__name__}")
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from tests.fuzz import adapters, records, rows
+from tests.fuzz import adapters, bases, formats, records, rows
 from tests.fuzz.reader import Reader
 
-READERS: tuple[Reader, ...] = (*adapters.READERS, *records.READERS, *rows.READERS)
+READERS: tuple[Reader, ...] = (
+    *adapters.READERS,
+    *formats.READERS,
+    *records.READERS,
+    *bases.READERS,
+    *rows.READERS,
+)
 """What is not here is not fuzzed."""

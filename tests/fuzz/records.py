@@ -23,6 +23,7 @@ from sidepath.store.loading import load_tensors
 from sidepath.store.parity import read_parity
 from sidepath.store.tensors import read_header
 from sidepath.training import checkpoint
+from sidepath.training.history import History, LayerHistory, read_history
 from tests.conftest import tiny_llama
 from tests.fuzz.reader import Files, Reader, Refused, plain, saved, tensors_in
 from tests.store.quantised import packed, stored
@@ -99,6 +100,23 @@ def parity_says(folder: Path) -> Any:
     )
     measured = None if values.get("skipped") is True else {name: values[name] for name in names}
     return merged, None if measured is None else repr(saved(measured))
+
+
+def history_files() -> Files:
+    layers = tuple(
+        LayerHistory(f"layers.{n}.q_proj", None if n else (1.5, None), (0.5, 0.25), (1.0, 2.0))
+        for n in range(2)
+    )
+    history = History(2, (2.0, 1.5, 1.25, 1.0), ((4, 1.125),), (2, 4), layers)
+    return {"history.json": history.as_json().encode()}
+
+
+def read_history_(folder: Path) -> Any:
+    return saved(read_history(folder / "history.json").as_dict())
+
+
+def history_says(folder: Path) -> Any:
+    return saved(json.loads((folder / "history.json").read_bytes()))
 
 
 TOML = b"""# a run
@@ -236,6 +254,7 @@ READERS = (
         resign=resign_checkpoint,
     ),
     Reader("parity.json", parity_files, read_parity_, parity_says),
+    Reader("history.json", history_files, read_history_, history_says, share=0.7, places=False),
     Reader("settings", lambda: {"run.toml": TOML}, read_settings, settings_say, places=False),
     Reader("run table", runs_files, read_runs, runs_say, share=0.5, writes=True, places=False),
     Reader("base", base_files, read_base, base_says, share=1.5),

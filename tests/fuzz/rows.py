@@ -1,4 +1,4 @@
-"""Readers of data files."""
+"""Readers of data files, and of texts to calibrate with."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sidepath.cli.calibration import MAX_ROWS, calibration_of
 from sidepath.data.sources import open_source
 from tests.fuzz.reader import Reader
 
@@ -127,6 +128,42 @@ def parquet_says(path: Path) -> Any:
         return repr(file.read().to_pylist()), 0
 
 
+# The texts that a merge is measured on
+
+
+def calibration_reader(name: str, content: bytes, says: Callable[[Path], Any]) -> Reader:
+    return Reader(
+        f"calibration {name}",
+        lambda: {name: content},
+        lambda folder: calibration_of(str(folder / name)),
+        lambda folder: says(folder / name),
+        share=0.5,
+        places=False,
+    )
+
+
+TEXT = "A first line, ü.\n\n  A second one.  \r\nThe last".encode()
+TALK = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+SPOKEN = [{"text": "Once upon"}, {"prompt": "1, 2", "completion": "3"}, {"messages": TALK}]
+
+
+def text_says(path: Path) -> Any:
+    lines = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=None)
+    return [line.strip() for line in lines if line.strip()][:MAX_ROWS]
+
+
+def spoken_says(path: Path) -> Any:
+    lines = [line for line in io.StringIO(_decoded(path), newline="") if line.strip()]
+    return [_said(json.loads(line)) for line in lines]
+
+
+def _said(row: Any) -> str:
+    said = [row.get(name) for name in ("text", "prompt", "completion")]
+    talk = row.get("messages") or []
+    said += [one.get("content") for one in talk if isinstance(one, dict)]
+    return "\n".join(text for text in said if isinstance(text, str) and text)
+
+
 READERS = (
     data_reader("a.jsonl", jsonl_rows, jsonl_says),
     # gzip itself goes through zeros behind its data byte by byte: a long time, and no memory.
@@ -136,4 +173,8 @@ READERS = (
     data_reader("a.csv", lambda: table_rows(","), csv_says, share=0.5),
     data_reader("a.tsv", lambda: table_rows("\t"), tsv_says, share=0.5),
     data_reader("a.parquet", parquet_rows, parquet_says),
+    calibration_reader("a.txt", TEXT, text_says),
+    calibration_reader(
+        "a.jsonl", "".join(json.dumps(row) + "\n" for row in SPOKEN).encode(), spoken_says
+    ),
 )

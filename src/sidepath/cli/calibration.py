@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ def calibration_of(given: str) -> list[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
+    from sidepath.data.tables import lines
+
     try:
-        with path.open(encoding="utf-8") as file:
-            for line, _ in zip(file, range(MAX_ROWS), strict=False):
+        with path.open(encoding="utf-8-sig") as file:
+            for line in itertools.islice(lines(file, path), MAX_ROWS):
                 if line.strip():
                     yield line.strip()
     except UnicodeDecodeError as error:

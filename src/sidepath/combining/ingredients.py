@@ -109,7 +109,8 @@ def read(folder: Path) -> Ingredient:
         )
     header = read_header(path)
     settings, theirs, more = _settings(folder)
-    faults += more if manifest is None else check_tensors(manifest, header)
+    faults += more
+    faults += [] if manifest is None else check_tensors(manifest, header)
     if faults:
         raise DamagedAdapter("the adapter cannot be trusted", where=folder, faults=faults)
     tensors = load_tensors(path, header)

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sidepath.convert.folders import write_peft
 from sidepath.convert.portable import Base, Portable
 from sidepath.errors import DamagedAdapter, StoreError, WrongBase
 from sidepath.injection.registry import base_parameters
 from sidepath.methods.lora import LoRA
-from sidepath.store.contents import Contents, read_folder
+from sidepath.store.contents import Contents, contents_of
 from sidepath.store.fingerprint import Fingerprint, checkpoint_files, fingerprint, same_base
 from sidepath.store.loading import load_tensors
 from sidepath.store.manifest import Manifest
 from sidepath.store.peft_config import write_settings
 from sidepath.store.saving import base_name, labels_of
-from sidepath.store.tensors import DTYPE_NAMES, read_header
+from sidepath.store.tensors import DTYPE_NAMES, TensorInfo, read_header
 
 
 def on_base(portable: Portable, base: Base) -> Portable:
@@ -36,9 +34,11 @@ def on_base(portable: Portable, base: Base) -> Portable:
     if portable.manifest is not None:
         _refuse_other(portable.manifest, found, base)
         return portable
-    with tempfile.TemporaryDirectory() as name:
-        write_peft(portable, Path(name))
-        contents = read_folder(base.model, Path(name))
+    header = {
+        key: TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), 0, 0)
+        for key, tensor in portable.tensors.items()
+    }
+    contents = contents_of(base.model, portable.values, header, base.folder)
     tensors = _without_copies(portable.tensors, contents, base)
     config = contents.config
     assert isinstance(config, LoRA), "PEFT's form is one of LoRA"

@@ -59,8 +59,8 @@ def _opened(path: Path, packed: bool) -> Iterator[TextIO]:
             yield text
 
 
-def _lines(stream: TextIO, path: Path) -> Iterator[str]:
-    """The lines of a stream, none of which may fill the memory."""
+def lines(stream: TextIO, path: Path) -> Iterator[str]:
+    """The lines of a stream. Errors: `DataError` for one that is longer than `LINE`."""
     while line := stream.readline(LINE + 1):
         if len(line) > LINE:
             raise DataError(
@@ -72,7 +72,7 @@ def _lines(stream: TextIO, path: Path) -> Iterator[str]:
 
 
 def _jsonl(stream: TextIO, path: Path) -> Items:
-    for number, line in enumerate(_lines(stream, path), start=1):
+    for number, line in enumerate(lines(stream, path), start=1):
         if not line.strip():
             continue
         try:
@@ -109,12 +109,12 @@ def _reason(error: Exception) -> str:
 
 
 def _csv(stream: TextIO, path: Path) -> Items:
-    return _table(csv.reader(_lines(stream, path), strict=True))
+    return _table(csv.reader(lines(stream, path), strict=True))
 
 
 def _tsv(stream: TextIO, path: Path) -> Items:
     """Tab-separated as GLUE has it: a quotation mark is a character like any other."""
-    return _table(csv.reader(_lines(stream, path), delimiter="\t", quoting=csv.QUOTE_NONE))
+    return _table(csv.reader(lines(stream, path), delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def _table(reader: Any) -> Items:

@@ -2,43 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sidepath.core.quant import is_packed, require_bitsandbytes
 from sidepath.errors import StoreError
 from sidepath.injection.quantising import keep_heads_plain, settle
+from sidepath.injection.registry import require_registry
 from sidepath.injection.surgery import remove
 from sidepath.store import manifest as manifests
 from sidepath.store.adapter import load
+from sidepath.store.configs import config_of, understood
 from sidepath.store.fingerprint import checkpoint_files
 from sidepath.store.manifest import Manifest, read_manifest
 from sidepath.store.precision import make_plain, recorded_packing
 
+UNLOADABLE = "transformers cannot load the model"
 _OF_CONFIG = ("labels", "id2label", "label2id")
 """Options that belong to a model's config."""
 
 
-def load_base(base: Path, folders: Sequence[Path]) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """The base in its stored dtype, as the class the first adapter was trained on."""
+class Opened(NamedTuple):
+    """A model that transformers loaded from a folder."""
+
+    model: nn.Module
+    cls: Any
+    """Its class as transformers has it."""
+    options: Mapping[str, Any]
+    """What transformers was asked for."""
+    fresh: Sequence[str]
+    """Parameters that the folder does not hold: their values are random."""
+
+
+def load_base(base: Path, folders: Sequence[Path]) -> Opened:
+    """The base in its stored dtype, as the class the first adapter was trained on.
+
+    Errors: `StoreError` for a folder that holds no model of transformers', or an absurd one.
+    """
     import transformers
 
     checkpoint_files(base)
     manifest = _manifest_of(folders[0])
     options: dict[str, Any] = {"dtype": "auto", "local_files_only": True, "use_safetensors": True}
-    with understood(base):
-        settings = transformers.AutoConfig.from_pretrained(
-            base, local_files_only=True, trust_remote_code=False
-        )
-    names = [manifest.model_class] if manifest else list(settings.architectures or [])
-    cls = getattr(transformers, names[0], None) if names else None
+    settings = config_of(base)
+    names = [manifest.model_class] if manifest else settings.architectures
+    name = names[0] if isinstance(names, list) and names else None
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise StoreError("the base's class is not one of transformers'", where=base, found=names)
     if manifest is not None and manifest.labels is not None:
@@ -49,7 +63,27 @@ def load_base(base: Path, folders: Sequence[Path]) -> tuple[nn.Module, Any, dict
             "label2id": {label: number for number, label in labels.items()},
         }
     packed = _packed_options(cls, base, options) if _is_packed(settings) else options
-    return settle(read_model(cls, base, packed)), cls, options
+    model, fresh = read_model(cls, base, packed)
+    return Opened(settle(model), cls, options, fresh)
+
+
+def refuse_fresh(opened: Opened, base: Path) -> None:
+    """Refuse a base without weights that its adapters do not hold whole.
+
+    A classifier's head is often new, and then the adapter's. Errors: `StoreError` that names all.
+    """
+    adapters = require_registry(opened.model).adapters.values()
+    whole = tuple(
+        f"{path}." for one in adapters for path, site in one.sites.items() if site.kind == "whole"
+    )
+    faults = [name for name in opened.fresh if not name.startswith(whole)]
+    if faults:
+        raise StoreError(
+            "the base's checkpoint lacks weights of its model, and no adapter holds them whole",
+            where=base,
+            faults=faults,
+            hint="fetch the base again",
+        )
 
 
 def _is_packed(settings: Any) -> bool:
@@ -60,7 +94,7 @@ def _packed_options(cls: Any, base: Path, options: Mapping[str, Any]) -> dict[st
     """How a folder that is stored packed is loaded, so that a head it lacks is a plain layer."""
     require_bitsandbytes()
     of_config = {name: value for name, value in options.items() if name.endswith(_OF_CONFIG)}
-    with understood(base):
+    with understood(base, UNLOADABLE):
         settings = cls.config_class.from_pretrained(base, local_files_only=True, **of_config)
         with torch.device("meta"):
             skeleton = cls(settings)
@@ -73,22 +107,15 @@ def _manifest_of(folder: Path) -> Manifest | None:
     return read_manifest(folder)[0] if (folder / manifests.NAME).is_file() else None
 
 
-def read_model(cls: Any, folder: Path, options: Mapping[str, Any]) -> nn.Module:
-    """A folder's model, in eval mode. Errors: `StoreError` with what transformers says."""
-    with understood(folder):
-        model = cls.from_pretrained(folder, **options)
+def read_model(cls: Any, folder: Path, options: Mapping[str, Any]) -> tuple[nn.Module, list[str]]:
+    """A folder's model, in eval mode, and the parameters that the folder does not hold.
+
+    Errors: `StoreError` with what transformers says.
+    """
+    with understood(folder, UNLOADABLE):
+        model, notes = cls.from_pretrained(folder, output_loading_info=True, **options)
     assert isinstance(model, nn.Module)
-    return model.eval()
-
-
-@contextmanager
-def understood(folder: Path) -> Iterator[None]:
-    """Turn what transformers raises over a folder into one message of ours."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise StoreError("transformers cannot load the model", where=folder, found=text) from error
+    return model.eval(), sorted(notes["missing_keys"])
 
 
 @dataclass(frozen=True)

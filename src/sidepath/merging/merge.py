@@ -22,7 +22,7 @@ from torch import nn
 from sidepath.errors import ConfigError, ParityError, StoreError
 from sidepath.injection.registry import open_registry, require_registry
 from sidepath.injection.surgery import activate
-from sidepath.merging.base import Base, load_base, make_float, read_model, understood
+from sidepath.merging.base import UNLOADABLE, Base, load_base, make_float, read_model, refuse_fresh
 from sidepath.merging.contents import write_tensors
 from sidepath.merging.digests import Digests
 from sidepath.merging.folded import to_float32
@@ -31,6 +31,7 @@ from sidepath.merging.peak import peak_bytes, reset_peak
 from sidepath.merging.proof import Loaded, Rounding, parity
 from sidepath.store import manifest as manifests
 from sidepath.store.adapter import PARITY, SidepathNotice, load
+from sidepath.store.configs import understood
 from sidepath.store.fingerprint import Fingerprint, checkpoint_files, fingerprint
 from sidepath.store.folder import publish, sha256_file
 from sidepath.store.hub import ADAPTER, BASE, local, origin_of
@@ -162,13 +163,15 @@ def _prepare(
     allow_other_base: bool,
 ) -> _Ready:
     """Load the base and the adapters; everything that the user can be wrong about is found here."""
-    model, cls, options = load_base(base, folders)
+    opened = load_base(base, folders)
+    model, cls, options, _ = opened
     vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
     rows = calibration_rows(base, vocabulary, calibration)
     mapped = Mapped(checkpoint_files(base))
     identity = fingerprint(model, done_with=mapped.release)
     held = make_float(model, folders, allow_other_base)
     name = _load_adapters(model, folders, identity, allow_other_base or bool(held.quantised))
+    refuse_fresh(opened, base)
     rounding, count = _rounding(held, target), len(held.quantised)
     return _Ready(Loaded(model, mapped), cls, options, name, identity, rounding, rows, count)
 
@@ -176,7 +179,7 @@ def _prepare(
 def _measured(ready: _Ready, folder: Path) -> Parity:
     """Read what was written as plain transformers does, and compare it with the un-merged model."""
     options = {**ready.options, "dtype": _reading_dtype(folder)}
-    merged = read_model(ready.cls, folder, options)
+    merged, _ = read_model(ready.cls, folder, options)
     written = Loaded(merged, Mapped(checkpoint_files(folder)))
     return parity(ready.loaded, ready.name, ready.rows, ready.rounding, written)
 
@@ -241,7 +244,7 @@ def _write_settings(
     first = next(dtype for dtype in dtypes if dtype.is_floating_point)
     model.config.dtype = str(first).removeprefix("torch.")
     model.config.architectures = [cls.__name__]
-    with understood(base):
+    with understood(base, UNLOADABLE):
         model.config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)

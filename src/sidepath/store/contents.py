@@ -117,10 +117,25 @@ def read_folder(model: nn.Module, folder: Path) -> Contents:
         if faults and contents.manifest is not None and WEIGHTS in contents.manifest.files:
             # Nothing will be loaded, so that nothing else takes the weights' digest.
             faults += check_file(folder, WEIGHTS, *contents.manifest.files[WEIGHTS])
+    return _without(faults, contents, folder)
+
+
+def contents_of(
+    model: nn.Module, values: Any, header: Mapping[str, TensorInfo], where: Path | None
+) -> Contents:
+    """`read_folder` of PEFT's settings and tensors that are in memory; `where` is for the error.
+
+    Errors: one `DamagedAdapter` with all faults.
+    """
+    contents, faults = _of_peft(dict(modules_of(model)), values, Path(), header)
+    return _without(faults, contents, where)
+
+
+def _without(faults: list[str], contents: Contents | None, where: Path | None) -> Contents:
     if contents is None or faults:
         raise DamagedAdapter(
             "the adapter cannot be trusted or does not fit this model",
-            where=folder,
+            where=where,
             faults=faults,
             hint="fetch or save it again; check that it was made for this model",
         )
@@ -181,6 +196,12 @@ def _peft(
         return None, [f"{CONFIG}: not JSON: {error}"]
     except DamagedAdapter as error:
         return None, [f"{CONFIG}: {error.what}"]
+    return _of_peft(modules, values, path, header)
+
+
+def _of_peft(
+    modules: Mapping[str, nn.Module], values: Any, path: Path, header: Mapping[str, TensorInfo]
+) -> Read:
     settings, faults = read_settings(values)
     faults = [f"{CONFIG}: {fault}" for fault in faults]
     if not header:

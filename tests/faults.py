@@ -40,7 +40,7 @@ from safetensors import SafetensorError
 from sidepath.store import folder as folders
 
 OPERATIONS = (
-    *("open", "close", "write", "sendfile", "fsync", "fchmod", "ftruncate"),
+    *("open", "close", "write", "sendfile", "fsync", "fchmod", "ftruncate", "link"),
     *("mkdir", "rmdir", "rename", "replace", "unlink", "remove"),
     *("listdir", "scandir", "stat", "lstat", "fstat"),
 )

@@ -15,6 +15,7 @@ from sidepath.store.adapter import inject
 from tests.combining.kit import saved
 from tests.conftest import tiny_bert, tiny_llama
 from tests.faults import flip_bit
+from tests.fuzz.adapters import resign_manifest
 
 
 def other_llama() -> torch.nn.Module:
@@ -169,3 +170,15 @@ def test_labels_and_classes(tmp_path: Path) -> None:
     assert "llama is of a LlamaForCausalLM, three of a BertForSequenceClassification" in str(
         caught.value
     )
+
+
+def test_settings_that_are_broken_beside_a_manifest(tmp_path: Path) -> None:
+    """They are listed there by their digest, and broken all the same."""
+    folder = saved(tmp_path / "a", 1, r=2)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = resign_manifest({**files, "adapter_config.json": b"{"})
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    with pytest.raises(DamagedAdapter, match=r"adapter_config\.json: not JSON"):
+        combine([folder], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

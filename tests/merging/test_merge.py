@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sidepath.errors import (
@@ -29,6 +29,7 @@ from tests.conftest import outputs, randomise, tiny_bert, tiny_gpt2, tiny_llama
 from tests.faults import flip_bit
 
 IDS = torch.tensor([[5, 9, 3, 17, 22], [1, 2, 3, 4, 5]])
+HEAD = "lm_head.weight"
 
 
 @pytest.fixture(autouse=True)
@@ -236,3 +237,34 @@ def test_real_base(tmp_path: Path, stories: Path) -> None:
     assert found.parity is not None
     assert found.parity.top1 == 1.0
     assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def without_manifest(folder: Path) -> Path:
+    """The folder as PEFT saves one: nothing tells the base's fingerprint."""
+    for name in ("sidepath.json", "README.md"):
+        (folder / name).unlink()
+    return folder
+
+
+def test_a_base_that_lacks_weights_is_refused(tmp_path: Path, base: Path) -> None:
+    """Transformers would draw them at random, alike in both models that parity compares."""
+    folder = without_manifest(adapter(base, tmp_path / "a", LoRA(r=2)))
+    held = load_file(base / "model.safetensors")
+    lost = {name: t for name, t in held.items() if name not in ("model.norm.weight", HEAD)}
+    save_file(lost, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StoreError) as caught:
+        merge_folder(base, [folder], tmp_path / "out")
+    assert caught.value.faults == [HEAD, "model.norm.weight"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"architectures": [{}]}, {"architectures": "LlamaForCausalLM"}, {"num_hidden_layers": 2**31}],
+)
+def test_a_config_that_names_no_model(tmp_path: Path, base: Path, change: dict[str, Any]) -> None:
+    folder = without_manifest(adapter(base, tmp_path / "a", LoRA(r=2)))
+    values = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**values, **change}))
+    with pytest.raises(StoreError):
+        merge_folder(base, [folder], tmp_path / "out")

@@ -246,6 +246,7 @@ def without_manifest(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:.*its base could not be verified")
 def test_a_base_that_lacks_weights_is_refused(tmp_path: Path, base: Path) -> None:
     """Transformers would draw them at random, alike in both models that parity compares."""
     folder = without_manifest(adapter(base, tmp_path / "a", LoRA(r=2)))

@@ -121,7 +121,7 @@ def test_two_adapters_share_what_they_share(
         assert row["expected"] == pytest.approx(3 / 16)
         shapes = {name: (len(phi), len(phi[0])) for name, phi in row["grids"].items()}
         assert shapes == dict.fromkeys(("B", "inputs", "outputs", "random"), (2, 3))
-    assert "What adapter and part share" in Collector(path.read_text()).text
+    assert "What counting and part share" in Collector(path.read_text()).text
 
 
 @pytest.mark.parametrize("keep", ["r=1", "energy=0.5"])

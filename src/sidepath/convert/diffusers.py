@@ -39,7 +39,7 @@ from sidepath.convert.portable import (
 from sidepath.convert.stateful import read_file, write_file
 from sidepath.errors import DamagedAdapter
 from sidepath.store.peft_config import PeftSettings, literal, read_settings
-from sidepath.store.tensors import strict_json
+from sidepath.store.tensors import file_inside, strict_json
 
 FILE = "pytorch_lora_weights.safetensors"
 """What diffusers calls such a file in a folder."""
@@ -79,7 +79,7 @@ def write(portable: Portable, path: Path, options: Options) -> list[str]:
 
 def read(path: Path, options: Options) -> Portable:
     """Read one component of a file. Errors: `DamagedAdapter` with all faults; `StoreError`."""
-    path = path / FILE if path.is_dir() else path
+    path = file_inside(path, FILE) if path.is_dir() else path
     tensors, metadata, passport = read_file(path)
     part = COMPONENTS[options.component].diffusers
     own, notes = own_tensors(tensors, f"{part}.", path)

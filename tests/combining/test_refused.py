@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from sidepath import Combination, Extraction, combine
+from sidepath.convert.formats import convert
 from sidepath.errors import ConfigError, DamagedAdapter, SidepathError, StoreError, WrongBase
 from sidepath.methods.plain import BitFit
 from sidepath.store.adapter import inject
@@ -181,4 +183,18 @@ def test_settings_that_are_broken_beside_a_manifest(tmp_path: Path) -> None:
         (folder / name).write_bytes(data)
     with pytest.raises(DamagedAdapter, match=r"adapter_config\.json: not JSON"):
         combine([folder], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_that_does_not_list_the_weights(tmp_path: Path) -> None:
+    """Then nobody knows their digest."""
+    folder = saved(tmp_path / "a", 1, r=2)
+    values = json.loads((folder / "sidepath.json").read_bytes())
+    del values["files"]["adapter_model.safetensors"]
+    signed = resign_manifest({"sidepath.json": json.dumps(values).encode()})["sidepath.json"]
+    (folder / "sidepath.json").write_bytes(signed)
+    with pytest.raises(DamagedAdapter, match=r"adapter_model\.safetensors: not listed"):
+        combine([folder], tmp_path / "out")
+    with pytest.raises(DamagedAdapter, match=r"adapter_model\.safetensors: not listed"):
+        convert(folder, tmp_path / "out", "peft")
     assert not (tmp_path / "out").exists()

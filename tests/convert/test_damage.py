@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -113,17 +114,14 @@ def test_a_passport_that_does_not_fit(name: str, written: dict[str, Path], tmp_p
     tensors = load_file(written[name])
     passport = json.loads(metadata["sidepath"])
     shapes = {**passport["tensors"]}
-    first = next(iter(shapes))
+    first, (_, shape) = next(iter(shapes.items()))
     changes: dict[str, tuple[Any, str]] = {
         "no JSON": ("{", "not JSON"),
         "a list": ([], "expected a table"),
         "another field": ({**passport, "more": 1}, "expected a table"),
         "a shape": ({**passport, "tensors": {**shapes, first: ["F32", [9, 9]]}}, "expected"),
-        "a dtype": (
-            {**passport, "tensors": {**shapes, first: ["I8", shapes[first][1]]}},
-            "a data type",
-        ),
-        "narrower": ({**passport, "tensors": {**shapes, first: ["F16", shapes[first][1]]}}, "F16"),
+        "a dtype": ({**passport, "tensors": {**shapes, first: ["I8", shape]}}, "a data type"),
+        "narrower": ({**passport, "tensors": {**shapes, first: ["F16", shape]}}, "F16"),
         "no matrix": ({**passport, "tensors": {**shapes, first: ["F32", []]}}, "a matrix"),
         "no ASCII": ({**passport, "tensors": {**shapes, "layers.²": ["F32", [1]]}}, "ASCII"),
         "no settings": ({**passport, "adapter_config": 3}, "not a JSON object"),
@@ -179,3 +177,17 @@ def test_no_format_at_all(tmp_path: Path) -> None:
         format_of(tmp_path / "x.bin")
     with pytest.raises(ConfigError, match="unknown format"):
         convert(tmp_path / "x.safetensors", tmp_path / "out", "onnx")
+
+
+@pytest.mark.parametrize("what", ["fifo", "link"])
+def test_what_stands_in_a_folder_of_diffusers(what: str, tmp_path: Path) -> None:
+    """Nothing is waited for, and no link leads out."""
+    inside = tmp_path / "folder" / "pytorch_lora_weights.safetensors"
+    inside.parent.mkdir()
+    if what == "fifo":
+        os.mkfifo(inside)
+    else:
+        save_file({"x": torch.zeros(2)}, tmp_path / "outside.safetensors")
+        inside.symlink_to(tmp_path / "outside.safetensors")
+    with pytest.raises(DamagedAdapter, match=r"missing|leads out"):
+        convert(inside.parent, tmp_path / "out", "sidepath", source_format="diffusers")

@@ -269,3 +269,11 @@ def test_a_config_that_names_no_model(tmp_path: Path, base: Path, change: dict[s
     (base / "config.json").write_text(json.dumps({**values, **change}))
     with pytest.raises(StoreError):
         merge_folder(base, [folder], tmp_path / "out")
+
+
+def test_a_base_with_bytes_that_belong_to_nothing(tmp_path: Path, base: Path) -> None:
+    """The safetensors library would map all of it into memory."""
+    folder = adapter(base, tmp_path / "a", LoRA(r=2))
+    os.truncate(base / "model.safetensors", 2**40)
+    with pytest.raises(DamagedAdapter, match="after the last tensor"):
+        merge_folder(base, [folder], tmp_path / "out")

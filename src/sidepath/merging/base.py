@@ -21,6 +21,7 @@ from sidepath.store.configs import config_of, understood
 from sidepath.store.fingerprint import checkpoint_files
 from sidepath.store.manifest import Manifest, read_manifest
 from sidepath.store.precision import make_plain, recorded_packing
+from sidepath.store.tensors import read_header
 
 UNLOADABLE = "transformers cannot load the model"
 _OF_CONFIG = ("labels", "id2label", "label2id")
@@ -42,11 +43,13 @@ class Opened(NamedTuple):
 def load_base(base: Path, folders: Sequence[Path]) -> Opened:
     """The base in its stored dtype, as the class the first adapter was trained on.
 
-    Errors: `StoreError` for a folder that holds no model of transformers', or an absurd one.
+    Errors: `StoreError` for a folder that holds no model of transformers', or an absurd one;
+    `DamagedAdapter` for a file that cannot be trusted.
     """
     import transformers
 
-    checkpoint_files(base)
+    for path in checkpoint_files(base):
+        read_header(path, floating_only=False)  # before anything maps it into memory
     manifest = _manifest_of(folders[0])
     options: dict[str, Any] = {"dtype": "auto", "local_files_only": True, "use_safetensors": True}
     settings = config_of(base)

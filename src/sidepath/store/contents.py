@@ -173,9 +173,6 @@ def _ours(
     if manifest is None:
         return None, faults
     config = manifest.config
-    needed = (WEIGHTS, CONFIG) if isinstance(config, LoRA) else (WEIGHTS,)
-    missing = [name for name in needed if name not in manifest.files]
-    faults += [f"{name}: not listed in {manifests.NAME}" for name in missing]
     if isinstance(config, LoRA):
         slots, more = slots_of(modules, config, manifest.sites)
     else:

@@ -19,8 +19,10 @@ from sidepath.config import as_dict, build
 from sidepath.errors import ConfigError, DamagedAdapter, StoreError
 from sidepath.methods import METHODS
 from sidepath.methods.base import Method, Site, SiteKind
+from sidepath.methods.lora import LoRA
 from sidepath.store.fingerprint import Fingerprint
 from sidepath.store.folder import sha256_file
+from sidepath.store.peft_format import CONFIG, WEIGHTS
 from sidepath.store.tensors import TensorInfo, file_inside, small_file, strict_json
 
 NAME = "sidepath.json"
@@ -164,7 +166,16 @@ def read_manifest(
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return None, [f"{NAME}: malformed: {error}"]
     # The settings of a folder whose files have changed are not worth a look.
-    return (None, faults) if faults else from_values(values, files)
+    if faults:
+        return None, faults
+    manifest, faults = from_values(values, files)
+    return manifest, faults + ([] if manifest is None else _unlisted(manifest))
+
+
+def _unlisted(manifest: Manifest) -> list[str]:
+    """The files of an adapter that its manifest does not list: nobody knows their digests."""
+    needed = (WEIGHTS, CONFIG) if isinstance(manifest.config, LoRA) else (WEIGHTS,)
+    return [f"{name}: not listed in {NAME}" for name in needed if name not in manifest.files]
 
 
 def _refuse_other_form(values: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from sidepath.errors import StoreError, WriteFailed
+from sidepath.store import aside
 from sidepath.store import folder as folders
 from sidepath.store.folder import lists_all_files, publish, sha256_file
 
@@ -305,8 +306,8 @@ def test_a_leftover_is_held_while_it_is_deleted(
         finally:
             os.close(handle)
 
-    monkeypatch.setattr(folders.shutil, "rmtree", watched)
-    folders.clear_leftovers(tmp_path, re.compile("a"))
+    monkeypatch.setattr(aside.shutil, "rmtree", watched)
+    aside.clear_leftovers(tmp_path, re.compile("a"))
     assert held == [".a.sidepath-00000000.new"]
 
 
@@ -321,7 +322,7 @@ def test_what_a_living_swap_has_set_aside_is_left_alone(
     def watched(source: Any, target: Any) -> None:
         rename(source, target)
         if str(target).endswith(".old"):
-            folders.clear_leftovers(tmp_path, re.compile("a"))
+            aside.clear_leftovers(tmp_path, re.compile("a"))
             seen.append(Path(target).exists())
 
     monkeypatch.setattr(folders.os, "rename", watched)
@@ -341,7 +342,7 @@ def test_leftovers_are_cleared_by_the_names_of_their_targets(tmp_path: Path) -> 
     for name in (*names, *others):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text(name)
-    folders.clear_leftovers(tmp_path, re.compile(r"b-\d"))
+    aside.clear_leftovers(tmp_path, re.compile(r"b-\d"))
     assert sorted(os.listdir(tmp_path)) == sorted([*others, "b-3"])
     assert (tmp_path / "b-3" / "half").read_text() == names[2]
 
@@ -357,8 +358,8 @@ def test_discarding_never_shows_half_a_folder(
         raise OSError(errno.EIO, "injected")
 
     with monkeypatch.context() as patch:
-        patch.setattr(folders.shutil, "rmtree", broken)
-        folders.discard(tmp_path / "a")
+        patch.setattr(aside.shutil, "rmtree", broken)
+        aside.discard(tmp_path / "a")
     (left,) = os.listdir(tmp_path)
     assert left.startswith(".a.sidepath-")
     write(tmp_path / "a", "new")

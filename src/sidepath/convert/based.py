@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,12 +13,12 @@ from sidepath.errors import DamagedAdapter, StoreError, WrongBase
 from sidepath.injection.registry import base_parameters
 from sidepath.methods.lora import LoRA
 from sidepath.store.contents import Contents, contents_of
-from sidepath.store.fingerprint import Fingerprint, checkpoint_files, fingerprint, same_base
-from sidepath.store.loading import load_tensors
+from sidepath.store.fingerprint import Fingerprint, fingerprint, same_base
 from sidepath.store.manifest import Manifest
 from sidepath.store.peft_config import write_settings
 from sidepath.store.saving import base_name, labels_of
-from sidepath.store.tensors import DTYPE_NAMES, TensorInfo, read_header
+from sidepath.store.stored import Checkpoint
+from sidepath.store.tensors import DTYPE_NAMES, TensorInfo
 
 
 def on_base(portable: Portable, base: Base) -> Portable:
@@ -98,8 +97,9 @@ def _without_copies(
 ) -> dict[str, Tensor]:
     """Without what repeats the base (PEFT saves adapted embeddings so), once that was seen."""
     faults = []
+    checkpoint = Checkpoint(base.folder) if contents.copies and base.folder is not None else None
     for key, name in contents.copies.items():
-        stored = None if base.folder is None else _stored(base.folder, name)
+        stored = checkpoint.read(name) if checkpoint is not None and name in checkpoint else None
         if stored is None or not torch.equal(tensors[key].to(stored.dtype), stored):
             faults.append(f"{key}: is not the base's {name}")
     if faults:
@@ -109,11 +109,3 @@ def _without_copies(
         for key, tensor in tensors.items()
         if key in {slot.key for slot in contents.slots}
     }
-
-
-def _stored(folder: Path, name: str) -> Tensor | None:
-    for path in checkpoint_files(folder):
-        header = read_header(path, floating_only=False)
-        if name in header:
-            return load_tensors(path, {name: header[name]})[name]
-    return None

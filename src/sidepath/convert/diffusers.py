@@ -34,7 +34,6 @@ from sidepath.convert.portable import (
     Update,
     portable_of,
     require_sayable,
-    scaling_at,
 )
 from sidepath.convert.stateful import read_file, write_file
 from sidepath.errors import DamagedAdapter
@@ -159,4 +158,4 @@ def _update(
     path = name if name in named else name.removeprefix(OLD)
     if settings.rank_at(path) != len(A):
         raise ValueError(f"rank {len(A)}, the settings say {settings.rank_at(path)}")
-    return Update(A, B, scaling_at(settings, path))
+    return Update(A, B, settings.scaling_of(path))

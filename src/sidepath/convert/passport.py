@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sidepath.convert.portable import PAIRS, Portable, Update, scaling_at
+from sidepath.convert.portable import PAIRS, Portable, Update
 from sidepath.errors import DamagedAdapter
 from sidepath.methods.lora import LoRA
 from sidepath.store.manifest import Manifest, as_values, from_values
@@ -170,7 +170,7 @@ def _tensors(
         endings = zip("ABm", (*PAIRS[embedding], MAGNITUDE), strict=True)
         keys = {name: PREFIX + path + ending for name, ending in endings}
         wanted = {name: passport["tensors"].get(key) for name, key in keys.items()}
-        times = one.scaling / scaling_at(settings, path)
+        times = one.scaling / settings.scaling_of(path)
         try:
             parts = _restored(one, wanted, 1.0 if abs(times - 1) < _SAME else times)
         except ValueError as error:

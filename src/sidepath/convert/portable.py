@@ -5,7 +5,6 @@ Dimensions: R rank, I columns, O rows of an adapted matrix.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,7 +108,7 @@ class Portable:
             if fault:
                 faults.append(fault)
                 continue
-            scaling = scaling_at(settings, path)
+            scaling = settings.scaling_of(path)
             found[path] = Update(A, B, scaling, embedding, self.tensors.get(start + MAGNITUDE))
         if not found and not faults:
             faults = ["it holds no lora_A and lora_B tensors"]
@@ -145,12 +144,6 @@ def _misfit(path: str, A: Tensor, B: Tensor, settings: PeftSettings) -> str | No
     if A.shape[0] != r or groups * B.shape[1] != r or (groups != 1 and A.dim() == 2):
         return f"{path}: A {list(A.shape)} and B {list(B.shape)}, the settings say rank {r}"
     return None
-
-
-def scaling_at(settings: PeftSettings, path: str) -> float:
-    """The factor `s` of the update at a module's path."""
-    r = settings.rank_at(path)
-    return settings.alpha_at(path) / (math.sqrt(r) if settings.rslora else r)
 
 
 def read_adapter(folder: Path, options: Options) -> Portable:

@@ -14,7 +14,7 @@ from sidepath.errors import RequestRefused
 from sidepath.injection.registry import check_name
 from sidepath.injection.surgery import remove
 from sidepath.serve.errands import Errands
-from sidepath.serve.library import Library, Version
+from sidepath.serve.versions import Version, Versions
 from sidepath.store.adapter import Opened, opened
 
 
@@ -25,13 +25,13 @@ class Adapters:
 
     def __init__(self, model: nn.Module, errands: Errands, forget: Callable[[], None]) -> None:
         self._model, self._errands, self._forget = model, errands, forget
-        self._library = Library(self._drop)
+        self._versions = Versions(self._drop)
         self._leaving: deque[Version] = deque()
         self._reading = threading.Lock()
         """Held while the model is looked at by another thread than the engine's."""
-        self.versions = self._library.versions
-        self.acquire = self._library.acquire
-        self.release = self._library.release
+        self.versions = self._versions.current
+        self.acquire = self._versions.acquire
+        self.release = self._versions.release
 
     def load(
         self, name: str, folder: str | os.PathLike[str], *, allow_other_base: bool = False
@@ -45,7 +45,7 @@ class Adapters:
         before each row. Nothing has changed then.
         """
         check_name(None, name)
-        version = self._library.new(name, str(folder))
+        version = self._versions.new(name, str(folder))
         try:
             with (
                 self._reading,
@@ -60,13 +60,13 @@ class Adapters:
 
     def _publish(self, ready: Opened, version: Version) -> None:
         ready.stand_up(version.internal)
-        self._library.publish(version)
+        self._versions.publish(version)
 
     def unload(self, name: str) -> Version:
         """Refuse new requests of this name from now on. The version leaves the model, and its
         memory is free, with its last request: `gone` is set then. Errors: `UnknownAdapter`.
         """
-        return self._library.retire(name)
+        return self._versions.retire(name)
 
     def _drop(self, version: Version) -> None:
         self._leaving.append(version)

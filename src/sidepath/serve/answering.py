@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from sidepath.errors import ServeError
-from sidepath.serve.library import Version
 from sidepath.serve.requests import Finish, Handle, Piece
 from sidepath.serve.sampling import Chosen, Turn
 from sidepath.serve.text import TextStream
+from sidepath.serve.versions import Version
 
 
 class Answering:

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from sidepath.errors import StoreError
-from sidepath.store.folder import (
-    clear_leftovers,
-    fsync,
-    locked_sibling,
-    make_parents,
-    write_failed,
-)
+from sidepath.store.aside import beside, fsync
 
 
 @contextmanager
@@ -27,26 +18,12 @@ def publish_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> It
     Errors: `StoreError` for a folder, and for a file that is there without `overwrite`;
     `WriteFailed` for any OSError. After an error nothing is left and the old file stands.
     """
-    target = Path(os.path.realpath(path))
-    made: list[Path] = []
-    try:
-        try:
-            refuse_existing(target, overwrite)
-            make_parents(target.parent, made)
-            clear_leftovers(target.parent, re.compile(re.escape(target.name)))
-            with locked_sibling(target) as temporary:
-                mode = temporary.stat().st_mode & 0o666  # what the umask leaves of a file's
-                file = temporary / target.name
-                yield file
-                fsync(file, mode)
-                _swap_in(file, target)
-        except BaseException:
-            for parent in made:
-                with suppress(OSError):
-                    parent.rmdir()
-            raise
-    except (OSError, SafetensorError) as error:
-        raise write_failed(path, error) from error
+    with beside(path, lambda target: refuse_existing(target, overwrite)) as (target, temporary):
+        mode = temporary.stat().st_mode & 0o666  # what the umask leaves of a file's
+        file = temporary / target.name
+        yield file
+        fsync(file, mode)
+        _swap_in(file, target)
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:

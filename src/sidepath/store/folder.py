@@ -1,40 +1,30 @@
 """Folders that appear on disk whole or not at all (floor 4).
 
-`publish` gives its caller a temporary folder beside the target. What was written there is
-fsynced, file by file and folder by folder, and swapped in by one rename: whoever reads the
-target sees the old folder or the new one. The temporary folder is locked (flock) while its
-writer lives, so the next save can tell a killed save's leftovers from a save in progress.
-
-Beside a target `x` may stand, after a kill only: `.x.sidepath-<8 hex>.new` (a save that was not
-finished, or the folder it replaced), `.old` (set aside during a swap) and `.gone` (being deleted).
+`publish` gives its caller a temporary folder beside the target (`aside.py`). What was written there
+is fsynced, file by file and folder by folder, and swapped in by one rename: whoever reads the
+target sees the old folder or the new one.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import functools
 import hashlib
 import os
-import re
-import secrets
-import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from sidepath.errors import StoreError, WriteFailed
+from sidepath.errors import StoreError
+from sidepath.store.aside import beside, fsync, lock
 from sidepath.store.hub import refuse_hub
 from sidepath.store.tensors import read_json
 
 MANIFESTS = ("sidepath.json", "parity.json", "checkpoint.json")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
-_LEFTOVER = re.compile(r"\.(.+)\.sidepath-[0-9a-f]{8}\.(new|old|gone)")
 
 
 @contextmanager
@@ -54,24 +44,13 @@ def publish(
     (disk full, no permission, ...). After an error nothing is left and the old folder stands.
     """
     refuse_hub(folder)
-    target = Path(os.path.realpath(folder))
-    made: list[Path] = []
-    try:
-        try:
-            _refuse_foreign(target, manifests, replace)
-            make_parents(target.parent, made)
-            clear_leftovers(target.parent, re.compile(re.escape(target.name)))
-            with locked_sibling(target) as temporary:
-                yield temporary
-                _settle(temporary)
-                _swap_in(temporary, target)
-        except BaseException:
-            for parent in made:
-                with suppress(OSError):
-                    parent.rmdir()
-            raise
-    except (OSError, SafetensorError) as error:
-        raise write_failed(folder, error) from error
+    with beside(folder, lambda target: _refuse_foreign(target, manifests, replace)) as (
+        target,
+        temporary,
+    ):
+        yield temporary
+        _settle(temporary)
+        _swap_in(temporary, target)
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -121,88 +100,6 @@ def names_in(folder: Path) -> str:
     return ", ".join(sorted(path.name for path in folder.iterdir())[:8])
 
 
-def make_parents(parent: Path, made: list[Path]) -> None:
-    """Create `parent`, durably; the folders that were made are put into `made`, deepest first."""
-    for path in reversed([path for path in (parent, *parent.parents) if not path.exists()]):
-        path.mkdir(exist_ok=True)
-        made.insert(0, path)
-        fsync(path.parent)  # a folder is on the disk once its parent's entry is
-    parent.mkdir(exist_ok=True)  # an error if it is a file
-
-
-def clear_leftovers(parent: Path, names: re.Pattern[str]) -> None:
-    """Clear what killed saves left in `parent` of targets whose whole name matches `names`.
-
-    An old folder that was set aside, with nothing in its place, is given back; the rest is
-    deleted. Saves in progress are left alone. Errors: `OSError`.
-    """
-    for path in sorted(parent.iterdir()):
-        match = _LEFTOVER.fullmatch(path.name)
-        if match is None or names.fullmatch(match[1]) is None:
-            continue
-        with _abandoned(path) as free:
-            target = path.with_name(match[1])
-            if free and match[2] == "old" and not target.exists():
-                os.rename(path, target)
-            elif free:
-                shutil.rmtree(path)
-
-
-def discard(folder: Path) -> None:
-    """Delete a folder: renamed aside first, so that no reader ever sees half of it.
-
-    Whatever fails is left for `clear_leftovers`; nothing is raised.
-    """
-    aside = folder.with_name(f".{folder.name}.sidepath-{secrets.token_hex(4)}.gone")
-    with suppress(OSError):
-        os.rename(folder, aside)
-        shutil.rmtree(aside)
-
-
-@contextmanager
-def _abandoned(path: Path) -> Iterator[bool]:
-    """Whether no living process writes to a temporary folder; none can start to in the block."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        yield False
-        return
-    try:
-        yield _lock(handle)
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-@contextmanager
-def locked_sibling(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`, locked while it is used and removed afterwards."""
-    while True:
-        path = target.with_name(f".{target.name}.sidepath-{secrets.token_hex(4)}.new")
-        os.mkdir(path)
-        handle = -1
-        try:
-            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            if not path.exists():  # another save took it for a leftover before it was locked
-                continue
-            yield path
-            return
-        finally:
-            with suppress(OSError):  # rmtree ignores all errors but those of its own `close`
-                shutil.rmtree(path, ignore_errors=True)
-            if handle >= 0:
-                with suppress(OSError):  # closing it is all that is left of a finished save
-                    os.close(handle)
-
-
 def _settle(folder: Path) -> None:
     """Give every file and folder the umask's mode and bring it to the disk, deepest first."""
     # A folder made by mkdir shows the umask; reading it with os.umask would change it for a moment.
@@ -211,17 +108,6 @@ def _settle(folder: Path) -> None:
         for name in files:
             fsync(os.path.join(here, name), folder_mode & 0o666)
         fsync(here, folder_mode)
-
-
-def fsync(path: str | Path, mode: int | None = None) -> None:
-    """Bring a file or a folder to the disk, given a mode first."""
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        if mode is not None and stat.S_IMODE(os.fstat(handle).st_mode) != mode:
-            os.fchmod(handle, mode)
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _swap_in(temporary: Path, target: Path) -> None:
@@ -246,7 +132,7 @@ def _swap(temporary: Path, target: Path) -> None:
     aside = temporary.with_suffix(".old")
     handle = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        _lock(handle)  # or another process would take what is set aside for a killed save's
+        lock(handle)  # or another process would take what is set aside for a killed save's
         os.rename(target, aside)
         try:
             os.rename(temporary, target)
@@ -287,14 +173,3 @@ def _renameat2() -> Callable[..., int] | None:
     function.argtypes = (ctypes.c_int, ctypes.c_char_p) * 2 + (ctypes.c_uint,)
     function.restype = ctypes.c_int
     return function  # type: ignore[no-any-return]
-
-
-def write_failed(folder: str | os.PathLike[str], error: OSError | SafetensorError) -> WriteFailed:
-    """The error for an output that could not be written."""
-    reason = getattr(error, "strerror", None) or str(error)
-    path = getattr(error, "filename", None)
-    return WriteFailed(
-        f"cannot write {os.fspath(folder)}: {reason}",
-        where=path or os.fspath(folder),
-        hint="nothing was written; free space or check the permissions, then save again",
-    )

@@ -211,7 +211,6 @@ def _ours(folder: Path, header: Mapping[str, TensorInfo]) -> Entry:
     manifest, faults = read_manifest(folder, check=sizes)
     if manifest is not None:
         faults += check_tensors(manifest, header)
-        faults += [] if WEIGHTS in manifest.files else [f"{WEIGHTS}: not listed"]
     if manifest is None or faults:
         raise DamagedAdapter("the adapter cannot be trusted", where=folder, faults=faults)
     metrics = manifest.record.get("metrics")

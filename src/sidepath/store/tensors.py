@@ -106,7 +106,7 @@ def read_head(
     refuse_pickle(path)
     limits = limits or Limits()
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_at_once) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise DamagedAdapter("not a regular file", where=path)
@@ -125,6 +125,11 @@ def read_head(
     if faults:
         raise damaged(path, faults)
     return header, first + text
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open a file without waiting: a fifo would wait for somebody who writes."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def small_file(path: str | os.PathLike[str]) -> bytes:

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sidepath.errors import ResumeError, SidepathError
-from sidepath.store.folder import clear_leftovers, discard, publish, sha256_file
+from sidepath.store.aside import clear_leftovers, discard
+from sidepath.store.folder import publish, sha256_file
 from sidepath.store.tensors import file_inside, read_header, read_json
 
 FORMAT = 2

@@ -35,7 +35,7 @@ class Version:
         return f"serving-{self.generation}"
 
 
-class Library:
+class Versions:
     """Names and versions. Safe for several threads; `drop` is called for each version that nobody
     asks any more, with no lock held.
     """
@@ -46,7 +46,7 @@ class Library:
         self._current: dict[str, Version] = {}
         self._generations = 0
 
-    def versions(self) -> list[Version]:
+    def current(self) -> list[Version]:
         """The version of each name, in order of name."""
         with self._lock:
             return [self._current[name] for name in sorted(self._current)]

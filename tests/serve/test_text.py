@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import sidepath
@@ -41,11 +41,15 @@ def test_pieces_are_the_whole_text(text: str) -> None:
 
 
 @settings(max_examples=100, deadline=None)
+@example(".aa", ["a", ".aa"])
+@example("b.a", ["a", ".a"])
 @given(texts, st.lists(st.text(alphabet="ab .é🙂", min_size=1, max_size=3), min_size=1, max_size=3))
 def test_a_stop_string_ends_it_wherever_tokens_part(text: str, stops: list[str]) -> None:
     whole = "".join(streamed(text))
-    ends = [whole.find(stop) for stop in stops if stop in whole]
-    assert "".join(streamed(text, tuple(stops))) == whole[: min(ends, default=len(whole))]
+    done = next((n for n in range(len(whole) + 1) if whole[:n].endswith(tuple(stops))), None)
+    last = max((len(stop) for stop in stops if whole[:done].endswith(stop)), default=0)
+    expected = whole if done is None else whole[: done - last]
+    assert "".join(streamed(text, tuple(stops))) == expected
 
 
 def test_what_may_be_a_stop_string_is_held_back_and_given_when_it_is_none() -> None:

@@ -28,7 +28,8 @@ def check_stops(stops: Sequence[str]) -> None:
 
 class TextStream:
     """The text of one answer. The pieces it gives, one after another, are the text of all tokens
-    up to the first stop string, which is left out; nothing that was given is ever taken back.
+    up to the stop string that is complete first (of two that end together, the longer), which is
+    left out; nothing that was given is ever taken back.
 
     A character whose bytes are not all there is held back, and so is what may be the beginning of a
     stop string. Special tokens have no text.
@@ -70,10 +71,12 @@ class TextStream:
 
     def _given(self, new: str, *, final: bool) -> str:
         text = self._held + new
-        ends = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if ends:
+        # The stop string that is complete first counts: so the answer does not depend on where
+        # tokens part, as it would if one that begins earlier and is not complete yet could win.
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
             self.stopped, self._held = True, ""
-            return text[: min(ends)]
+            return text[: min(found)[1]]
         kept = 0 if final else max((_begun(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]

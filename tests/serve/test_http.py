@@ -254,3 +254,19 @@ def test_a_caller_that_goes_away_frees_its_row(engine: Engine, stream: bool) -> 
         assert time.monotonic() < until
         time.sleep(0.001)
     assert engine.ended["cancelled"] == before + 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_memory_that_does_not_suffice_is_503_in_a_stream_too(
+    client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    def full(parts: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._runner, "logits", full)
+        reply = client.post("/v1/completions", json=body("base", stream=stream))
+    assert reply.status_code == 503
+    assert reply.headers["retry-after"] == "1"
+    assert reply.json()["error"]["code"] == "overloaded"
+    assert client.post("/v1/completions", json=body("base")).status_code == 200

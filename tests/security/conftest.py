@@ -1,4 +1,4 @@
-"""One server as `sidepath serve --keys --allow-loading` makes it, on a real socket, to be attacked."""
+"""One server, as `sidepath serve --keys --allow-loading` makes it, on a real socket."""
 
 from __future__ import annotations
 

@@ -84,8 +84,8 @@ def test_what_one_body_may_ask_for() -> None:
         asked(prompt=["x" * 10, "y" * 11])
     with pytest.raises(RequestRefused, match="21 characters"):
         asked(prompt=[[3] * 21])
+    body = {"model": "m", "messages": [{"role": "user", "content": "x" * 26}]}
     with pytest.raises(RequestRefused, match="31 characters"):
-        body = {"model": "m", "messages": [{"role": "user", "content": "x" * 26}]}
         parse(_json(body), True, tokenizer, most.check_text)
     Most().check_text({"prompt": "x" * 10_000})
     for half in ("a\ud800", ["\udfff"]):

@@ -80,7 +80,7 @@ def test_no_way_leads_out(root: Path, tmp_path: Path, given: str) -> None:
     (root / "team" / "up").symlink_to(tmp_path)
     (root / "loop").symlink_to(root / "loop")
     said = given.format(root=root, beside=tmp_path / "beside")
-    with pytest.raises((RequestRefused, StoreError), match="does not lead|no adapter folder"):
+    with pytest.raises((RequestRefused, StoreError), match=r"does not lead|no adapter folder"):
         Loading(root).folder(said)
 
 

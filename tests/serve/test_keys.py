@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from sidepath.errors import ConfigError, StoreError, WriteFailed
-from sidepath.serve import keys as module
 from sidepath.serve.keys import Key, Keys, add_key, digest_of, read_keys
 from tests.faults import Faults
 
@@ -90,7 +89,7 @@ def test_every_fault_of_a_file_is_named_at_once(tmp_path: Path) -> None:
     faults = "\n".join(error.value.faults)
     for said in (
         'name "a" is there twice',
-        'is there twice',
+        "is there twice",
         'keys[3]: Key: unknown field; - "modles": did you mean "models"?',
         "keys[4]: sha256 missing",
         "keys[5]",
@@ -130,12 +129,13 @@ def test_every_guess_is_compared_with_every_key_in_constant_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     compared: list[tuple[str, str]] = []
+    compare = hmac.compare_digest
 
     def counting(one: str, other: str) -> bool:
         compared.append((one, other))
-        return hmac.compare_digest(one, other)
+        return compare(one, other)
 
-    monkeypatch.setattr(module.hmac, "compare_digest", counting)  # type: ignore[attr-defined]
+    monkeypatch.setattr(hmac, "compare_digest", counting)
     keys = Keys([Key(name=f"k{n}", sha256=digest_of(str(n))) for n in range(5)])
     for guess in ("0", "2", "4", "wrong", ""):
         compared.clear()

@@ -58,7 +58,7 @@ def terms_of(run: GateRun) -> Terms:
 
 
 def web_server(run: GateRun, application: Any) -> Any:
-    """uvicorn's server of an application, within the bounds of `run`."""
+    """Uvicorn's server of an application, within the bounds of `run`."""
     import uvicorn
 
     from sidepath.serve.connection import HEAD_BYTES, Bounds, bounded

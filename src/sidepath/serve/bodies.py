@@ -65,7 +65,9 @@ class Most:
         try:
             count = _characters(body.get("prompt")) + _characters(body.get("messages"))
         except UnicodeEncodeError as error:
-            raise RequestRefused("a text is not Unicode", found=ascii(error.object)[:200]) from error
+            raise RequestRefused(
+                "a text is not Unicode", found=ascii(error.object)[:200]
+            ) from error
         if self.characters is not None and count > self.characters:
             raise RequestRefused(
                 "the text is too long",

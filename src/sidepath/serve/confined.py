@@ -1,9 +1,9 @@
 """Which folders may be loaded while the server runs (floor 5).
 
 Checked by what the files say of themselves, before memory is allocated for any of them; what `load`
-checks besides (digests, shapes, finite values, the base's fingerprint) is not repeated here. Whoever
-can write under the root while a folder is being loaded can put another one in its place after the
-check: the root's writers are trusted, those who call the route are not.
+checks besides (digests, shapes, finite values, the base's fingerprint) is not repeated here.
+Whoever can write under the root while a folder is being loaded can put another one in its place
+after the check: the root's writers are trusted, those who call the route are not.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Loading:
         try:
             folder = self._below(given)
             refuse_other_folders(folder)
-            faults = [*self._files(folder), *self._ranks(folder)]
+            faults = list(self._files(folder)) or list(self._ranks(folder))
         except (OSError, ValueError) as error:  # a name that no file can have, say
             raise _outside(given) from error
         if faults:

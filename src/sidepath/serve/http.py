@@ -158,9 +158,7 @@ class _Streamed(StreamingResponse):
             self._begun.close()
 
 
-async def _events(
-    begun: Begun, first: Numbered, reply: Reply, asked: Asked
-) -> AsyncIterator[str]:
+async def _events(begun: Begun, first: Numbered, reply: Reply, asked: Asked) -> AsyncIterator[str]:
     """A document a piece, and `[DONE]` at the end."""
     async for index, piece in begun.pieces(first):
         if piece.error is not None:

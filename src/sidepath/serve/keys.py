@@ -52,7 +52,7 @@ class Key:
         rules = {
             "name": NAME.fullmatch(self.name) is not None,
             "sha256": _DIGEST.fullmatch(self.sha256 or "0" * 64) is not None,
-            "requests_per_minute": rate is None or 1 <= rate,
+            "requests_per_minute": rate is None or rate >= 1,
             "at_once": self.at_once is None or self.at_once >= 1,
         }
         require(self, rules)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -64,6 +65,14 @@ def until(caller: socket.socket, end: bytes) -> bytes:
         assert part, found
         found += part
     return found
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait for something that has to come."""
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 def status(response: bytes) -> int:

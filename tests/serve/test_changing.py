@@ -24,6 +24,7 @@ from sidepath.serve.http import Terms, application
 from sidepath.serve.keys import Key, Keys, digest_of
 from sidepath.serve.scheduler import Limits
 from tests.serve.kit import embedded, save_adapters
+from tests.serve.sockets import wait_until
 
 KEYS = Keys(
     [
@@ -202,8 +203,7 @@ def test_an_unload_waits_for_those_that_are_answered(engine: Engine, root: Path)
             asking = threading.Thread(target=said, args=(client, "one"))
             asking.start()
             (version,) = engine.adapters.versions()
-            while version.answering == 0:
-                threading.Event().wait(0.001)
+            wait_until(lambda: version.answering == 1)
             reply = post(client, UNLOAD, lora_name="one")
             assert (reply.status_code, reply.json()["gone"]) == (202, False)
             assert said(client, "one") == 404

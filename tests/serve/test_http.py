@@ -19,6 +19,7 @@ from sidepath.serve.engine import Engine
 from sidepath.serve.http import application
 from sidepath.serve.scheduler import Limits
 from tests.serve.kit import Alone, embedded, save_adapters
+from tests.serve.sockets import wait_until
 
 LIMITS = Limits(rows=4, slots=2, context=128, step_tokens=64)
 PROMPT = "The capital of France"
@@ -206,8 +207,7 @@ def test_health_and_metrics(client: TestClient, engine: Engine) -> None:
     client.post("/v1/completions", json=body("adapter-0"))
     assert client.get("/healthz").text == "ok"
     assert client.get("/readyz").text == "ready"
-    while engine.load != (0, 0):  # the last piece comes before the step is counted
-        time.sleep(0.001)
+    wait_until(lambda: engine.load == (0, 0))  # the last piece comes before its step is counted
     text = client.get("/metrics").text
     assert re.search(r"^sidepath_adapters 2\.0$", text, re.M)
     assert f"sidepath_steps_total {float(engine.steps)}" in text

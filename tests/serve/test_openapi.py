@@ -25,6 +25,7 @@ from tests.serve.kit import embedded
 
 PATHS: Any = document()["paths"]
 POSTS = sorted(path for path, does in PATHS.items() if "post" in does)
+KINDS = ("a string", "a number", "a whole number", "true or false", "an object", "a list")
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,7 @@ def test_what_fits_can_fail() -> None:
 
 
 QUICK = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -178,7 +179,7 @@ def test_bodies_of_the_documents_form(client: TestClient, path: str, data: Any) 
     reply = client.post(path, content=json.dumps(body).encode())
     assert reply.status_code < 500, reply.text
     assert "is not known" not in reply.text
-    assert "must be" not in reply.text
+    assert not [must for must in KINDS if f"must be {must}" in reply.text]
     check_reply(path, "post", reply)
 
 

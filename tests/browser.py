@@ -29,8 +29,9 @@ CONTRAST = """() => {
       const color = getComputedStyle(node).backgroundColor;
       if (!/, 0\\)$/.test(color)) return color; }
     return 'rgb(255, 255, 255)'; };
+  const texts = 'h1, h2, p, th, td, dt, dd, label, pre, button, summary, figcaption';
   const faint = [];
-  for (const node of document.querySelectorAll('h1, h2, p, th, td, dt, dd, label, pre, button, summary, figcaption')) {
+  for (const node of document.querySelectorAll(texts)) {
     const [a, b] = [light(getComputedStyle(node).color), light(behind(node))];
     const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
     if (ratio < 4.5) faint.push([node.tagName, node.textContent.slice(0, 30), ratio]); }

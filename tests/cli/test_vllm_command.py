@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 from .conftest import Run
@@ -26,7 +27,7 @@ def test_the_command_names_base_and_adapters(run: Run, tiny_base: Path, trained:
     assert ran.code == 0, ran.err
     words = json.loads(ran.out)["command"]
     assert words[:3] == ["vllm", "serve", str(tiny_base)]
-    after = dict(zip(words, words[1:], strict=False))
+    after = dict(pairwise(words))
     assert after["--served-model-name"] == "tiny"
     assert after["--host"] == "127.0.0.1"
     assert after["--port"] == "8100"

@@ -1,6 +1,6 @@
 """`serve --engine vllm`: the command that serves the same base and adapters on a fleet's engine.
 
-Nothing is started here: what vLLM would refuse or compute wrongly is found before it runs (floor 7).
+Nothing is started: what vLLM would refuse or compute wrongly is found before it runs (floor 7).
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ HOST = "127.0.0.1"
 _QUANTISED = {"none": (), "nf4": ("--quantization", "bitsandbytes")}
 
 
-def vllm_command(
-    run: ServeRun, base: str, folder: Path, adapters: Mapping[str, Path]
-) -> Report:
+def vllm_command(run: ServeRun, base: str, folder: Path, adapters: Mapping[str, Path]) -> Report:
     """The command as people type it, and its words for scripts.
 
     Errors: `StoreError` that names every adapter that vLLM does not take, and why; `ConfigError`
@@ -48,7 +46,9 @@ def vllm_command(
             {"name": name, "folder": where, "max_lora_rank": rank} for name, where, rank in rows
         ],
     }
-    return Report(document, [shlex.join(words), Table("adapters", ["name", "folder", "rank"], rows)])
+    return Report(
+        document, [shlex.join(words), Table("adapters", ["name", "folder", "rank"], rows)]
+    )
 
 
 def _words(run: ServeRun, base: str, folder: Path) -> list[str]:

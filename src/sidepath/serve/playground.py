@@ -39,8 +39,8 @@ async def page(incoming: Incoming) -> Response:
     nonce = secrets.token_urlsafe(16)
     own = f"'nonce-{nonce}'"
     policy = (
-        f"default-src 'none'; style-src {own}; script-src {own}; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; style-src {own}; script-src {own}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
     return HTMLResponse(_text().replace("{nonce}", nonce), headers=headers)

@@ -44,6 +44,8 @@ def test_what_the_gate_refuses(run: Run, tiny_base: Path, tmp_path: Path) -> Non
     assert "impossible value for keys" in refused("--allow-loading", tmp_path)
     assert "impossible value for key_admin" in refused("--keys", keys, "--key-admin")
     assert "impossible value for key_admin" in refused("--keys", keys, "--key-models", "x")
+    others = refused("--engine", "vllm", "--keys", keys, "--stall-seconds", "3")
+    assert "found: --keys, --stall-seconds" in others
     assert "impossible value for head_seconds" in refused("--head-seconds", "0")
     assert "cannot read the keys" in refused("--keys", keys)
     assert "impossible value for name" in refused("--keys", keys, "--new-key", "two words")

@@ -91,5 +91,5 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with Engine(embedded(), tokenizer, limits) as engine:
         engine.adapters.load("tenant-model", folders[0])
         made = application(engine, "base", terms_of(ServeRun(**settings)))
-        with served(made, **settings) as port:
+        with served(made, small=True, **settings) as port:
             yield Server(port, engine, place / "root", operator, tenant, keys)

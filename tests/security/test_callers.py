@@ -11,7 +11,7 @@ from tests.serve.sockets import ask, connected, rest, status
 
 CHANGING = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 ASKING = {"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/classify"}
-READING = {"/v1/models", "/metrics"}
+READING = {"/v1/models", "/v1/library", "/v1/load", "/metrics"}
 
 
 @pytest.mark.parametrize("path", [*CHANGING, *sorted(ASKING | READING), "/nowhere"])
@@ -62,6 +62,9 @@ def test_a_tenant_neither_sees_nor_asks_others(server: Server) -> None:
     try:
         listed = ask(server.port, "/v1/models", key=server.tenant).document["data"]
         assert [model["id"] for model in listed] == ["tenant-model"]
+        library = ask(server.port, "/v1/library", key=server.tenant)
+        assert [entry["id"] for entry in library.document["data"]] == ["tenant-model"]
+        assert "secret" not in library.text
         for model in ("secret-project", "secret-projec", "base"):
             reply = server.complete(model, server.tenant)
             assert reply.status == 404

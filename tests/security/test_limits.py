@@ -61,7 +61,7 @@ def test_too_long_prompts_and_answers(server: Server) -> None:
         reply = server.complete("base", **more)
         assert reply.status == 400, (str(more)[:50], reply.text[:200])
         assert words in reply.error["message"]
-    assert server.engine.load == (0, 0)
+    assert server.engine.load == (0, 0, 0)
 
 
 def test_header_bombs(server: Server) -> None:
@@ -121,7 +121,7 @@ def test_a_stream_that_nobody_reads_is_cut_off(server: Server) -> None:
         found = rest(caller)
     assert status(found) == 200
     assert b"[DONE]" not in found
-    wait_until(lambda: server.engine.load == (0, 0))
+    wait_until(lambda: server.engine.load == (0, 0, 0))
 
 
 def test_callers_that_vanish_free_their_rows(server: Server) -> None:
@@ -132,5 +132,5 @@ def test_callers_that_vanish_free_their_rows(server: Server) -> None:
             if wait:
                 until_some = caller.recv(100)
                 assert status(until_some) == 200
-    wait_until(lambda: server.engine.load == (0, 0))
+    wait_until(lambda: server.engine.load == (0, 0, 0))
     assert server.complete("base").status == 200

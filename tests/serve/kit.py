@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,11 @@ from torch import nn
 
 import sidepath
 from sidepath import LoRA
+from sidepath.cli.serving import HOST
+from sidepath.serve.engine import Engine
+from sidepath.serve.http import application
 from tests.conftest import randomise, tiny_llama
+from tests.serve import sockets
 
 GROUPED = {
     "hidden_size": 32,
@@ -82,6 +88,13 @@ def save_adapters(make: Any, folder: Path, count: int) -> list[Path]:
         folders.append(adapter.save(folder / f"adapter-{number}"))
         sidepath.remove(model, "new")
     return folders
+
+
+@contextmanager
+def served(engine: Engine) -> Iterator[str]:
+    """The engine behind a real socket of this machine, its base called "base"; the address."""
+    with sockets.served(application(engine, "base")) as port:
+        yield f"http://{HOST}:{port}"
 
 
 class Alone:

@@ -21,10 +21,13 @@ PATIENCE = 60
 
 
 @contextmanager
-def served(application: Any, **settings: Any) -> Iterator[int]:
-    """Serve an application as `sidepath serve` does, with these settings of it; gives the port."""
+def served(application: Any, *, small: bool = False, **settings: Any) -> Iterator[int]:
+    """Serve an application as `sidepath serve` does, with these settings of it; gives the port.
+    With `small` buffers little is on its way to whoever does not read.
+    """
     with listening(0) as bound:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        if small:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         server = web_server(ServeRun(**settings), application)
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()

@@ -71,7 +71,7 @@ def application() -> Application:
 
 @pytest.fixture(scope="module")
 def port(application: Application) -> Iterator[int]:
-    with served(application, **SLOW) as port:
+    with served(application, small=True, **SLOW) as port:
         yield port
 
 

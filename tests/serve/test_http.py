@@ -200,14 +200,14 @@ def test_a_full_queue_is_503_with_retry_after(tokenizer: Any) -> None:
         assert reply.json()["error"]["code"] == "overloaded"
         assert client.get("/healthz").status_code == 503
         engine.step()
-        assert engine.load == (0, 0), "the answer that had begun was cancelled"
+        assert engine.load == (0, 0, 0), "the answer that had begun was cancelled"
 
 
 def test_health_and_metrics(client: TestClient, engine: Engine) -> None:
     client.post("/v1/completions", json=body("adapter-0"))
     assert client.get("/healthz").text == "ok"
     assert client.get("/readyz").text == "ready"
-    wait_until(lambda: engine.load == (0, 0))  # the last piece comes before its step is counted
+    wait_until(lambda: engine.load == (0, 0, 0))  # the last piece comes before its step is counted
     text = client.get("/metrics").text
     assert re.search(r"^sidepath_adapters 2\.0$", text, re.M)
     assert f"sidepath_steps_total {float(engine.steps)}" in text
@@ -241,7 +241,7 @@ def test_a_caller_that_goes_away_frees_its_row(engine: Engine, stream: bool) -> 
         async def receive() -> Any:
             if given:
                 return given.pop()
-            while engine.load == (0, 0):
+            while engine.load == (0, 0, 0):
                 await asyncio.sleep(0.001)
             return {"type": "http.disconnect"}
 
@@ -252,7 +252,7 @@ def test_a_caller_that_goes_away_frees_its_row(engine: Engine, stream: bool) -> 
 
     asyncio.run(call())
     until = time.monotonic() + 20
-    while engine.load != (0, 0):
+    while engine.load != (0, 0, 0):
         assert time.monotonic() < until
         time.sleep(0.001)
     assert engine.ended["cancelled"] == before + 1

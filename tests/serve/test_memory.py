@@ -62,4 +62,4 @@ def test_the_request_that_there_is_no_memory_for_ends_and_no_other(
     assert error.value.after >= 1
     assert isinstance(error.value, ServeError)
     assert [handle.result().tokens for handle in small] == expected
-    assert engine.load == (0, 0)
+    assert engine.load == (0, 0, 0)

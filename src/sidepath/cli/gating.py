@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sidepath.cli.output import Report
+from sidepath.cli.runs import BaseRun
 from sidepath.cli.serve_run import GateRun
 from sidepath.errors import ConfigError, StoreError
 
@@ -55,6 +57,22 @@ def terms_of(run: GateRun) -> Terms:
         loading = Loading(Path(run.allow_loading), run.max_rank, run.max_adapter_bytes)
     most = Most(run.max_prompt_tokens, run.max_new_tokens)
     return Terms(Gate(keys), most, loading, run.drain_seconds)
+
+
+def refuse_gate(run: GateRun) -> None:
+    """Errors: `ConfigError` that names every setting of this server's gate, for another engine."""
+    of_base = {field.name for field in dataclasses.fields(BaseRun)}
+    given = [
+        f"--{field.name.replace('_', '-')}"
+        for field in dataclasses.fields(GateRun)
+        if field.name not in of_base and vars(run)[field.name] != field.default
+    ]
+    if given:
+        raise ConfigError(
+            "these settings are this server's own: another engine keeps none of them",
+            found=", ".join(given),
+            hint="leave them out, and put a proxy with keys and limits before that engine",
+        )
 
 
 def web_server(run: GateRun, application: Any) -> Any:

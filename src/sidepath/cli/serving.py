@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sidepath.cli.bases import base_folder, load_causal, load_tokenizer
-from sidepath.cli.gating import new_key, terms_of, web_server
+from sidepath.cli.gating import new_key, refuse_gate, terms_of, web_server
 from sidepath.cli.launch import stopped_by_sigterm
 from sidepath.cli.output import Report, Table, note
 from sidepath.cli.serve_run import ServeRun
 from sidepath.cli.surface import Call
+from sidepath.cli.vllm_command import vllm_command
 from sidepath.errors import ConfigError, MissingExtra, SidepathError, StoreError, in_one_line
 
 if TYPE_CHECKING:
@@ -27,6 +28,12 @@ def serve(call: Call) -> Report:
     run = call.settings.build("serve", ServeRun)
     if run.new_key is not None:
         return new_key(run)
+    folder = base_folder(run.base)
+    base = run.name if run.name is not None else folder.resolve().name
+    found = folders_in(run.adapters, base)
+    if run.engine == "vllm":
+        refuse_gate(run)
+        return vllm_command(run, base, folder, found)
     try:
         import uvicorn  # noqa: F401
 
@@ -39,9 +46,6 @@ def serve(call: Call) -> Report:
     from sidepath.serve.scheduler import Limits
 
     terms = terms_of(run)
-    folder = base_folder(run.base)
-    base = run.name if run.name is not None else folder.resolve().name
-    found = folders_in(run.adapters, base)
     limits = Limits(run.rows, run.slots, run.context, run.cached_tokens, run.step_tokens, run.queue)
     with listening(run.port) as bound:
         model = load_causal(folder, run.dtype, run.device, run.quantise)

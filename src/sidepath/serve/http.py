@@ -22,6 +22,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from sidepath.errors import NotAllowed, UnknownAdapter
+from sidepath.serve import playground
 from sidepath.serve.begun import Begun, Numbered, unless_gone
 from sidepath.serve.bodies import Intake, Most, longest_text
 from sidepath.serve.changing import Changing
@@ -71,6 +72,7 @@ def application(
         Route("/readyz", served.ready),
         Route("/metrics", served.metrics),
         Route("/openapi.json", _openapi),
+        *playground.routes(engine, base),
         *more,
     ]
     own = [

@@ -86,6 +86,17 @@ _USAGE: Schema = {
     },
 }
 
+_LIBRARY: Schema = {
+    "object": {"const": "list"},
+    "base": {"type": "string"},
+    "chat": {"type": "boolean"},
+    "data": {"type": "array", "items": {"type": "object"}},
+}
+_LOAD: Schema = {
+    name: {"type": "integer"}
+    for name in ("waiting", "running", "rows", "slots_taken", "slots", "steps", "answered")
+}
+
 
 def document() -> Schema:
     """The OpenAPI 3.1 document of the server's own routes."""
@@ -114,6 +125,11 @@ def document() -> Schema:
                 _changed(),
                 also=202,
             ),
+            "/v1/library": _get(
+                "The adapters this key may ask, with what their folders say.", _object(_LIBRARY)
+            ),
+            "/v1/load": _get("Requests, rows and slots, now.", _object(_LOAD)),
+            "/": _get("A page to try it all.", None, "text/html"),
             "/healthz": _get("Whether the engine lives.", None),
             "/readyz": _get("Whether requests are taken.", None),
             "/metrics": _get("Counts, as Prometheus reads them.", None),
@@ -212,8 +228,8 @@ def _object(properties: Schema) -> Schema:
     return {"type": "object", "required": list(properties), "properties": properties}
 
 
-def _get(summary: str, given: Schema | None) -> Schema:
-    return {"get": {"summary": summary, "responses": _responses(given)}}
+def _get(summary: str, given: Schema | None, kind: str = "text/plain") -> Schema:
+    return {"get": {"summary": summary, "responses": _responses(given, kind)}}
 
 
 def _post(summary: str, taken: Schema, given: Schema, also: int | None = None) -> Schema:
@@ -226,8 +242,9 @@ def _post(summary: str, taken: Schema, given: Schema, also: int | None = None) -
     return {"post": {"summary": summary, "requestBody": body, "responses": responses}}
 
 
-def _responses(given: Schema | None) -> Schema:
-    kind = "text/plain" if given is None else "application/json"
+def _responses(given: Schema | None, kind: str = "text/plain") -> Schema:
+    """The responses of a route: JSON of a schema, or text of a kind."""
+    kind = kind if given is None else "application/json"
     content = {kind: {"schema": {"type": "string"} if given is None else given}}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     if given is None:  # a health check says in plain words that all is not well

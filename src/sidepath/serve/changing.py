@@ -32,9 +32,9 @@ from sidepath.errors import (
     UnsupportedModule,
 )
 from sidepath.injection.registry import check_name
-from sidepath.serve.adapters import Adapters
 from sidepath.serve.bodies import Intake
 from sidepath.serve.confined import Loading
+from sidepath.serve.engine import Engine
 from sidepath.serve.gate import administrator
 from sidepath.serve.memory import out_of_memory, shed
 from sidepath.serve.versions import Version
@@ -80,13 +80,13 @@ class Changing:
 
     def __init__(
         self,
-        adapters: Adapters,
+        engine: Engine,
         base: str,
         loading: Loading | None,
         intake: Intake,
         drain_seconds: float,
     ) -> None:
-        self._adapters, self._base, self._loading = adapters, base, loading
+        self._engine, self._base, self._loading = engine, base, loading
         self._intake, self._drain_seconds = intake, drain_seconds
         self._names: dict[str, tuple[asyncio.Lock, int]] = {}
         # Of their own: what waits for a disk must not keep bodies from being read.
@@ -117,7 +117,7 @@ class Changing:
             check_name(None, name)
             self._refuse_taken(asked)
             folder = loading.folder(asked.lora_path)
-            return self._adapters.load(name, folder)
+            return self._engine.adapters.load(name, folder)
         except _OF_THE_FOLDER as error:
             raise RequestRefused(str(error)) from error
         except Exception as error:
@@ -149,7 +149,7 @@ class Changing:
             if there is None:
                 raise UnknownAdapter(f'no adapter "{asked.lora_name}" is loaded')
             _refuse_outdated(asked.lora_name, there, asked.generation)
-            version = self._adapters.unload(asked.lora_name)
+            version = self._engine.adapters.unload(asked.lora_name)
         gone = await self._left(version)
         document = {
             "lora_name": version.name,
@@ -177,7 +177,7 @@ class Changing:
             return _understood(kind, raw), self._loading
 
     def _there(self, name: str) -> Version | None:
-        versions = self._adapters.versions()
+        versions = self._engine.adapters.versions()
         return next((version for version in versions if version.name == name), None)
 
     @asynccontextmanager

@@ -9,24 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as Incoming
-from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sidepath.errors import NotAllowed, Overloaded, ServeError, TooOften, UnknownCaller
 from sidepath.serve.keys import Key, Keys
 from sidepath.serve.rates import Bucket
-from sidepath.serve.refusals import HANDLERS, refusal
+from sidepath.serve.refusals import refusal
 
-HOSTS = ("127.0.0.1", "localhost")
-"""The names that callers of this machine call it by."""
 OPEN = frozenset({"/", "/healthz", "/readyz", "/openapi.json"})
 """Paths that need no key: they tell nothing that a caller put in."""
 GUESSES_PER_MINUTE = 60
@@ -160,20 +154,6 @@ class Guard:
         except asyncio.CancelledError:  # the server ends, and has waited long enough
             if not begun:
                 await refusal(Overloaded("the server ends"))(scope, receive, answer)
-
-
-def guarded(routes: Sequence[BaseRoute], gate: Gate, told: Callable[[int], None]) -> Starlette:
-    """An application of these routes behind the gate; errors are told as OpenAI's clients read
-    them, and `told` gets each response's status.
-
-    It answers callers of this machine that name it so: a page from elsewhere, whose own name was
-    made to point here, does not (`HOSTS`).
-    """
-    own = [
-        Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
-        Middleware(Guard, gate=gate, told=told),
-    ]
-    return Starlette(routes=routes, exception_handlers=HANDLERS, middleware=own)
 
 
 def refuse_other_origins(headers: Headers) -> None:

@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as Incoming
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
@@ -26,13 +28,15 @@ from sidepath.serve.bodies import Intake, Most, longest_text
 from sidepath.serve.changing import Changing
 from sidepath.serve.confined import Loading
 from sidepath.serve.engine import Engine
-from sidepath.serve.gate import Gate, caller_of, guarded
+from sidepath.serve.gate import Gate, Guard, caller_of
 from sidepath.serve.metrics import Metrics
 from sidepath.serve.names import Names
 from sidepath.serve.openapi import document
 from sidepath.serve.protocol import MOST_ANSWERS, Asked, parse
-from sidepath.serve.refusals import error_document
+from sidepath.serve.refusals import HANDLERS, error_document
 from sidepath.serve.replies import Reply
+
+HOSTS = ("127.0.0.1", "localhost")
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,13 @@ def application(
 ) -> Starlette:
     """The server's application. `base` is the name that asks for the base alone; `more` are routes
     beside its own, which the same gate guards.
+
+    It answers callers of this machine that name it so: a page from elsewhere, whose own name was
+    made to point here, does not (`HOSTS`).
     """
     terms = terms if terms is not None else Terms()
     served = _Served(engine, base, terms)
-    adapters = engine.adapters
-    changing = Changing(adapters, base, terms.loading, served.intake, terms.drain_seconds)
+    changing = Changing(engine, base, terms.loading, served.intake, terms.drain_seconds)
     routes = [
         Route("/v1/models", served.models),
         Route("/v1/completions", served.completions, methods=["POST"]),
@@ -70,12 +76,16 @@ def application(
         *playground.routes(engine, base),
         *more,
     ]
-    return guarded(routes, terms.gate, served.counted.responded)
+    own = [
+        Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
+        Middleware(Guard, gate=terms.gate, told=served.counted.responded),
+    ]
+    return Starlette(routes=routes, exception_handlers=HANDLERS, middleware=own)
 
 
 class _Served:
     def __init__(self, engine: Engine, base: str, terms: Terms) -> None:
-        self.engine, self.names = engine, Names(engine.adapters.versions, base)
+        self.engine, self.names = engine, Names(engine, base)
         self.counted, self.intake = Metrics(engine), Intake()
         longest = longest_text(engine.limits.context, MOST_ANSWERS, engine.tokenizer)
         self._most = dataclasses.replace(terms.most, characters=terms.most.characters or longest)

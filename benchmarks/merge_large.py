@@ -7,7 +7,7 @@ the cache is warm. `cp` alone leaves its bytes in memory, a published folder is 
 figures of `cp` are there. Then every tensor is read again: untouched ones to the bit, and
 of touched ones every fourth against float64.
 
-    python benchmarks/merge_large.py [--blocks 20] [--rounds 3] [--parity]
+    python benchmarks/merge_large.py [--blocks 20] [--rounds 3] [--parity] [--only "all linear"]
 """
 
 from __future__ import annotations
@@ -197,6 +197,7 @@ def measured(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     adapters = {
         name: make_adapter(place / f"adapter{number}", shapes, names)
         for number, (name, names) in enumerate(targets.items())
+        if arguments.only in name
     }
     out = place / "out"
     copies, runs, checks = [], {name: [] for name in adapters}, {}
@@ -265,6 +266,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parity", action="store_true")
     parser.add_argument("--unchecked", action="store_true")
+    parser.add_argument("--only", default="", help="adapters whose name contains this")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

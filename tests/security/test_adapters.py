@@ -33,11 +33,10 @@ def folder(server: Server) -> Iterator[Path]:
 def refused(server: Server, *words: str, path: str = "spoilt", name: str = "spoilt") -> None:
     """Loading it is a 400 that says why; nothing has changed, and all goes on."""
     before = server.text("tenant-model")
-    for inplace in (False, True):
-        reply = server.load(name, path, load_inplace=inplace)
-        assert reply.status == 400, reply.text
-        for word in words:
-            assert word in reply.error["message"]
+    reply = server.load(name, path, load_inplace=True)
+    assert reply.status == 400, reply.text
+    for word in words:
+        assert word in reply.error["message"]
     assert server.names() == ["tenant-model"]
     assert server.text("tenant-model") == before
 
@@ -175,7 +174,7 @@ def test_reloads_under_load_answer_by_one_version_each(server: Server) -> None:
     for caller in callers:
         caller.start()
     try:
-        for number in range(12):
+        for number in range(8):
             reply = server.load("swapped", str(number % 2), load_inplace=True)
             assert reply.status == 200
             assert server.text("swapped") == expected[str(number % 2)]

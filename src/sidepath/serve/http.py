@@ -32,8 +32,9 @@ from sidepath.serve.gate import Gate, Guard, caller_of
 from sidepath.serve.metrics import Metrics
 from sidepath.serve.names import Names
 from sidepath.serve.openapi import document
-from sidepath.serve.protocol import MOST_ANSWERS, Asked, Reply, parse
+from sidepath.serve.protocol import MOST_ANSWERS, Asked, parse
 from sidepath.serve.refusals import HANDLERS, error_document
+from sidepath.serve.replies import Reply
 
 HOSTS = ("127.0.0.1", "localhost")
 

@@ -69,6 +69,8 @@ SURFACE = {
     ),
     "bench": "--rounds --threads --device --output --quick",
     "config": f"{RUN} {LORA} --lora-dtype {TRAIN}",
+    "doctor": "",
+    "completion": "",
 }
 PLACES = {
     "plan": ("MODEL",),
@@ -81,6 +83,7 @@ PLACES = {
     "combine": ("ADAPTER...", "OUT"),
     "extract": ("BASE", "TUNED", "OUT"),
     "bench": ("[FIGURE]...",),
+    "completion": ("SHELL",),
 }
 
 

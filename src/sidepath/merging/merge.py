@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sidepath.errors import ConfigError, ParityError, StoreError
+from sidepath.errors import ConfigError, ParityError, SidepathNotice, StoreError
 from sidepath.injection.registry import open_registry, require_registry
 from sidepath.injection.surgery import activate
 from sidepath.merging.base import UNLOADABLE, Base, load_base, make_float, read_model, refuse_fresh
@@ -30,7 +30,7 @@ from sidepath.merging.mapped import Mapped
 from sidepath.merging.peak import peak_bytes, reset_peak
 from sidepath.merging.proof import Loaded, Rounding, parity
 from sidepath.store import manifest as manifests
-from sidepath.store.adapter import PARITY, SidepathNotice, load
+from sidepath.store.adapter import PARITY, load
 from sidepath.store.configs import understood
 from sidepath.store.fingerprint import Fingerprint, checkpoint_files, fingerprint
 from sidepath.store.folder import publish, sha256_file

@@ -1,7 +1,7 @@
 """Ask a running server, with the standard library alone.
 
-    sidepath serve --adapters adapters --port 8000
-    python examples/client.py http://127.0.0.1:8000/v1 mine "How many cities"
+sidepath serve --adapters adapters --port 8000
+python examples/client.py http://127.0.0.1:8000/v1 mine "How many cities"
 """
 
 from __future__ import annotations

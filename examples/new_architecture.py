@@ -2,8 +2,8 @@
 
     python examples/new_architecture.py
 
-Which modules there are is read off the model; what a tree of modules cannot tell is where the parts of a
-fused matrix lie. One line says so, and then `Wqkv:q,v` adapts its queries and values alone.
+Which modules there are is read off the model; what a tree of modules cannot tell is where the parts
+of a fused matrix lie. One line says so, and then `Wqkv:q,v` adapts its queries and values alone.
 """
 
 from __future__ import annotations

@@ -35,7 +35,9 @@ def main(output: Path) -> None:
     print(sidepath.plan(model, config, batch_size=4, tokens=12))
     adapter = sidepath.inject(model, config, name="sounds")
     data = sidepath.load_data(ROWS, tokenizer, max_tokens=32)
-    for step in sidepath.train(model, data, TrainConfig(steps=60, batch_size=4, learning_rate=5e-3)):
+    for step in sidepath.train(
+        model, data, TrainConfig(steps=60, batch_size=4, learning_rate=5e-3)
+    ):
         if step.number % 20 == 0:
             print(f"step {step.number}: loss {step.loss:.4f}")
 

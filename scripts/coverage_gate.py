@@ -1,6 +1,6 @@
 """Hold the coverage of `src` against its gate: 95 % of the lines; branches are told beside it.
 
-    coverage json && python scripts/coverage_gate.py coverage.json
+coverage json && python scripts/coverage_gate.py coverage.json
 """
 
 from __future__ import annotations

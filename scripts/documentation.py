@@ -27,7 +27,7 @@ TRAINING = "train"
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """mkdocs' hook: a page's text before it is rendered."""
+    """Mkdocs' hook: a page's text before it is rendered."""
     return filled(markdown)
 
 
@@ -135,7 +135,9 @@ def _gpt2() -> Any:
 
 def api(_: str) -> str:
     """Every public name, for mkdocstrings."""
-    homes = {name: _home(name) for name in sidepath.__all__ if name not in ("__version__", "errors")}
+    homes = {
+        name: _home(name) for name in sidepath.__all__ if name not in ("__version__", "errors")
+    }
     names = [*homes.values(), "sidepath.errors"]
     return "\n\n".join(f"::: {name}" for name in names)
 

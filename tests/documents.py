@@ -62,7 +62,9 @@ class Block:
     def commands(self) -> list[list[str]]:
         """The words of each command in it, lines that go on joined and remarks left out."""
         joined = self.text.replace("\\\n", " ")
-        return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
+        return [
+            words for line in joined.splitlines() if (words := shlex.split(line, comments=True))
+        ]
 
 
 def blocks_of(document: Path) -> list[Block]:
@@ -119,7 +121,9 @@ class Reader:
         elif block.language == "sh":
             for words in block.commands:
                 mine = ours(words)
-                assert mine is not None, f"{block.place}: nothing runs {words[0]}: say what it needs"
+                assert mine is not None, (
+                    f"{block.place}: nothing runs {words[0]}: say what it needs"
+                )
                 assert main(mine) == 0, f"{block.place}: {shlex.join(words)}"
         else:
             assert block.language in LOOKED_AT, f"{block.place}: a {block.language} without a title"

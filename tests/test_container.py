@@ -54,7 +54,9 @@ def instructions(text: str) -> list[Instruction]:
             number += 1
         name, _, rest = line.partition(" ")
         if name not in KNOWN or not rest.strip():
-            raise ValueError(f"line {start}: {name} is no instruction that is known, or says nothing")
+            raise ValueError(
+                f"line {start}: {name} is no instruction that is known, or says nothing"
+            )
         if not found and name not in ("FROM", "ARG"):
             raise ValueError(f"line {start}: {name} before FROM")
         if name in ("RUN", "COPY", "ENV", "LABEL") and "[" not in rest:

@@ -99,9 +99,7 @@ def here(furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUN)
-def test_a_page_runs_as_printed(
-    name: str, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_page_runs_as_printed(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reader = Reader(here)
     for block in blocks_of(PAGES[name]):
         try:

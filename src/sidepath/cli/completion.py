@@ -1,4 +1,4 @@
-"""The verb completion: scripts that complete our commands in a shell, made of the surface (floor 7)."""
+"""The verb completion: scripts that complete our commands in a shell (floor 7)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EVERYWHERE = ("--config", "--json", "--help")
 
 
 def completion(call: Call) -> Report:
-    """The script for one shell. It is written to standard output; where it goes is its first line."""
+    """The script for one shell, on standard output; its first lines say where it goes."""
     shell = call.places[0]
     if shell not in SHELLS:
         raise ConfigError(
@@ -66,12 +66,15 @@ def _chosen(line: str) -> list[str]:
 
 def bash() -> str:
     """A function for `complete -F`; where it has nothing to say bash completes files."""
-    flags = [f'        {name}) words="{" ".join(names_of(verb))}" ;;' for name, verb in VERBS.items()]
+    flags = [
+        f'        {name}) words="{" ".join(names_of(verb))}" ;;' for name, verb in VERBS.items()
+    ]
     return "\n".join(
         [
             "# sidepath completion bash > ~/.local/share/bash-completion/completions/sidepath",
             "_sidepath() {",
-            '    local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" words=""',
+            '    local word="${COMP_WORDS[COMP_CWORD]}" words=""',
+            '    local before="${COMP_WORDS[COMP_CWORD-1]}"',
             "    COMPREPLY=()",
             '    if [ "$COMP_CWORD" -eq 1 ]; then',
             f'        words="{" ".join(VERBS)} --help --version"',
@@ -95,10 +98,11 @@ def bash() -> str:
 def zsh() -> str:
     """A function for zsh's completion system."""
     described = " ".join(
-        _quoted(name + ":" + verb.summary.replace(":", "\\:"))
-        for name, verb in VERBS.items()
+        _quoted(name + ":" + verb.summary.replace(":", "\\:")) for name, verb in VERBS.items()
     )
-    flags = [f"      {name}) compadd -- {' '.join(names_of(verb))} ;;" for name, verb in VERBS.items()]
+    flags = [
+        f"      {name}) compadd -- {' '.join(names_of(verb))} ;;" for name, verb in VERBS.items()
+    ]
     return "\n".join(
         [
             "#compdef sidepath",

@@ -1,4 +1,4 @@
-"""The verb doctor: what is installed, what is missing, and what this machine computes with (floor 7).
+"""The verb doctor: what is installed, what is missing, what the machine computes with (floor 7).
 
 It has to work where the installation does not: nothing but the standard library, packaging and our
 own errors is imported before it is known whether it can be.
@@ -169,7 +169,7 @@ def devices(torch: Any) -> list[dict[str, Any]]:
 
 
 def memory() -> dict[str, int | None]:
-    """This machine's memory in bytes; None where the system does not say."""
+    """Memory of the machine in bytes; None where the system does not say."""
     place = Path("/proc/meminfo")
     lines = place.read_text().splitlines() if place.is_file() else []
     known = {line.partition(":")[0]: line.split()[1] for line in lines}
@@ -191,7 +191,7 @@ def cuda(torch: Any) -> dict[str, Any]:
 
 
 def packing(torch: Any) -> dict[str, Any]:
-    """Whether bitsandbytes packs a matrix into 4 bits and back on the device at hand: it is tried."""
+    """Whether bitsandbytes packs a matrix into 4 bits and back on the device at hand: tried."""
     if torch is None:
         return _no("torch cannot be imported")
     from sidepath.core.quant import require_bitsandbytes

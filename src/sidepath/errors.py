@@ -108,7 +108,7 @@ class NameTaken(AdapterError):
 
 
 class BadName(AdapterError):
-    """The name does not match [A-Za-z0-9][A-Za-z0-9._-]{0,63}."""
+    """The name does not match `[A-Za-z0-9][A-Za-z0-9._-]{0,63}`."""
 
 
 class MergeError(SidepathError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 
@@ -67,7 +68,7 @@ def test_scripts_that_cannot_be_tried_are_parsed(shell: str) -> None:
     program = shutil.which(shell)
     if program is None:
         # At least every quote that is opened is closed.
-        assert all(line.count("'") % 2 == 0 for line in SHELLS[shell]().splitlines())
+        assert "sidepath" in shlex.split(SHELLS[shell](), comments=True)
         return
     subprocess.run([program, "-n"], input=SHELLS[shell](), text=True, check=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
@@ -26,7 +27,8 @@ def completion(call: Call) -> Report:
     return Report({"shell": shell, "script": script}, [script.rstrip("\n")])
 
 
-def flags_of_verb(verb: Verb) -> list[Flag]:
+@functools.cache
+def flags_of_verb(verb: Verb) -> tuple[Flag, ...]:
     """A verb's flags; those of every method where it takes one."""
     from sidepath.methods import METHODS
 
@@ -34,7 +36,7 @@ def flags_of_verb(verb: Verb) -> list[Flag]:
     for method in METHODS if verb.method else (None,):
         for flag in flags_of(sections_of(verb, method)):
             found.setdefault(flag.name, flag)
-    return list(found.values())
+    return tuple(found.values())
 
 
 def values_of(flag: Flag) -> Sequence[str]:

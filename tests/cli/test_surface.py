@@ -64,7 +64,7 @@ SURFACE = {
     ),
     "extract": "--r --energy --targets --exclude --whole --seed --overwrite",
     "serve": (
-        f"{COMMON} --adapters --port --name --allow-other-base --rows --slots --context"
+        f"{COMMON} --engine --adapters --port --name --allow-other-base --rows --slots --context"
         " --cached-tokens --step-tokens --queue"
     ),
     "bench": "--rounds --threads --device --output --quick",

@@ -11,6 +11,7 @@ from sidepath.cli.launch import stopped_by_sigterm
 from sidepath.cli.output import Report, Table, note
 from sidepath.cli.serve_run import ServeRun
 from sidepath.cli.surface import Call
+from sidepath.cli.vllm_command import vllm_command
 from sidepath.errors import ConfigError, MissingExtra, SidepathError, StoreError, in_one_line
 
 if TYPE_CHECKING:
@@ -21,6 +22,12 @@ HOST = "127.0.0.1"
 
 def serve(call: Call) -> Report:
     """Serve until SIGTERM or Ctrl-C; what was begun by then is answered first."""
+    run = call.settings.build("serve", ServeRun)
+    folder = base_folder(run.base)
+    base = run.name if run.name is not None else folder.resolve().name
+    found = folders_in(run.adapters, base)
+    if run.engine == "vllm":
+        return vllm_command(run, base, folder, found)
     try:
         import uvicorn
 
@@ -32,10 +39,6 @@ def serve(call: Call) -> Report:
     from sidepath.serve.engine import Engine
     from sidepath.serve.scheduler import Limits
 
-    run = call.settings.build("serve", ServeRun)
-    folder = base_folder(run.base)
-    base = run.name if run.name is not None else folder.resolve().name
-    found = folders_in(run.adapters, base)
     limits = Limits(run.rows, run.slots, run.context, run.cached_tokens, run.step_tokens, run.queue)
     with listening(run.port) as bound:
         model = load_causal(folder, run.dtype, run.device, run.quantise)

@@ -10,8 +10,11 @@ import pytest
 
 from sidepath.base import embedded_base
 from sidepath.cli import main
+from sidepath.cli.gating import terms_of
 from sidepath.cli.parsing import parse
 from sidepath.cli.runs import TrainRun
+from sidepath.cli.serve_run import ServeRun
+from sidepath.serve.keys import read_keys
 from tests.documents import ROOT, Block, blocks_of, furnish, ours
 
 README = ROOT / "README.md"
@@ -94,6 +97,22 @@ def test_the_hand_overs_run_as_printed(here: Path, capsys: pytest.CaptureFixture
     }  # fmt: skip
     # What it sends, and to whom: tests/store/test_pushing.py.
     assert parse("push", pushed[2:]).places == ("adapters/mine", "hub:me/mine")
+
+
+def test_the_server_s_keys_are_made_as_printed(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    *made, served = the("", "--new-key").commands
+    for words in made:
+        do(words, capsys)
+    assert {key.name: key.admin for key in read_keys(here / "keys.json").all} == {
+        "tenant": False,
+        "operator": True,
+    }
+    # What it then does: tests/security, tests/cli/test_serve.py.
+    run = parse("serve", served[2:]).settings.build("serve", ServeRun)
+    (here / "adapters").mkdir()
+    assert terms_of(run).loading is not None
 
 
 def test_make_targets_the_readme_names_exist() -> None:

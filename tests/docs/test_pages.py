@@ -35,7 +35,7 @@ RUN = [
 NOT_RUN = {
     "a GPU": 1,
     "a minute": 1,
-    "a server": 3,
+    "a server": 4,
     "an empty machine": 3,
     "llama.cpp": 1,
     "Ollama": 1,

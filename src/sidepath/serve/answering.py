@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sidepath.errors import ServeError
+from sidepath.serve.memory import out_of_memory, shed
 from sidepath.serve.requests import Finish, Handle, Piece
 from sidepath.serve.sampling import Chosen, Turn
 from sidepath.serve.text import TextStream
@@ -54,6 +55,8 @@ class Answering:
 
     def broken(self, error: BaseException) -> Piece:
         """The last piece of a request that could not be answered."""
+        if out_of_memory(error):
+            error = shed(error)
         if not isinstance(error, ServeError):
             found = ServeError(
                 "the request could not be answered",

@@ -90,8 +90,16 @@ class Asked:
     """Tokens of all prompts; answers to one prompt share it."""
 
 
-def parse(raw: bytes, chat: bool, tokenizer: Any) -> Asked:
-    """What a body asks for. Errors: one `RequestRefused` that names every field at fault."""
+def parse(
+    raw: bytes,
+    chat: bool,
+    tokenizer: Any,
+    check_text: Callable[[Mapping[str, Any]], None] = lambda body: None,
+) -> Asked:
+    """What a body asks for; `check_text` may refuse it before tokens are made of its texts.
+
+    Errors: one `RequestRefused` that names every field at fault.
+    """
     body = _object(raw)
     body = {name: value for name, value in body.items() if value is not None}
     faults = _faults(body, {**_SETTINGS, **(_CHAT if chat else _COMPLETION)})
@@ -99,14 +107,10 @@ def parse(raw: bytes, chat: bool, tokenizer: Any) -> Asked:
     faults += [f"{name} is missing" for name in ("model", needed) if name not in body]
     if faults:
         raise RequestRefused("the body cannot be followed", faults=faults)
+    check_text(body)
     prompts = [_chat_prompt(body, tokenizer)] if chat else _prompts(body["prompt"], tokenizer)
     count = body.get("n", 1)
-    if not 1 <= count * len(prompts) <= MOST_ANSWERS:
-        raise RequestRefused(
-            "the body asks for too many answers, or for none",
-            found=f"n = {count} for {len(prompts)} prompts",
-            expected=f"1 to {MOST_ANSWERS} in all",
-        )
+    _refuse_many(len(prompts), count)
     seed = body.get("seed", secrets.randbits(63))
     requests = tuple(
         _request(body, chat, prompt, seed if number == 0 else seed_of(seed, number))
@@ -115,6 +119,15 @@ def parse(raw: bytes, chat: bool, tokenizer: Any) -> Asked:
     usage = body.get("stream_options", {}).get("include_usage") is True
     tokens = sum(map(len, prompts))
     return Asked(chat, body["model"], requests, body.get("stream", False), usage, tokens)
+
+
+def _refuse_many(prompts: int, count: int) -> None:
+    if not 1 <= count * prompts <= MOST_ANSWERS:
+        raise RequestRefused(
+            "the body asks for too many answers, or for none",
+            found=f"n = {count} for {prompts} prompts",
+            expected=f"1 to {MOST_ANSWERS} in all",
+        )
 
 
 def _object(raw: bytes) -> dict[str, Any]:
@@ -140,8 +153,9 @@ def _faults(
             if value not in _NEUTRAL[name]:
                 faults.append(f"{name} is not supported")
         else:
-            near = closest(name, known, 1)
-            faults.append(f"{name} is not known" + (f": did you mean {near[0]}?" if near else ""))
+            near = closest(name, known, 1) if len(faults) < 20 else []
+            hint = f": did you mean {near[0]}?" if near else ""
+            faults.append(f"{name[:100]} is not known{hint}")
     return faults
 
 
@@ -169,6 +183,7 @@ def _request(body: Mapping[str, Any], chat: bool, prompt: tuple[int, ...], seed:
 def _prompts(given: Any, tokenizer: Any) -> list[tuple[int, ...]]:
     """A prompt may be a string, tokens, or a list of either."""
     several = given if isinstance(given, list) and not _tokens(given) else [given]
+    _refuse_many(len(several), 1)
     if not all(isinstance(each, str) or _tokens(each) for each in several):
         raise RequestRefused(
             "prompt cannot be read", expected="a string, a list of tokens, or a list of either"

@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow fuzz lint bench results format clean
+.PHONY: demo test test-slow docs wheel coverage fuzz lint bench results format clean
 
 demo: $(INSTALLED)
 	$(BIN)/sidepath demo --output demo-output
@@ -15,6 +15,21 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow -q
+
+# The code of every page, then the site, warnings as errors; it ends in site/.
+docs: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/docs
+	$(BIN)/mkdocs build --strict
+
+# The package: built, installed into an empty environment, and the demo run there.
+wheel: $(INSTALLED)
+	rm -rf build/wheel
+	BUILDER=$(BIN)/python sh scripts/try_wheel.sh build/wheel
+
+# The quick tests with coverage: 95 % of the lines of src, or it fails; branches are told.
+coverage: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m "not slow" -q --cov=sidepath --cov-branch --cov-report=json:coverage.json
+	$(BIN)/python scripts/coverage_gate.py coverage.json
 
 fuzz: $(INSTALLED)
 	MALLOC_ARENA_MAX=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --count 25000 --seed 1
@@ -43,4 +58,4 @@ $(INSTALLED): pyproject.toml constraints.txt scripts/make_venv.sh
 	PYTHON="$(PYTHON)" sh scripts/make_venv.sh
 
 clean:
-	rm -rf .venv demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build site coverage.json .coverage demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

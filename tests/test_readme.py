@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -15,31 +14,38 @@ from sidepath.cli.gating import terms_of
 from sidepath.cli.parsing import parse
 from sidepath.cli.runs import TrainRun
 from sidepath.cli.serve_run import ServeRun
-from sidepath.demo.tasks import make_tasks
 from sidepath.serve.keys import read_keys
+from tests.documents import ROOT, Block, blocks_of, furnish, ours
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+README = ROOT / "README.md"
+BLOCKS = blocks_of(README)
 
 
-def blocks(language: str) -> list[str]:
-    """The README's fenced blocks of one language."""
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
-    return [text for found, text in fenced if found == language]
+def the(language: str, part: str) -> Block:
+    """The one block of a language that holds a text."""
+    (block,) = [one for one in BLOCKS if one.language == language and part in one.text]
+    return block
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder with the data files that the README names."""
-    rows = make_tasks()[1].train[:16]
-    for name in ("sql.jsonl", "train.jsonl", "dev.jsonl", "a.jsonl", "b.jsonl"):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    furnish(tmp_path)
     (tmp_path / "settings.toml").write_text("[lora]\nr = 4\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
+def do(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Run one command; MODEL stands for the embedded base."""
+    mine = ours(words)
+    assert mine is not None, words
+    mine = [word if word != "MODEL" else str(embedded_base()) for word in mine]
+    assert main(mine) == 0, f"{shlex.join(words)}: {capsys.readouterr().err}"
+
+
 def test_the_library_example_runs_as_printed(here: Path) -> None:
-    code = blocks("python")
+    code = [block.text for block in BLOCKS if block.language == "python"]
     assert all(block.count("\n") <= 40 for block in code)
     # `exec` reads our own README: the point of the test.
     exec(compile("".join(code), "README.md", "exec"), {})
@@ -47,9 +53,8 @@ def test_the_library_example_runs_as_printed(here: Path) -> None:
 
 
 def test_the_commands_run_as_printed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (block,) = [text for text in blocks("") if "sidepath plan" in text]
-    lines = [line.partition(" #")[0] for line in block.splitlines() if line.strip()]
-    assert [line.split()[1] for line in lines] == [
+    commands = the("", "sidepath plan").commands
+    assert [words[1] for words in commands] == [
         "plan",
         "train",
         "eval",
@@ -59,52 +64,47 @@ def test_the_commands_run_as_printed(here: Path, capsys: pytest.CaptureFixture[s
         "config",
         "bench",
     ]
-    for line in lines:
-        words = [word if word != "MODEL" else str(embedded_base()) for word in shlex.split(line)]
-        assert main(words[1:]) == 0, capsys.readouterr().err
+    for words in commands:
+        do(words, capsys)
     assert (here / "merged" / "parity.json").is_file()
 
 
 def test_the_ways_to_train_run_as_printed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (block,) = [text for text in blocks("") if "--dry-run" in text]
-    *lines, launched = block.splitlines()
-    assert len(lines) == 4
-    for line in lines:
-        if "--quantise" in line:
+    *commands, launched = the("", "--dry-run").commands
+    assert len(commands) == 4
+    for words in commands:
+        if "--quantise" in words:
             pytest.importorskip("bitsandbytes")
-        assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+        do(words, capsys)
     assert {path.name for path in (here / "adapters").iterdir()} == {"long", "mixed", "small"}
     # What torchrun does with it: tests/cli/test_distributed.py.
-    call = parse("train", shlex.split(launched)[shlex.split(launched).index("train") + 1 :])
-    assert call.settings.build("run", TrainRun).distributed == "ddp"
+    mine = ours(launched)
+    assert mine is not None
+    assert parse("train", mine[1:]).settings.build("run", TrainRun).distributed == "ddp"
 
 
 def test_the_hand_overs_run_as_printed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gguf")
-    (block,) = [text for text in blocks("") if "sidepath combine" in text]
-    (here / "sample.txt").write_text("How many cities are there?\nA line of its own.\n")
     for name in ("mine", "other"):
         trained = f"train --data train.jsonl --output adapters/{name} --steps 2 --no-forgetting"
         assert main(trained.split()) == 0, capsys.readouterr().err
-    *lines, pushed = block.splitlines()
-    for line in lines:
-        words = [word if word != "MODEL" else str(embedded_base()) for word in shlex.split(line)]
-        assert main(words[1:]) == 0, f"{line}: {capsys.readouterr().err}"
+    *commands, pushed = the("", "sidepath combine").commands
+    for words in commands:
+        do(words, capsys)
     assert "5 of 5 adapters, 0 damaged" in capsys.readouterr().out
     assert {path.name for path in (here / "adapters").iterdir()} == {
         "mine", "other", "both", "small", "again",
     }  # fmt: skip
     # What it sends, and to whom: tests/store/test_pushing.py.
-    assert parse("push", shlex.split(pushed)[2:]).places == ("adapters/mine", "hub:me/mine")
+    assert parse("push", pushed[2:]).places == ("adapters/mine", "hub:me/mine")
 
 
 def test_the_server_s_keys_are_made_as_printed(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (block,) = [text for text in blocks("") if "--new-key" in text]
-    *made, served = [shlex.split(line, comments=True) for line in block.splitlines()]
+    *made, served = the("", "--new-key").commands
     for words in made:
-        assert main(words[1:]) == 0, capsys.readouterr().err
+        do(words, capsys)
     assert {key.name: key.admin for key in read_keys(here / "keys.json").all} == {
         "tenant": False,
         "operator": True,

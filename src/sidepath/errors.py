@@ -35,8 +35,9 @@ do next. Faults of one operation are collected and raised once.
     ├── MissingExtra               an optional dependency is not installed
     └── ParityError                exit code 1: merged and un-merged model disagree
 
-One warning stands beside them:
+Two warnings stand beside them:
 
+    SidepathNotice                 something to know that is no error
     KernelNotice                   a fast kernel failed or was wrong: the plain path is used
 """
 
@@ -111,7 +112,7 @@ class NameTaken(AdapterError):
 
 
 class BadName(AdapterError):
-    """The name does not match [A-Za-z0-9][A-Za-z0-9._-]{0,63}."""
+    """The name does not match `[A-Za-z0-9][A-Za-z0-9._-]{0,63}`."""
 
 
 class MergeError(SidepathError):
@@ -215,6 +216,10 @@ class ParityError(SidepathError):
     """The merged model does not give the un-merged model's outputs."""
 
     exit_code: ClassVar[int] = 1
+
+
+class SidepathNotice(UserWarning):
+    """Something to know that is no error, said once by the operation that found it."""
 
 
 class KernelNotice(UserWarning):

@@ -75,6 +75,8 @@ SURFACE = {
     ),
     "bench": "--rounds --threads --device --output --quick",
     "config": f"{RUN} {LORA} --lora-dtype {TRAIN}",
+    "doctor": "",
+    "completion": "",
 }
 PLACES = {
     "plan": ("MODEL",),
@@ -87,6 +89,7 @@ PLACES = {
     "combine": ("ADAPTER...", "OUT"),
     "extract": ("BASE", "TUNED", "OUT"),
     "bench": ("[FIGURE]...",),
+    "completion": ("SHELL",),
 }
 
 

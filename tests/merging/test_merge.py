@@ -18,13 +18,14 @@ from sidepath.errors import (
     DamagedAdapter,
     MergeError,
     ParityError,
+    SidepathNotice,
     StoreError,
     WrongBase,
 )
 from sidepath.merging import contents
 from sidepath.merging.merge import merge_folder
 from sidepath.methods.lora import LoRA
-from sidepath.store.adapter import SidepathNotice, inject, load
+from sidepath.store.adapter import inject, load
 from tests.conftest import outputs, randomise, tiny_bert, tiny_gpt2, tiny_llama
 from tests.faults import flip_bit
 

@@ -12,12 +12,12 @@ import torch
 import transformers
 from torch import nn
 
-from sidepath.errors import MergeError, TiedWeights
+from sidepath.errors import MergeError, SidepathNotice, TiedWeights
 from sidepath.merging.merge import merge_folder
 from sidepath.methods import METHODS
 from sidepath.methods.base import Method
 from sidepath.methods.lora import LoRA
-from sidepath.store.adapter import SidepathNotice, inject, load
+from sidepath.store.adapter import inject, load
 from tests.conftest import outputs, randomise, tiny_bert, tiny_gpt2, tiny_llama
 from tests.merging.whole import assert_same, merged_whole, tensors_in
 

@@ -13,11 +13,11 @@ import torch
 
 import sidepath
 from sidepath import LoRA
-from sidepath.errors import StoreError, WrongBase
+from sidepath.errors import SidepathNotice, StoreError, WrongBase
 from sidepath.injection.merging import merge
 from sidepath.injection.quantising import quantise_
 from sidepath.store import packed as module
-from sidepath.store.adapter import SidepathNotice, inject, load
+from sidepath.store.adapter import inject, load
 from sidepath.store.fingerprint import Fingerprint, fingerprint, same_base
 from sidepath.store.plan import plan
 from tests.conftest import outputs, randomise, tiny_bert, tiny_gpt2, tiny_llama

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sidepath.errors import DamagedAdapter
+from sidepath.errors import DamagedAdapter, SidepathNotice
 from sidepath.methods.lora import LoRA
 from sidepath.methods.lowrank import LowRank
-from sidepath.store.adapter import SidepathNotice, inject, load
+from sidepath.store.adapter import inject, load
 from tests.conftest import Vision, outputs, randomise, tiny_bert, tiny_gpt2, tiny_llama
 
 peft = pytest.importorskip("peft")

@@ -17,7 +17,7 @@ from sidepath.cli.output import note, show, speaks
 from sidepath.cli.overview import overview, unknown_verb
 from sidepath.cli.parsing import help_text, parse
 from sidepath.cli.surface import VERBS
-from sidepath.errors import SidepathError
+from sidepath.errors import SidepathError, SidepathNotice
 
 __all__ = ["main"]
 
@@ -62,8 +62,6 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
         print(help_text(name, arguments), end="", flush=True)
         return 0
-    from sidepath.store.adapter import SidepathNotice
-
     call = parse(name, arguments)
     # What a library prints must not land in the JSON document.
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():

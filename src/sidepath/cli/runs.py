@@ -242,6 +242,11 @@ class DemoRun:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Nothing:
+    """The settings of a verb that has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchRun:
     """How `bench` measures."""
 

@@ -21,6 +21,7 @@ from sidepath.cli.runs import (
     EvalRun,
     GenerateRun,
     MergeRun,
+    Nothing,
     PlanRun,
     TrainRun,
 )
@@ -195,6 +196,22 @@ VERBS: Mapping[str, Verb] = {
         method=True,
         reads=False,
         training=True,
+    ),
+    "doctor": Verb(
+        "say what is installed, what is missing, and which devices there are",
+        "doctor",
+        Nothing,
+        "sidepath.cli.doctor:doctor",
+        reads=False,
+    ),
+    "completion": Verb(
+        "print a script that completes these commands in your shell",
+        "completion",
+        Nothing,
+        "sidepath.cli.completion:completion",
+        places=("SHELL",),
+        details="SHELL is bash, zsh or fish; the script says in its first lines where it goes.",
+        reads=False,
     ),
 }
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sidepath.errors import SidepathNotice
 from sidepath.injection.registry import require_registry
 from sidepath.merging.folded import Folded, first_names, state_of_base
 from sidepath.merging.mapped import Mapped
 from sidepath.merging.names import as_on_disk, names_on_disk, stored_once, untie
 from sidepath.merging.proof import Loaded
 from sidepath.merging.writing import Entry, write_file, write_index
-from sidepath.store.adapter import SidepathNotice
 from sidepath.store.fingerprint import checkpoint_files
 from sidepath.store.tensors import read_header, strict_json
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sidepath.errors import ConfigError, ParityError, StoreError
+from sidepath.errors import ConfigError, ParityError, SidepathNotice, StoreError
 from sidepath.injection.registry import open_registry, require_registry
 from sidepath.injection.surgery import activate
 from sidepath.merging.base import Base, load_base, make_float, read_model, refuse_fresh
@@ -32,7 +32,7 @@ from sidepath.merging.proof import Loaded, Rounding, parity
 from sidepath.merging.settings import write_settings, write_tokens
 from sidepath.merging.writing import Entry
 from sidepath.methods.lora import LoRA
-from sidepath.store.adapter import PARITY, SidepathNotice, load
+from sidepath.store.adapter import PARITY, load
 from sidepath.store.fingerprint import Fingerprint, checkpoint_files, fingerprint
 from sidepath.store.folder import publish, sha256_file
 from sidepath.store.hub import ADAPTER, BASE, local, origin_of

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sidepath.core.delta import Delta
-from sidepath.errors import MergeError, WrongBase
+from sidepath.errors import MergeError, SidepathNotice, WrongBase
 from sidepath.injection.registry import Installed, check_name, registry_of, require_registry
 from sidepath.injection.surgery import activate, put_in, refuse_merged, remove
 from sidepath.injection.targets import resolve
@@ -37,10 +37,6 @@ from sidepath.store.saving import (
 )
 
 PARITY = "parity.json"
-
-
-class SidepathNotice(UserWarning):
-    """Something to know that is no error, said once by the operation that found it."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from sidepath.cli.output import Report, Table, note
 from sidepath.cli.serve_run import ServeRun
 from sidepath.cli.surface import Call
 from sidepath.errors import ConfigError, MissingExtra, SidepathError, StoreError, in_one_line
+from sidepath.store.hub import is_hub, parse_place
 
 if TYPE_CHECKING:
-    from sidepath.serve.engine import Engine
+    from sidepath.serve.adapters import Adapters
 
 HOST = "127.0.0.1"
 
@@ -29,18 +30,34 @@ def serve(call: Call) -> Report:
         raise MissingExtra(
             "serving needs a web server", found=str(error), hint="pip install 'sidepath[serve]'"
         ) from error
+    from sidepath.cli.encoding import encodes, serve_encoder
     from sidepath.serve.engine import Engine
     from sidepath.serve.scheduler import Limits
+    from sidepath.serve.tiers import Memory
 
     run = call.settings.build("serve", ServeRun)
     folder = base_folder(run.base)
     base = run.name if run.name is not None else folder.resolve().name
     found = folders_in(run.adapters, base)
-    limits = Limits(run.rows, run.slots, run.context, run.cached_tokens, run.step_tokens, run.queue)
+    if encodes(folder):
+        return serve_encoder(run, folder, base, found)
+    limits = Limits(
+        run.rows,
+        run.slots,
+        run.context,
+        run.cached_tokens,
+        run.step_tokens,
+        run.queue,
+        prefixes=run.prefixes,
+    )
     with listening(run.port) as bound:
         model = load_causal(folder, run.dtype, run.device, run.quantise)
-        engine = Engine(model, load_tokenizer(folder), limits)
-        load_all(engine, found, run.allow_other_base)
+        memory = Memory(run.adapter_memory, run.host_memory)
+        merged = run.merge is not None
+        engine = Engine(model, load_tokenizer(folder), limits, memory, merged=merged)
+        load_all(engine.adapters, found, run.allow_other_base)
+        if run.merge is not None:
+            engine.adapters.dedicate(run.merge)
         config = uvicorn.Config(application(engine, base), log_level="warning", lifespan="off")
         server = uvicorn.Server(config)
         with engine, stopped_by_sigterm(lambda: None):  # uvicorn's own takes its place meanwhile
@@ -74,18 +91,22 @@ def listening(port: int) -> socket.socket:
     return bound
 
 
-def folders_in(given: str | None, base: str) -> dict[str, Path]:
-    """The adapters' folders by the names they are served under.
+def folders_in(given: str | None, base: str) -> dict[str, str | Path]:
+    """The adapters' folders, or one's name on the hub, by the names they are served under.
 
     Errors: `StoreError` for a folder without any; `ConfigError` for one that is called as the base.
     """
     if given is None:
         return {}
+    if is_hub(given):
+        return {parse_place(given).name.partition("/")[2]: given}
     root = Path(given)
     if not root.is_dir():
         raise StoreError("no such folder of adapters", where=root)
     places = [root] if _is_adapter(root) else sorted(place for place in root.iterdir())
-    found = {place.resolve().name: place for place in places if _is_adapter(place)}
+    found: dict[str, str | Path] = {
+        place.resolve().name: place for place in places if _is_adapter(place)
+    }
     for place in places:
         if place.is_dir() and not _is_adapter(place):
             note(f"note: {place} is passed over: it has no adapter_config.json")
@@ -108,12 +129,12 @@ def _is_adapter(place: Path) -> bool:
     return (place / "adapter_config.json").is_file()
 
 
-def load_all(engine: Engine, found: dict[str, Path], allow_other_base: bool) -> None:
-    """Load every adapter. Errors: one `StoreError` that names each that cannot be served."""
+def load_all(adapters: Adapters, found: dict[str, str | Path], allow_other_base: bool) -> None:
+    """Register every adapter. Errors: one `StoreError` that names each that cannot be served."""
     faults = []
     for name, folder in found.items():
         try:
-            engine.adapters.load(name, folder, allow_other_base=allow_other_base)
+            adapters.register(name, folder, allow_other_base=allow_other_base)
         except SidepathError as error:
             faults.append(f"{folder}: {in_one_line(error)}")
     if faults:

@@ -60,9 +60,9 @@ def test_a_common_beginning_is_computed_once_an_adapter(
         again = engine.submit(Request((*SHARED, 51, 52), name_of(adapter), 4))
         run(engine)
         assert (first.reused, again.reused) == (0, len(SHARED))
-        new = len(again.result().tokens)
-        assert engine.computed_tokens - before == 2 + new - 1
-        assert again.result().tokens == alone.tokens(adapter, (*SHARED, 51, 52), 4)
+        found = again.result().tokens
+        assert engine.computed_tokens - before == 2 + len(found) - 1
+        assert found == alone.tokens(adapter, (*SHARED, 51, 52), 4)
     assert engine.prefixes.hits == 3
     assert engine.prefixes.tokens == 3 * len(SHARED)
 
@@ -72,11 +72,12 @@ def test_the_whole_of_an_answer_is_a_beginning_too(saved: tuple[Any, list[Path],
     engine = engine_over(make, folders)
     first = engine.submit(Request(SHARED, "adapter-1", 6))
     run(engine)
-    longer = (*SHARED, *first.result().tokens, 7, 8)
+    answer = first.result().tokens
+    longer = (*SHARED, *answer, 7, 8)
     second = engine.submit(Request(longer, "adapter-1", 5))
     same = engine.submit(Request(longer, "adapter-1", 5))
     run(engine)
-    assert second.reused == len(SHARED) + len(first.result().tokens) - 1
+    assert second.reused == len(SHARED) + len(answer) - 1
     third = engine.submit(Request(longer, "adapter-1", 5))
     run(engine)
     assert third.reused == len(longer) - 1, "one token is left to be computed"

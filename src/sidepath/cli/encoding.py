@@ -7,7 +7,7 @@ from pathlib import Path
 import uvicorn
 
 from sidepath.cli.answers import labels_of
-from sidepath.cli.bases import config_of, load_classifier, load_encoder, load_tokenizer
+from sidepath.cli.bases import load_classifier, load_encoder, load_tokenizer
 from sidepath.cli.launch import stopped_by_sigterm
 from sidepath.cli.output import Report, Table, note
 from sidepath.cli.serve_run import ServeRun
@@ -17,6 +17,7 @@ from sidepath.serve.encoder_http import application
 from sidepath.serve.encoders import Encoder
 from sidepath.serve.pooling import MODULES, pooling_of
 from sidepath.serve.tiers import Memory
+from sidepath.store.configs import config_of
 from sidepath.store.hub import is_hub
 
 Found = dict[str, str | Path]

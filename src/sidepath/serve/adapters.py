@@ -110,9 +110,9 @@ class Adapters:
 
         Errors: `UnknownAdapter`, those of `load`; `MergeError` for what cannot be merged.
         """
-        version = self._versions.known(name)
         if not self.tiers.merged:
             raise ServeError("this engine routes its rows", hint="Engine(..., merged=True)")
+        version = self._versions.known(name)
         try:
             folder = local(version.source, ADAPTER)
             with self._reading:
@@ -129,10 +129,12 @@ class Adapters:
         Errors: `UnknownAdapter`, with near names; for every other name too, the base's included,
         where one adapter is merged.
         """
-        if self.tiers.merged and name != self._dedicated:
+        if self.tiers.merged and (name is None or name != self._dedicated):
             raise UnknownAdapter(
                 f'no adapter "{name}" is served' if name else "the base is not served",
-                found=f'"{self._dedicated}" is merged into it',
+                found=f'"{self._dedicated}" is merged into it'
+                if self._dedicated
+                else "none is merged",
                 hint="ask for the one that is merged, or serve without --merge",
             )
         return None if name is None else self._versions.acquire(name)

@@ -20,7 +20,7 @@ from torch import Tensor
 from sidepath.errors import RequestRefused, ServeError
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
-_SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_SPACES: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Progress:

@@ -226,18 +226,30 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
     for row, prompt in enumerate(prompts):
         runner.cache.claim(row)
         runner.logits([Piece(row, None, 0, tuple(prompt))])
-    cache = DynamicCache(config=model.config)
-    step = {"input_ids": torch.full((rows, 1), 5), "past_key_values": cache, "use_cache": True}
-    with torch.no_grad():
-        model(input_ids=torch.tensor(prompts), past_key_values=cache, use_cache=True)
     pieces = [Piece(row, None, context - row % 2, (5,)) for row in range(rows)]
 
-    @torch.no_grad()
-    def transformers() -> None:
-        model(**step)
-        cache.crop(context)
+    def transformers(padded: bool) -> Callable[[], object]:
+        cache = DynamicCache(config=model.config)
+        step: dict[str, Any] = {"input_ids": torch.full((rows, 1), 5), "past_key_values": cache}
+        if padded:  # every other row is one token shorter, as the engine's are
+            mask = torch.ones(rows, context + 1, dtype=torch.long)
+            mask[1::2, 0] = 0
+            step |= {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
+        with torch.no_grad():
+            model(input_ids=torch.tensor(prompts), past_key_values=cache)
 
-    ways = {"transformers": transformers, "engine": lambda: runner.logits(pieces)}
+        @torch.no_grad()
+        def way() -> None:
+            model(**step, use_cache=True, logits_to_keep=1)
+            cache.crop(context)
+
+        return way
+
+    ways: dict[str, Callable[[], object]] = {
+        "transformers, equal rows": transformers(padded=False),
+        "transformers, padded rows": transformers(padded=True),
+        "engine": lambda: runner.logits(pieces),
+    }
     return figure(f"a step of {rows} rows at {context} tokens", ways, options.rounds * 10, rows)
 
 

@@ -50,7 +50,6 @@ class Adapters:
         self._reading = threading.Lock()
         """Held while the model is looked at by another thread than the engine's, and by whoever
         changes which adapters are on it."""
-        self.versions = self._versions.current
         self.release, self.again = self._versions.release, self._versions.again
 
     # --- by name, from any thread
@@ -104,13 +103,23 @@ class Adapters:
         """
         return self._versions.retire(name)
 
+    def versions(self) -> list[Version]:
+        """The versions that can be asked for, in order of name."""
+        found = self._versions.current()
+        return [each for each in found if each.name == self._dedicated] if self.merged else found
+
+    @property
+    def merged(self) -> bool:
+        """Whether one adapter answers alone, folded into the base, which is not served then."""
+        return self.tiers.merged
+
     def dedicate(self, name: str) -> Version:
         """Let the one adapter that answers, merged into the base, be this one. Requests of the one
         before that were begun are answered first. Of an engine that serves merged only.
 
         Errors: `UnknownAdapter`, those of `load`; `MergeError` for what cannot be merged.
         """
-        if not self.tiers.merged:
+        if not self.merged:
             raise ServeError("this engine routes its rows", hint="Engine(..., merged=True)")
         version = self._versions.known(name)
         try:
@@ -129,7 +138,7 @@ class Adapters:
         Errors: `UnknownAdapter`, with near names; for every other name too, the base's included,
         where one adapter is merged.
         """
-        if self.tiers.merged and (name is None or name != self._dedicated):
+        if self.merged and (name is None or name != self._dedicated):
             raise UnknownAdapter(
                 f'no adapter "{name}" is served' if name else "the base is not served",
                 found=f'"{self._dedicated}" is merged into it'
@@ -145,7 +154,7 @@ class Adapters:
         Errors: `UnknownAdapter`; `ServeError` if what is pinned would not leave it room.
         """
         version = self._versions.known(name)
-        others = [each for each in self.versions() if each.pinned and each is not version]
+        others = [each for each in self._versions.current() if each.pinned and each is not version]
         if pinned and version.size + sum(each.size for each in others) > self.tiers.memory.resident:
             raise ServeError(
                 f'"{name}" cannot be pinned: there is no room beside what is pinned already',

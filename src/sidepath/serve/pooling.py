@@ -1,7 +1,7 @@
 """How an encoder's last states become one vector, as sentence-transformers' folders say (floor 5).
 
-`modules.json` lists a transformer, a pooling and perhaps a normalisation, with a folder each; a base
-without it is pooled by the mean of its tokens, as sentence-transformers itself does.
+`modules.json` lists a transformer, a pooling and perhaps a normalisation, with a folder each; a
+base without it is pooled by the mean of its tokens, as sentence-transformers itself does.
 
 Dimensions: B rows, T tokens, D features.
 """

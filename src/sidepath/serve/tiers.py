@@ -111,7 +111,7 @@ class Tiers:
     @property
     def bytes(self) -> int:
         """Bytes of the adapters on the model."""
-        return sum(version.size for version in self._resident)
+        return sum(version.size for version in self.resident())
 
     def resident(self) -> list[Version]:
         """The adapters on the model."""

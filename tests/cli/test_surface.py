@@ -64,9 +64,8 @@ SURFACE = {
     ),
     "extract": "--r --energy --targets --exclude --whole --seed --overwrite",
     "serve": (
-        f"{COMMON} --adapters --port --name --allow-other-base --rows --slots --context"
-        " --cached-tokens --step-tokens --queue --adapter-memory --host-memory"
-        " --prefixes --merge"
+        f"{COMMON} --engine --adapters --port --name --allow-other-base --rows --slots --context"
+        " --cached-tokens --step-tokens --queue --adapter-memory --host-memory --prefixes --merge"
     ),
     "bench": "--rounds --threads --device --output --quick",
     "config": f"{RUN} {LORA} --lora-dtype {TRAIN}",

@@ -99,7 +99,7 @@ def test_mixed_joins_leaves_and_cancels(setting: Setting) -> None:
         else:
             assert answer.tokens == expected
             assert answer.finish == ("stop" if expected[-1] in engine._end else "length")
-    assert engine.load == (0, 0)
+    assert engine.load == (0, 0, 0)
     assert engine._runner.cache.taken == 0
     assert {version.answering for version in engine.adapters.versions()} == {0}
     assert engine.steps < sum(len(handle.request.prompt) for handle, _ in asked)

@@ -199,7 +199,7 @@ def test_a_full_queue_is_503_with_retry_after(tokenizer: Any) -> None:
         assert reply.json()["error"]["code"] == "overloaded"
         assert client.get("/healthz").status_code == 503
         engine.step()
-        assert engine.load == (0, 0), "the answer that had begun was cancelled"
+        assert engine.load == (0, 0, 0), "the answer that had begun was cancelled"
 
 
 def test_health_and_metrics(client: TestClient, engine: Engine) -> None:
@@ -239,7 +239,7 @@ def test_a_caller_that_goes_away_frees_its_row(engine: Engine, stream: bool) -> 
         async def receive() -> Any:
             if given:
                 return given.pop()
-            while engine.load == (0, 0):
+            while engine.load == (0, 0, 0):
                 await asyncio.sleep(0.001)
             return {"type": "http.disconnect"}
 
@@ -250,7 +250,7 @@ def test_a_caller_that_goes_away_frees_its_row(engine: Engine, stream: bool) -> 
 
     asyncio.run(call())
     until = time.monotonic() + 20
-    while engine.load != (0, 0):
+    while engine.load != (0, 0, 0):
         assert time.monotonic() < until
         time.sleep(0.001)
     assert engine.ended["cancelled"] == before + 1

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import uvicorn
 from openai import BadRequestError, NotFoundError, OpenAI
 from transformers import AutoTokenizer
 
 import sidepath
-from sidepath.cli.serving import HOST, listening
 from sidepath.serve.engine import Engine
-from sidepath.serve.http import application
 from sidepath.serve.scheduler import Limits
-from tests.serve.kit import embedded, save_adapters
+from tests.serve.kit import embedded, save_adapters, served
 
 
 @pytest.fixture(scope="module")
@@ -24,18 +20,10 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
     folders = save_adapters(embedded, tmp_path_factory.mktemp("openai"), 1)
     tokenizer: Any = AutoTokenizer.from_pretrained(sidepath.embedded_base())
     limits = Limits(rows=4, slots=2, context=256, step_tokens=64)
-    with Engine(embedded(), tokenizer, limits) as engine, listening(0) as bound:
+    with Engine(embedded(), tokenizer, limits) as engine, served(engine) as address:
         engine.adapters.load("adapter-0", folders[0])
-        server = uvicorn.Server(
-            uvicorn.Config(application(engine, "base"), log_level="error", lifespan="off")
-        )
-        thread = threading.Thread(target=server.run, args=([bound],))
-        thread.start()
-        url = f"http://{HOST}:{bound.getsockname()[1]}/v1"
-        with OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        with OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
             yield client
-        server.should_exit = True
-        thread.join()
 
 
 def test_models(client: OpenAI) -> None:

@@ -6,6 +6,7 @@ Nothing here may import torch: `sidepath --help` reads this class.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from sidepath.cli.runs import BaseRun
 from sidepath.config import require
@@ -15,6 +16,9 @@ from sidepath.config import require
 class ServeRun(BaseRun):
     """What `serve` serves, and how much at a time."""
 
+    engine: Literal["sidepath", "vllm"] = "sidepath"
+    """`sidepath` serves here. `vllm` serves nothing: it checks every adapter as vLLM would take it
+    and prints the command that serves them with vLLM."""
     adapters: str | None = None
     """Folder of adapters: each folder in it is served under its own name. Or one adapter's folder.
     Or an adapter on the hub, as `hub:OWNER/NAME[@REVISION]`. Without it the base alone is served.

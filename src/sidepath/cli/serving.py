@@ -11,17 +11,27 @@ from sidepath.cli.launch import stopped_by_sigterm
 from sidepath.cli.output import Report, Table, note
 from sidepath.cli.serve_run import ServeRun
 from sidepath.cli.surface import Call
+from sidepath.cli.vllm_command import vllm_command
 from sidepath.errors import ConfigError, MissingExtra, SidepathError, StoreError, in_one_line
-from sidepath.store.hub import is_hub, parse_place
+from sidepath.store.hub import ADAPTER, is_hub, local, parse_place
 
 if TYPE_CHECKING:
     from sidepath.serve.adapters import Adapters
+    from sidepath.serve.engine import Engine
 
 HOST = "127.0.0.1"
 
 
 def serve(call: Call) -> Report:
     """Serve until SIGTERM or Ctrl-C; what was begun by then is answered first."""
+    run = call.settings.build("serve", ServeRun)
+    folder = base_folder(run.base)
+    base = run.name if run.name is not None else folder.resolve().name
+    found = folders_in(run.adapters, base)
+    if run.engine == "vllm":
+        return vllm_command(
+            run, base, folder, {n: local(each, ADAPTER) for n, each in found.items()}
+        )
     try:
         import uvicorn
 
@@ -31,33 +41,11 @@ def serve(call: Call) -> Report:
             "serving needs a web server", found=str(error), hint="pip install 'sidepath[serve]'"
         ) from error
     from sidepath.cli.encoding import encodes, serve_encoder
-    from sidepath.serve.engine import Engine
-    from sidepath.serve.scheduler import Limits
-    from sidepath.serve.tiers import Memory
 
-    run = call.settings.build("serve", ServeRun)
-    folder = base_folder(run.base)
-    base = run.name if run.name is not None else folder.resolve().name
-    found = folders_in(run.adapters, base)
     if encodes(folder):
         return serve_encoder(run, folder, base, found)
-    limits = Limits(
-        run.rows,
-        run.slots,
-        run.context,
-        run.cached_tokens,
-        run.step_tokens,
-        run.queue,
-        prefixes=run.prefixes,
-    )
     with listening(run.port) as bound:
-        model = load_causal(folder, run.dtype, run.device, run.quantise)
-        memory = Memory(run.adapter_memory, run.host_memory)
-        merged = run.merge is not None
-        engine = Engine(model, load_tokenizer(folder), limits, memory, merged=merged)
-        load_all(engine.adapters, found, run.allow_other_base)
-        if run.merge is not None:
-            engine.adapters.dedicate(run.merge)
+        engine = engine_for(run, folder, found)
         config = uvicorn.Config(application(engine, base), log_level="warning", lifespan="off")
         server = uvicorn.Server(config)
         with engine, stopped_by_sigterm(lambda: None):  # uvicorn's own takes its place meanwhile
@@ -69,6 +57,31 @@ def serve(call: Call) -> Report:
         {"ended": ended, "steps": engine.steps, "tokens": engine.new_tokens},
         [Table("", ["requests ended by", "count"], list(ended.items()))],
     )
+
+
+def engine_for(run: ServeRun, folder: Path, found: dict[str, str | Path]) -> Engine:
+    """The engine over the base, with every adapter registered; merged if one is to be."""
+    from sidepath.serve.engine import Engine
+    from sidepath.serve.scheduler import Limits
+    from sidepath.serve.tiers import Memory
+
+    limits = Limits(
+        run.rows,
+        run.slots,
+        run.context,
+        run.cached_tokens,
+        run.step_tokens,
+        run.queue,
+        prefixes=run.prefixes,
+    )
+    model = load_causal(folder, run.dtype, run.device, run.quantise)
+    memory = Memory(run.adapter_memory, run.host_memory)
+    merged = run.merge is not None
+    engine = Engine(model, load_tokenizer(folder), limits, memory, merged=merged)
+    load_all(engine.adapters, found, run.allow_other_base)
+    if run.merge is not None:
+        engine.adapters.dedicate(run.merge)
+    return engine
 
 
 def listening(port: int) -> socket.socket:

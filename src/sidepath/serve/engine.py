@@ -137,10 +137,11 @@ class Engine:
         return self._computing.new_tokens
 
     @property
-    def load(self) -> tuple[int, int]:
-        """How many requests wait, and how many run."""
+    def load(self) -> tuple[int, int, int]:
+        """How many requests wait, how many run, and how many different adapters these name."""
         with self._lock:
-            return self._scheduler.waiting, len(self._scheduler.running)
+            now = self._scheduler
+            return now.waiting, len(now.running), len(now.slots)
 
     @property
     def alive(self) -> bool:

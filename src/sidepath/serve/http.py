@@ -29,6 +29,7 @@ from sidepath.errors import (
     UnknownAdapter,
     meant,
 )
+from sidepath.serve import playground
 from sidepath.serve.engine import Engine
 from sidepath.serve.metrics import Metrics
 from sidepath.serve.protocol import Asked, Reply, parse
@@ -55,6 +56,7 @@ def application(engine: Engine, base: str) -> Starlette:
         Route("/healthz", served.healthy),
         Route("/readyz", served.ready),
         Route("/metrics", served.metrics),
+        *playground.routes(engine, base),
     ]
     failures: Any = {SidepathError: _failed}
     own = [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)]

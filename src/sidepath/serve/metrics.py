@@ -78,9 +78,10 @@ class _OfEngine(Collector):
     def collect(self) -> Iterator[Metric]:
         """Read when they are asked for: the engine's own numbers."""
         engine = self._engine
-        waiting, running = engine.load
+        waiting, running, slots = engine.load
         yield GaugeMetricFamily("sidepath_waiting", "Requests that wait.", waiting)
         yield GaugeMetricFamily("sidepath_running", "Requests that run.", running)
+        yield GaugeMetricFamily("sidepath_slots", "Adapters that run.", slots)
         loaded = len(engine.adapters.versions())
         yield GaugeMetricFamily("sidepath_adapters", "Adapters that can be asked for.", loaded)
         yield CounterMetricFamily("sidepath_steps", "Steps of the engine.", engine.steps)

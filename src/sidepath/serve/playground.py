@@ -1,0 +1,94 @@
+"""The page at `/`, and what it shows: the adapters, and what the engine does just now (floor 5).
+
+One file of the package, with its style and script inside: nothing is built, and nothing is fetched
+but this server's own routes. A nonce of each answer's own lets these two run and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request as Incoming
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from sidepath.errors import SidepathError
+from sidepath.serve.engine import Engine
+from sidepath.serve.versions import Version
+from sidepath.store.library import read_entry
+
+PAGE = Path(__file__).with_name("playground.html")
+
+
+def routes(engine: Engine, base: str) -> list[Route]:
+    """`/` is open to whoever may reach the server; the others tell what is served."""
+    shown = _Shown(engine, base)
+    return [
+        Route("/", page),
+        Route("/v1/library", shown.library),
+        Route("/v1/load", shown.load),
+    ]
+
+
+async def page(incoming: Incoming) -> Response:
+    """The playground."""
+    nonce = secrets.token_urlsafe(16)
+    own = f"'nonce-{nonce}'"
+    policy = (
+        f"default-src 'none'; style-src {own}; script-src {own}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+    return HTMLResponse(_text().replace("{nonce}", nonce), headers=headers)
+
+
+@cache
+def _text() -> str:
+    return PAGE.read_text(encoding="utf-8")
+
+
+class _Shown:
+    """What the page reads. `entries` remembers what each version's folder said."""
+
+    def __init__(self, engine: Engine, base: str) -> None:
+        self._engine, self._base = engine, base
+        self._entries: dict[int, dict[str, Any]] = {}
+
+    async def library(self, incoming: Incoming) -> Response:
+        """The adapters that can be asked for, with what their folders say of them."""
+        versions = self._engine.adapters.versions()
+        data = await asyncio.to_thread(lambda: [self._entry(version) for version in versions])
+        self._entries = {entry["generation"]: entry for entry in data}
+        chat = bool(self._engine.tokenizer.chat_template)
+        return JSONResponse({"object": "list", "base": self._base, "chat": chat, "data": data})
+
+    def _entry(self, version: Version) -> dict[str, Any]:
+        if version.generation in self._entries:
+            return self._entries[version.generation]
+        own = {"id": version.name, "generation": version.generation}
+        try:
+            said = read_entry(Path(version.source)).as_dict()
+        except SidepathError:  # it was there when it was loaded, and is served from memory
+            return own
+        del said["name"]
+        return said | own
+
+    async def load(self, incoming: Incoming) -> Response:
+        """Requests, rows and slots just now, and tokens so far."""
+        limits = self._engine.limits
+        waiting, running, slots = self._engine.load
+        return JSONResponse(
+            {
+                "waiting": waiting,
+                "running": running,
+                "rows": limits.rows,
+                "slots_taken": slots,
+                "slots": limits.slots,
+                "steps": self._engine.steps,
+                "answered": self._engine.new_tokens,
+            }
+        )

@@ -109,7 +109,11 @@ def mixed_lengths(options: argparse.Namespace) -> dict[str, Any]:
 
     new, lengths = 24, [40, 77, 114, 151, 188, 225, 262, 300]
     prompts, model = prompts_of(lengths), llama()
-    engine = Engine(model, limits=Limits(rows=8, context=512, step_tokens=512))
+    # Without prefixes: the rounds ask the same prompts again.
+    engines = [
+        Engine(model, limits=Limits(rows=8, context=512, step_tokens=tokens, prefixes=0))
+        for tokens in (512, 2048)
+    ]
     longest = max(lengths)
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -119,9 +123,13 @@ def mixed_lengths(options: argparse.Namespace) -> dict[str, Any]:
         out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=0, **settings)
         return [tuple(row) for row in out[:, longest:].tolist()]
 
-    ours = engine_way(engine, prompts, [None] * len(prompts), new)
+    ours, at_once = (engine_way(each, prompts, [None] * len(prompts), new) for each in engines)
     assert ours() == padded(), "greedy tokens are those of generate"
-    ways: dict[str, Callable[[], object]] = {"padded generate": padded, "engine": ours}
+    ways: dict[str, Callable[[], object]] = {
+        "padded generate": padded,
+        "engine": ours,
+        "engine, all prompts in one step": at_once,
+    }
     if not options.skip_peer:
         ways["continuous batching"] = peer(prompts, new)
     return figure("8 prompts of 40..300 tokens, 24 new", ways, options.rounds, len(prompts) * new)
@@ -206,7 +214,7 @@ def engine_over(places: list[Path], slots: int, resident: int = 2**40, host: int
     from sidepath.serve.scheduler import Limits
     from sidepath.serve.tiers import Memory
 
-    limits = Limits(rows=slots, slots=slots, context=64, step_tokens=32 * slots)
+    limits = Limits(rows=slots, slots=slots, context=64, step_tokens=32 * slots, prefixes=0)
     engine = Engine(llama(), limits=limits, memory=Memory(resident, host))
     for place in places:
         engine.adapters.register(place.name, place)
@@ -241,7 +249,7 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
         @torch.no_grad()
         def way() -> None:
             model(**step, use_cache=True, logits_to_keep=1)
-            cache.crop(context)
+            cache.crop(-1)
 
         return way
 
@@ -289,7 +297,7 @@ def engine_with(count: int, targets: tuple[str, ...], *, slots: int, rows: int) 
     from sidepath.serve.scheduler import Limits
 
     source = llama()
-    limits = Limits(rows=rows, slots=slots, context=64, step_tokens=32 * rows)
+    limits = Limits(rows=rows, slots=slots, context=64, step_tokens=32 * rows, prefixes=0)
     engine = Engine(llama(), limits=limits)
     with tempfile.TemporaryDirectory() as folder:
         for number in range(count):

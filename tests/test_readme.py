@@ -11,9 +11,12 @@ import pytest
 
 from sidepath.base import embedded_base
 from sidepath.cli import main
+from sidepath.cli.gating import terms_of
 from sidepath.cli.parsing import parse
 from sidepath.cli.runs import TrainRun
+from sidepath.cli.serve_run import ServeRun
 from sidepath.demo.tasks import make_tasks
+from sidepath.serve.keys import read_keys
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -93,6 +96,23 @@ def test_the_hand_overs_run_as_printed(here: Path, capsys: pytest.CaptureFixture
     }  # fmt: skip
     # What it sends, and to whom: tests/store/test_pushing.py.
     assert parse("push", shlex.split(pushed)[2:]).places == ("adapters/mine", "hub:me/mine")
+
+
+def test_the_server_s_keys_are_made_as_printed(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = [text for text in blocks("") if "--new-key" in text]
+    *made, served = [shlex.split(line, comments=True) for line in block.splitlines()]
+    for words in made:
+        assert main(words[1:]) == 0, capsys.readouterr().err
+    assert {key.name: key.admin for key in read_keys(here / "keys.json").all} == {
+        "tenant": False,
+        "operator": True,
+    }
+    # What it then does: tests/security, tests/cli/test_serve.py.
+    run = parse("serve", served[2:]).settings.build("serve", ServeRun)
+    (here / "adapters").mkdir()
+    assert terms_of(run).loading is not None
 
 
 def test_make_targets_the_readme_names_exist() -> None:

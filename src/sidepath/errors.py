@@ -27,7 +27,11 @@ do next. Faults of one operation are collected and raised once.
     ├── ServeError                 requests to a running engine
     │   ├── RequestRefused         a request that can never be answered as it stands
     │   │   └── TooLarge           its body is longer than any that is read
+    │   ├── NotAllowed             whoever asks may not ask that
+    │   │   └── UnknownCaller      no key, or one that was given to nobody
+    │   ├── Outdated               what was to be changed has changed since it was looked at
     │   └── Overloaded             no room for one request more just now
+    │       └── TooOften           no room for one more of this caller
     ├── MissingExtra               an optional dependency is not installed
     └── ParityError                exit code 1: merged and un-merged model disagree
 
@@ -176,8 +180,31 @@ class TooLarge(RequestRefused):
     """The body of a request is longer than any that is read."""
 
 
+class NotAllowed(ServeError):
+    """Whoever asks may not ask that, however it is put."""
+
+
+class UnknownCaller(NotAllowed):
+    """The caller gave no key, or one that was given to nobody."""
+
+
+class Outdated(ServeError):
+    """What was to be changed is not what it was when it was looked at; nothing has changed."""
+
+
 class Overloaded(ServeError):
     """There is no room for one request more just now; the same may be asked again later."""
+
+    after: float = 1.0
+    """Seconds after which asking again may be worth it."""
+
+
+class TooOften(Overloaded):
+    """A caller asks more often, or for more at once, than it may."""
+
+    def __init__(self, what: str, *, after: float = 1.0, hint: str | None = None) -> None:
+        super().__init__(what, hint=hint)
+        self.after = after
 
 
 class MissingExtra(SidepathError):

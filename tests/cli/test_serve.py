@@ -12,6 +12,9 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,17 @@ def ask(url: str, model: str) -> Any:
         return json.load(reply)
 
 
+@contextmanager
+def begun(url: str, model: str) -> Iterator[Iterator[bytes]]:
+    """Eight long answers, streamed, of which the first line has come."""
+    body = {"model": model, "prompt": "count 3:", "max_tokens": 100, "n": 8, "stream": True}
+    sent = urllib.request.Request(f"{url}/completions", json.dumps(body).encode())
+    with urllib.request.urlopen(sent, timeout=60) as reply:
+        yield chain([reply.readline()], reply)
+
+
 def test_a_server_answers_and_ends_on_sigterm(tiny_base: Path, trained: Path) -> None:
+    """What was begun by then is answered to its end."""
     flags = f"--port 0 --name tiny-base --base {tiny_base} --adapters {trained.parent}"
     process = subprocess.Popen(
         [sys.executable, "-m", "sidepath", "serve", "--json", *flags.split()],
@@ -52,13 +65,18 @@ def test_a_server_answers_and_ends_on_sigterm(tiny_base: Path, trained: Path) ->
             ask(url, "other")
         assert error.value.code == 404
         error.value.close()
-        process.send_signal(signal.SIGTERM)
+        with begun(url, "tiny-base") as lines:
+            process.send_signal(signal.SIGTERM)
+            events = [line for line in lines if line.strip()]
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
         process.communicate()
     assert (process.returncode, err) == (0, "")
-    assert sum(json.loads(out)["ended"].values()) == 2
+    assert events[-1] == b"data: [DONE]\n"
+    finishes = [json.loads(line[6:])["choices"][0]["finish_reason"] for line in events[:-1]]
+    assert len([finish for finish in finishes if finish]) == 8
+    assert sum(json.loads(out)["ended"].values()) == 2 + 8
 
 
 def test_what_cannot_be_served(

@@ -64,7 +64,10 @@ SURFACE = {
     ),
     "extract": "--r --energy --targets --exclude --whole --seed --overwrite",
     "serve": (
-        f"{COMMON} --engine --adapters --port --name --allow-other-base --rows --slots --context"
+        f"{COMMON} --keys --new-key --key-admin --key-models --key-per-minute --key-at-once"
+        " --allow-loading --max-rank --max-adapter-bytes --max-prompt-tokens --max-new-tokens"
+        " --connections --head-seconds --body-seconds --stall-seconds --drain-seconds"
+        " --engine --adapters --port --name --allow-other-base --rows --slots --context"
         " --cached-tokens --step-tokens --queue --adapter-memory --host-memory --prefixes --merge"
     ),
     "bench": "--rounds --threads --device --output --quick",

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import uvicorn
 from torch import nn
 
 import sidepath
 from sidepath import LoRA
-from sidepath.cli.serving import HOST, listening
+from sidepath.cli.serving import HOST
 from sidepath.serve.engine import Engine
 from sidepath.serve.http import application
 from tests.conftest import randomise, tiny_llama
+from tests.serve import sockets
 
 GROUPED = {
     "hidden_size": 32,
@@ -94,15 +93,8 @@ def save_adapters(make: Any, folder: Path, count: int) -> list[Path]:
 @contextmanager
 def served(engine: Engine) -> Iterator[str]:
     """The engine behind a real socket of this machine, its base called "base"; the address."""
-    with listening(0) as bound:
-        server = uvicorn.Server(
-            uvicorn.Config(application(engine, "base"), log_level="error", lifespan="off")
-        )
-        thread = threading.Thread(target=server.run, args=([bound],))
-        thread.start()
-        yield f"http://{HOST}:{bound.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+    with sockets.served(application(engine, "base")) as port:
+        yield f"http://{HOST}:{port}"
 
 
 class Alone:

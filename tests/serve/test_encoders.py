@@ -216,6 +216,7 @@ def test_embeddings_as_openais_clients_ask_for_them(client: TestClient, saved: l
         ({"model": "one", "input": [1.5]}, 400, "cannot be read"),
         ({"model": "one", "input": "a", "dimensions": 3, "other": 1}, 400, "dimensions"),
         ({"input": "a"}, 400, "model is missing"),
+        ({"model": "one", "input": ["a", "\ud800"]}, 400, "not Unicode"),
         ({"model": "one", "input": "a" * 65}, 400, "65 tokens"),
     ],
 )

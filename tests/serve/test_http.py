@@ -19,6 +19,7 @@ from sidepath.serve.engine import Engine
 from sidepath.serve.http import application
 from sidepath.serve.scheduler import Limits
 from tests.serve.kit import Alone, embedded, save_adapters
+from tests.serve.sockets import wait_until
 
 LIMITS = Limits(rows=4, slots=2, context=128, step_tokens=64)
 PROMPT = "The capital of France"
@@ -206,6 +207,7 @@ def test_health_and_metrics(client: TestClient, engine: Engine) -> None:
     client.post("/v1/completions", json=body("adapter-0"))
     assert client.get("/healthz").text == "ok"
     assert client.get("/readyz").text == "ready"
+    wait_until(lambda: engine.load == (0, 0, 0))  # the last piece comes before its step is counted
     text = client.get("/metrics").text
     assert re.search(r"^sidepath_adapters 2\.0$", text, re.M)
     assert f"sidepath_steps_total {float(engine.steps)}" in text
@@ -254,3 +256,19 @@ def test_a_caller_that_goes_away_frees_its_row(engine: Engine, stream: bool) -> 
         assert time.monotonic() < until
         time.sleep(0.001)
     assert engine.ended["cancelled"] == before + 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_memory_that_does_not_suffice_is_503_in_a_stream_too(
+    client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    def full(parts: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._runner, "logits", full)
+        reply = client.post("/v1/completions", json=body("base", stream=stream))
+    assert reply.status_code == 503
+    assert reply.headers["retry-after"] == "1"
+    assert reply.json()["error"]["code"] == "overloaded"
+    assert client.post("/v1/completions", json=body("base")).status_code == 200

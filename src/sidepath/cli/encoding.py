@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import uvicorn
-
 from sidepath.cli.answers import labels_of
 from sidepath.cli.bases import load_classifier, load_encoder, load_tokenizer
+from sidepath.cli.gating import terms_of, web_server
 from sidepath.cli.launch import stopped_by_sigterm
 from sidepath.cli.output import Report, Table, note
 from sidepath.cli.serve_run import ServeRun
@@ -39,16 +38,19 @@ def serve_encoder(run: ServeRun, folder: Path, base: str, found: Found) -> Repor
     """Serve until SIGTERM or Ctrl-C: classes where the base or its adapters have some, vectors
     otherwise.
     """
-    if run.merge is not None:
-        raise ConfigError("--merge is for language models", where=folder, found=run.merge)
+    given = {"--merge": run.merge, "--allow-loading": run.allow_loading}
+    faults = [f"{flag} {value}" for flag, value in given.items() if value is not None]
+    if faults:
+        raise ConfigError("these are for language models", where=folder, faults=faults)
+    terms = terms_of(run)
     with listening(run.port) as bound:
         encoder = _encoder(run, folder, found)
         load_all(encoder.adapters, found, run.allow_other_base)
-        config = uvicorn.Config(application(encoder, base), log_level="warning", lifespan="off")
+        server = web_server(run, application(encoder, base, terms.gate))
         with encoder, stopped_by_sigterm(lambda: None):
             url = f"http://{HOST}:{bound.getsockname()[1]}/v1"
             note(f"serving {base} and {len(found)} adapters at {url}")
-            uvicorn.Server(config).run(sockets=[bound])
+            server.run(sockets=[bound])
     counted = {"answered": encoder.answered, "calls": encoder.calls}
     return Report(counted, [Table("", ["texts answered", "calls"], [list(counted.values())])])
 

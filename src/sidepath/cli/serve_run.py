@@ -1,6 +1,6 @@
 """The settings of the verb serve (floor 7).
 
-Nothing here may import torch: `sidepath --help` reads this class.
+Nothing here may import torch: `sidepath --help` reads these classes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,68 @@ from sidepath.config import require
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeRun(BaseRun):
+class GateRun(BaseRun):
+    """Who may ask a server, how much, and what may be changed while it runs."""
+
+    keys: str | None = None
+    """File of the callers' hashed keys; without it anybody on this machine may ask, and nothing
+    can be changed."""
+    new_key: str | None = None
+    """Make a key of this name instead of serving: it is printed once, the file gets its hash."""
+    key_admin: bool = False
+    """Let the new key load and unload adapters."""
+    key_models: tuple[str, ...] | None = None
+    """Names of the models that the new key may ask; all of them when not given."""
+    key_per_minute: float | None = None
+    """Requests a minute that the new key may send; any number when not given."""
+    key_at_once: int | None = None
+    """Answers that the new key may wait for at once; any number when not given."""
+    allow_loading: str | None = None
+    """Let admin keys load adapters while the server runs, from folders below this one; nothing can
+    be loaded when not given."""
+    max_rank: int = 256
+    """Highest rank of an adapter loaded so."""
+    max_adapter_bytes: int = 2**30
+    """Most bytes in the folder of an adapter loaded so."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt in tokens; what the context has room for when not given."""
+    max_new_tokens: int | None = None
+    """Longest answer in tokens; what the context has room for when not given."""
+    connections: int = 512
+    """Connections that may be open at once; one more is turned away."""
+    head_seconds: float = 10.0
+    """Time for the head of a request to come; then its connection is closed."""
+    body_seconds: float = 60.0
+    """Time for its body."""
+    stall_seconds: float = 30.0
+    """How long a caller may leave unread what it was sent; then its request is cancelled."""
+    drain_seconds: int = 30
+    """How long SIGTERM, or unloading an adapter, waits for answers that have begun."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        of_key = (self.key_models, self.key_per_minute, self.key_at_once)
+        plain = not self.key_admin and of_key == (None, None, None)
+        limits = (self.max_prompt_tokens, self.max_new_tokens)
+        seconds = (self.head_seconds, self.body_seconds, self.stall_seconds, self.drain_seconds)
+        names = ("head_seconds", "body_seconds", "stall_seconds", "drain_seconds")
+        require(
+            self,
+            {
+                "keys": self.keys is not None or (not self.new_key and not self.allow_loading),
+                "key_admin": self.new_key is not None or plain,
+                "max_rank": self.max_rank >= 1,
+                "max_adapter_bytes": self.max_adapter_bytes >= 1,
+                "max_prompt_tokens": limits[0] is None or limits[0] >= 1,
+                "max_new_tokens": limits[1] is None or limits[1] >= 1,
+                "connections": self.connections >= 1,
+                **{name: value > 0 for name, value in zip(names, seconds, strict=True)},
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeRun(GateRun):
     """What `serve` serves, and how much at a time."""
 
     engine: Literal["sidepath", "vllm"] = "sidepath"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sidepath.cli.bases import base_folder, load_causal, load_tokenizer
+from sidepath.cli.gating import new_key, refuse_gate, terms_of, web_server
 from sidepath.cli.launch import stopped_by_sigterm
 from sidepath.cli.output import Report, Table, note
 from sidepath.cli.serve_run import ServeRun
@@ -23,17 +24,22 @@ HOST = "127.0.0.1"
 
 
 def serve(call: Call) -> Report:
-    """Serve until SIGTERM or Ctrl-C; what was begun by then is answered first."""
+    """Serve until SIGTERM or Ctrl-C; what was begun by then is answered first, if it ends within
+    `drain_seconds`. Or make a key, and serve nothing.
+    """
     run = call.settings.build("serve", ServeRun)
+    if run.new_key is not None:
+        return new_key(run)
     folder = base_folder(run.base)
     base = run.name if run.name is not None else folder.resolve().name
     found = folders_in(run.adapters, base)
     if run.engine == "vllm":
+        refuse_gate(run)
         return vllm_command(
             run, base, folder, {n: local(each, ADAPTER) for n, each in found.items()}
         )
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
 
         from sidepath.serve.http import application
     except ModuleNotFoundError as error:
@@ -44,10 +50,10 @@ def serve(call: Call) -> Report:
 
     if encodes(folder):
         return serve_encoder(run, folder, base, found)
+    terms = terms_of(run)
     with listening(run.port) as bound:
         engine = engine_for(run, folder, found)
-        config = uvicorn.Config(application(engine, base), log_level="warning", lifespan="off")
-        server = uvicorn.Server(config)
+        server = web_server(run, application(engine, base, terms))
         with engine, stopped_by_sigterm(lambda: None):  # uvicorn's own takes its place meanwhile
             url = f"http://{HOST}:{bound.getsockname()[1]}/v1"
             note(f"serving {base} and {len(found)} adapters at {url}")

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from sidepath.errors import RequestRefused, ServeError
+from sidepath.serve.memory import out_of_memory, shed
 from sidepath.serve.prefixes import Key
 from sidepath.serve.requests import Finish, Handle, Piece, Request
 from sidepath.serve.sampling import Chosen, Turn
@@ -70,6 +71,8 @@ class Answering:
     def broken(self, error: BaseException) -> Piece:
         """The last piece of a request that could not be answered."""
         self.failed = True
+        if out_of_memory(error):
+            error = shed(error)
         if not isinstance(error, ServeError):
             found = ServeError(
                 "the request could not be answered",

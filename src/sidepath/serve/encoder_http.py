@@ -23,10 +23,14 @@ from starlette.requests import Request as Incoming
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from sidepath.errors import RequestRefused, SidepathError, UnknownAdapter, meant
+from sidepath.errors import RequestRefused
+from sidepath.serve.bodies import Intake
 from sidepath.serve.encoders import Encoder
-from sidepath.serve.http import HOSTS, _body, _failed
+from sidepath.serve.gate import Gate, Guard, caller_of
+from sidepath.serve.http import HOSTS
+from sidepath.serve.names import Names
 from sidepath.serve.protocol import body_of
+from sidepath.serve.refusals import HANDLERS
 from sidepath.serve.versions import Version
 
 MOST_TEXTS = 2048
@@ -50,25 +54,26 @@ def routes(encoder: Encoder, base: str) -> list[Route]:
     ]
 
 
-def application(encoder: Encoder, base: str) -> Starlette:
-    """The application of an encoder's server; it answers callers of this machine alone."""
-    failures: Any = {SidepathError: _failed}
-    own = [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)]
-    return Starlette(routes=routes(encoder, base), exception_handlers=failures, middleware=own)
+def application(encoder: Encoder, base: str, gate: Gate | None = None) -> Starlette:
+    """The application of an encoder's server, behind the same gate as a language model's; it
+    answers callers of this machine alone.
+    """
+    own = [
+        Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
+        Middleware(Guard, gate=gate if gate is not None else Gate(), told=lambda status: None),
+    ]
+    return Starlette(routes=routes(encoder, base), exception_handlers=HANDLERS, middleware=own)
 
 
 class _Served:
     def __init__(self, encoder: Encoder, base: str) -> None:
-        self.encoder, self.base = encoder, base
+        self.encoder, self.intake = encoder, Intake()
+        self.names = Names(encoder.adapters, base, encoder.alone)
         names: Mapping[int, str] = encoder.encoding.model.config.id2label
         self.labels = [names[number] for number in sorted(names)]
 
     async def models(self, incoming: Incoming) -> Response:
-        own: dict[str, Any] = {"id": self.base, "object": "model", "owned_by": "sidepath"}
-        listed = [{**own, "parent": None}] if self.encoder.alone else []
-        for version in self.encoder.adapters.versions():
-            more = {"parent": self.base, "digest": version.digest}
-            listed.append({**own, "id": version.name, **more})
+        listed = self.names.listed(caller_of(incoming))
         return JSONResponse({"object": "list", "data": listed})
 
     async def healthy(self, incoming: Incoming) -> Response:
@@ -118,26 +123,22 @@ class _Served:
         """A body's fields, what came of each of its texts, their tokens in all, and who answered
         them.
         """
-        body = _understood(body_of(await _body(incoming)))
-        adapter = self._adapter(body["model"])
-        texts = await asyncio.to_thread(self.encoder.encoding.tokens_of, _texts(body["input"]))
-        version, found = self.encoder.submit(adapter, texts)
+        caller = caller_of(incoming)
+        async with self.intake.body(incoming) as raw:
+            body = _understood(body_of(raw))
+            adapter = self.names.adapter(caller, body["model"])
+            given = _texts(body["input"])
+            texts = await asyncio.to_thread(self.encoder.encoding.tokens_of, given)
+        caller.begin(len(texts))
+        found: list[Future[list[float]]] = []
         try:
+            version, found = self.encoder.submit(adapter, texts)
             rows = await asyncio.gather(*map(_waited, found))
         finally:
+            caller.end(len(texts))
             for each in found:
                 each.cancel()
         return body, list(rows), sum(map(len, texts)), version
-
-    def _adapter(self, model: str) -> str | None:
-        if model == self.base:
-            return None
-        known = [version.name for version in self.encoder.adapters.versions()]
-        if model not in known:
-            raise UnknownAdapter(
-                f'no model "{model}" is served', hint=meant(model, [*known, self.base])
-            )
-        return model
 
 
 async def _waited(found: Future[list[float]]) -> list[float]:
@@ -172,6 +173,12 @@ def _texts(given: Any) -> list[str | list[int]]:
             found=str(len(several)),
             expected=f"1 to {MOST_TEXTS}",
         )
+    try:
+        for each in several:
+            if isinstance(each, str):
+                each.encode()
+    except UnicodeEncodeError as error:  # half of a pair of surrogates, which JSON can say
+        raise RequestRefused("a text is not Unicode", found=ascii(error.object)[:200]) from error
     return several
 
 

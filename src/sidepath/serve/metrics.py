@@ -34,6 +34,9 @@ class Metrics:
         self._requests = Counter(
             "sidepath_requests", "Requests that ended.", ["model", "finish"], registry=registry
         )
+        self._responses = Counter(
+            "sidepath_responses", "Responses by status.", ["status"], registry=registry
+        )
         self._first = Histogram(
             "sidepath_first_token_seconds",
             "From submitting a request to its first token.",
@@ -46,6 +49,10 @@ class Metrics:
             buckets=NEXT,
             registry=registry,
         )
+
+    def responded(self, status: int) -> None:
+        """A response began."""
+        self._responses.labels(str(status)).inc()
 
     def text(self) -> bytes:
         """All of it, in Prometheus' text format."""

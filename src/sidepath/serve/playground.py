@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from sidepath.errors import SidepathError
 from sidepath.serve.engine import Engine
+from sidepath.serve.gate import caller_of
 from sidepath.serve.versions import Version
 from sidepath.store.library import read_entry
 
@@ -59,10 +60,11 @@ class _Shown:
         self._entries: dict[int, dict[str, Any]] = {}
 
     async def library(self, incoming: Incoming) -> Response:
-        """The adapters that can be asked for, with what their folders say of them."""
-        versions = self._engine.adapters.versions()
+        """The adapters that this caller may ask, with what their folders say of them."""
+        caller, versions = caller_of(incoming), self._engine.adapters.versions()
         data = await asyncio.to_thread(lambda: [self._entry(version) for version in versions])
         self._entries = {entry["generation"]: entry for entry in data}
+        data = [entry for entry in data if caller.may_ask(entry["id"])]
         chat = bool(self._engine.tokenizer.chat_template)
         return JSONResponse({"object": "list", "base": self._base, "chat": chat, "data": data})
 

@@ -1,4 +1,4 @@
-"""Bodies as OpenAI's clients write them, and what they expect back (floor 5).
+"""Bodies as OpenAI's clients write them (floor 5).
 
 A field that would change the answer and is not known, or that cannot be followed, is an error:
 nothing is ignored in silence. Fields of other servers that people use (top_k, min_p,
@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import json
 import secrets
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sidepath.errors import RequestRefused, closest
 from sidepath.kernels.hashed import seed_of
 from sidepath.serve.forms import Form, asked_form
-from sidepath.serve.requests import Piece, Request
-from sidepath.serve.sampling import Chosen, Sampling
+from sidepath.serve.requests import Request
+from sidepath.serve.sampling import Sampling
 
 MOST_ANSWERS = 16
 """Answers that one body may ask for: n times the number of prompts."""
@@ -91,8 +90,16 @@ class Asked:
     """Tokens of all prompts; answers to one prompt share it."""
 
 
-def parse(raw: bytes, chat: bool, tokenizer: Any) -> Asked:
-    """What a body asks for. Errors: one `RequestRefused` that names every field at fault."""
+def parse(
+    raw: bytes,
+    chat: bool,
+    tokenizer: Any,
+    check_text: Callable[[Mapping[str, Any]], None] = lambda body: None,
+) -> Asked:
+    """What a body asks for; `check_text` may refuse it before tokens are made of its texts.
+
+    Errors: one `RequestRefused` that names every field at fault.
+    """
     body = body_of(raw)
     body = {name: value for name, value in body.items() if value is not None}
     faults = _faults(body, {**_SETTINGS, **(_CHAT if chat else _COMPLETION)})
@@ -100,14 +107,10 @@ def parse(raw: bytes, chat: bool, tokenizer: Any) -> Asked:
     faults += [f"{name} is missing" for name in ("model", needed) if name not in body]
     if faults:
         raise RequestRefused("the body cannot be followed", faults=faults)
+    check_text(body)
     prompts = [_chat_prompt(body, tokenizer)] if chat else _prompts(body["prompt"], tokenizer)
     count = body.get("n", 1)
-    if not 1 <= count * len(prompts) <= MOST_ANSWERS:
-        raise RequestRefused(
-            "the body asks for too many answers, or for none",
-            found=f"n = {count} for {len(prompts)} prompts",
-            expected=f"1 to {MOST_ANSWERS} in all",
-        )
+    _refuse_many(len(prompts), count)
     form = asked_form(body.get("response_format", {"type": "text"}), tokenizer)
     seed = body.get("seed", secrets.randbits(63))
     requests = tuple(
@@ -117,6 +120,15 @@ def parse(raw: bytes, chat: bool, tokenizer: Any) -> Asked:
     usage = body.get("stream_options", {}).get("include_usage") is True
     tokens = sum(map(len, prompts))
     return Asked(chat, body["model"], requests, body.get("stream", False), usage, tokens)
+
+
+def _refuse_many(prompts: int, count: int) -> None:
+    if not 1 <= count * prompts <= MOST_ANSWERS:
+        raise RequestRefused(
+            "the body asks for too many answers, or for none",
+            found=f"n = {count} for {prompts} prompts",
+            expected=f"1 to {MOST_ANSWERS} in all",
+        )
 
 
 def body_of(raw: bytes) -> dict[str, Any]:
@@ -143,8 +155,9 @@ def _faults(
             if value not in _NEUTRAL[name]:
                 faults.append(f"{name} is not supported")
         else:
-            near = closest(name, known, 1)
-            faults.append(f"{name} is not known" + (f": did you mean {near[0]}?" if near else ""))
+            near = closest(name, known, 1) if len(faults) < 20 else []
+            hint = f": did you mean {near[0]}?" if near else ""
+            faults.append(f"{name[:100]} is not known{hint}")
     return faults
 
 
@@ -175,6 +188,7 @@ def _request(
 def _prompts(given: Any, tokenizer: Any) -> list[tuple[int, ...]]:
     """A prompt may be a string, tokens, or a list of either."""
     several = given if isinstance(given, list) and not _tokens(given) else [given]
+    _refuse_many(len(several), 1)
     if not all(isinstance(each, str) or _tokens(each) for each in several):
         raise RequestRefused(
             "prompt cannot be read", expected="a string, a list of tokens, or a list of either"
@@ -213,89 +227,3 @@ def _chat_prompt(body: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
             "the chat template refuses the messages", found=f"{type(error).__name__}: {error}"
         ) from error
     return tuple(ids)
-
-
-class Reply:
-    """Builds the documents of one reply."""
-
-    def __init__(self, asked: Asked, tokenizer: Any) -> None:
-        self._asked, self._tokenizer = asked, tokenizer
-        kind = "chatcmpl" if asked.chat else "cmpl"
-        self.head = {
-            "id": f"{kind}-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": asked.model,
-        }
-        self._answers = [0] * len(asked.requests)
-        self._fresh = [True] * len(asked.requests)
-
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
-        """A piece of one answer as the stream carries it."""
-        self._answers[index] += piece.chosen is not None
-        choice: dict[str, Any] = {"index": index, "finish_reason": piece.finish}
-        chosen = [] if piece.chosen is None else [piece.chosen]
-        choice["logprobs"] = self._logprobs(index, chosen) if chosen else None
-        if self._asked.chat:
-            first = {"role": "assistant"} if self._fresh[index] else {}
-            choice["delta"] = first | ({"content": piece.text} if piece.text or first else {})
-        else:
-            choice["text"] = piece.text
-        self._fresh[index] = False
-        return self._document([choice], "chat.completion.chunk")
-
-    def whole(self, answers: Sequence[Sequence[Piece]]) -> dict[str, Any]:
-        """All answers in one document."""
-        choices = []
-        for index, pieces in enumerate(answers):
-            chosen = [piece.chosen for piece in pieces if piece.chosen is not None]
-            self._answers[index] = len(chosen)
-            text = "".join(piece.text for piece in pieces)
-            choice: dict[str, Any] = {"index": index, "finish_reason": pieces[-1].finish}
-            choice["logprobs"] = self._logprobs(index, chosen)
-            if self._asked.chat:
-                choice["message"] = {"role": "assistant", "content": text}
-            else:
-                choice["text"] = text
-            choices.append(choice)
-        return self._document(choices, "chat.completion") | {"usage": self._usage()}
-
-    def last(self) -> dict[str, Any]:
-        """The document that ends a stream whose tokens were to be counted."""
-        return self._document([], "chat.completion.chunk") | {"usage": self._usage()}
-
-    def _document(self, choices: list[dict[str, Any]], chat_object: str) -> dict[str, Any]:
-        kind = chat_object if self._asked.chat else "text_completion"
-        return {**self.head, "object": kind, "choices": choices}
-
-    def _usage(self) -> dict[str, int]:
-        prompt, answer = self._asked.prompt_tokens, sum(self._answers)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": answer,
-            "total_tokens": prompt + answer,
-        }
-
-    def _logprobs(self, index: int, chosen: Sequence[Chosen]) -> dict[str, Any] | None:
-        if self._asked.requests[index].sampling.logprobs is None:
-            return None
-        if self._asked.chat:
-            return {"content": [self._entry(each) for each in chosen]}
-        return {
-            "tokens": [self._text(each.token) for each in chosen],
-            "token_logprobs": [each.logprob for each in chosen],
-            "top_logprobs": [
-                {self._text(token): logprob for token, logprob in each.likeliest} for each in chosen
-            ],
-        }
-
-    def _entry(self, chosen: Chosen) -> dict[str, Any]:
-        own = ((chosen.token, chosen.logprob), *chosen.likeliest)
-        entries = [
-            {"token": self._text(token), "logprob": logprob, "bytes": None}
-            for token, logprob in own
-        ]
-        return {**entries[0], "top_logprobs": entries[1:]}
-
-    def _text(self, token: int) -> str:
-        text: str = self._tokenizer.decode([token])
-        return text

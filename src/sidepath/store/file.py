@@ -12,17 +12,20 @@ from sidepath.store.aside import beside, fsync
 
 
 @contextmanager
-def publish_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a place to write a file to; on success it becomes `path`. See `folder.publish`.
+def publish_file(
+    path: str | os.PathLike[str], *, overwrite: bool = False, mode: int = 0o666
+) -> Iterator[Path]:
+    """Give a place to write a file to; on success it becomes `path`. See `folder.publish`. Of
+    `mode` it has what the umask leaves.
 
     Errors: `StoreError` for a folder, and for a file that is there without `overwrite`;
     `WriteFailed` for any OSError. After an error nothing is left and the old file stands.
     """
     with beside(path, lambda target: refuse_existing(target, overwrite)) as (target, temporary):
-        mode = temporary.stat().st_mode & 0o666  # what the umask leaves of a file's
+        left = temporary.stat().st_mode & mode  # what the umask leaves
         file = temporary / target.name
         yield file
-        fsync(file, mode)
+        fsync(file, left)
         _swap_in(file, target)
 
 

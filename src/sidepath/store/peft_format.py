@@ -33,6 +33,8 @@ _FACTORS = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
 _EMBEDDING_FACTORS = {"A": ".lora_embedding_A", "B": ".lora_embedding_B"}
 BASE_BIAS = ".base_layer.bias"
 MAGNITUDE = ".lora_magnitude_vector"
+FACTORS_A = (_FACTORS["A"], _EMBEDDING_FACTORS["A"])
+"""Endings of the tensors whose first dimension is the rank."""
 ENDINGS = (*_FACTORS.values(), *_EMBEDDING_FACTORS.values(), BASE_BIAS, MAGNITUDE)
 
 

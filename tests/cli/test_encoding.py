@@ -85,10 +85,17 @@ def ask(url: str, body: dict[str, Any]) -> Any:
         return json.load(reply)
 
 
-def test_an_encoder_is_known_by_its_folder_and_answers(tmp_path: Path, tiny_base: Path) -> None:
-    folder = write_encoder(tmp_path)
-    assert encodes(folder / "base")
+def test_an_encoder_is_known_by_its_folder(tmp_path: Path, tiny_base: Path) -> None:
+    folder = write_encoder(tmp_path) / "base"
+    assert encodes(folder)
+    (folder / "modules.json").unlink()
+    assert encodes(folder), "by its architecture"
     assert not encodes(tiny_base)
+
+
+@pytest.mark.slow
+def test_an_encoder_answers(tmp_path: Path) -> None:
+    folder = write_encoder(tmp_path)
     flags = ("--base", folder / "base", "--adapters", folder / "adapters", "--name", "encoder")
     with served(*flags) as url:
         vectors = {}

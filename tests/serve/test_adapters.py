@@ -101,7 +101,7 @@ def test_answers_are_those_of_each_adapter_alone_however_little_memory(
         assert got.tokens == (expected if got.finish != "cancelled" else got.tokens)
         assert got.tokens == expected[: len(got.tokens)]
     assert {version.answering for version in engine.adapters.versions()} == {0}
-    assert engine.load == (0, 0)
+    assert engine.load == (0, 0, 0)
     if share < 0.5:
         assert engine.adapters.tiers.evictions > 0
 

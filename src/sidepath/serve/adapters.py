@@ -13,6 +13,7 @@ from torch import nn
 from sidepath.errors import ServeError, UnknownAdapter
 from sidepath.injection.registry import check_name
 from sidepath.serve.errands import Errands
+from sidepath.serve.memory import trim
 from sidepath.serve.reading import Checked, described, read
 from sidepath.serve.scheduler import Standing
 from sidepath.serve.tiers import Memory, Rank, Tiers
@@ -184,9 +185,8 @@ class Adapters:
         return self._by_internal[internal].standing
 
     def bring(self, internal: str) -> bool:
-        """Begin to bring a version to the model if room can be made for it; returns whether.
-
-        What comes of it is seen in its standing, and in `failures`.
+        """Begin to bring a version to the model if room can be made for it; returns whether. Called
+        by a thread that may change the model. Its standing, and `failures`, say what comes of it.
         """
         version = self._by_internal[internal]
         try:
@@ -196,6 +196,15 @@ class Adapters:
                 return False
         except ServeError as error:
             self._failures.append((version, error))
+            return True
+        checked = self.tiers.host.get(version)
+        if checked is not None and self._reading.acquire(blocking=False):
+            try:  # nothing has to be read: it answers in this very step
+                self._placed(version, checked, self._rank)
+            except Exception as error:
+                self._failed((version, error))
+            finally:
+                self._reading.release()
             return True
         threading.Thread(
             target=self._fetch, args=(version,), name=f"sidepath-load-{version.name}", daemon=True
@@ -270,6 +279,7 @@ class Adapters:
             self.tiers.drop(version)
             self._gone(version.internal)
             self._by_internal.pop(version.internal, None)
+            trim()
             version.gone.set()
 
 

@@ -321,7 +321,7 @@ def test_nobody_waits_for_ever_when_the_engine_itself_fails(
     llama: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = llama.engine()
-    monkeypatch.setattr(engine._scheduler, "next", lambda: 1 / 0)
+    monkeypatch.setattr(engine._scheduler, "batch", lambda: 1 / 0)
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     handle = engine.submit(Request((5, 6), "adapter-0", 4))
     with engine, pytest.raises(ServeError, match="ZeroDivisionError"):

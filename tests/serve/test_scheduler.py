@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidepath.errors import ConfigError, Overloaded, RequestRefused
-from sidepath.serve.scheduler import Batch, Limits, Scheduler
+from sidepath.serve.scheduler import Batch, Limits, Scheduler, Standing
 
 limits = st.builds(
     Limits,
@@ -265,3 +265,58 @@ def test_a_step_must_be_said_to_be_done_as_it_was_given() -> None:
         scheduler.done(batch)
     with pytest.raises(ValueError, match="is at 2, not 0"):
         scheduler.done(batch)
+
+
+def test_an_adapter_that_is_coming_holds_up_nobody_and_its_requests_keep_their_place() -> None:
+    standing: dict[str, Standing] = {"cold": "coming", "warm": "here"}
+    limits = Limits(rows=1, slots=1, step_tokens=64, patience=2)
+    scheduler = Scheduler(limits, standing.__getitem__)
+    scheduler.submit(0, "cold", 4, 1)
+    for number in range(1, 9):
+        scheduler.submit(number, "warm", 4, 1)
+    ended = []
+    while len(ended) < 8:
+        batch = scheduler.next()
+        assert batch is not None
+        ended += [row.request for row in batch.rows]
+        scheduler.done(batch, ended[-1:])
+        if len(ended) == 5:
+            standing["cold"] = "here"
+    assert ended == [1, 2, 3, 4, 5, 0, 6, 7]
+    assert scheduler.wanted() == []
+
+
+def test_who_has_no_room_yet_is_overtaken_only_so_often() -> None:
+    standing: dict[str, Standing] = {"first": "away", "second": "away", "warm": "here"}
+    limits = Limits(rows=1, slots=2, step_tokens=64, patience=2)
+    scheduler = Scheduler(limits, standing.__getitem__)
+    scheduler.submit(0, "second", 4, 1)
+    scheduler.submit(1, "first", 4, 1)
+    for number in range(2, 9):
+        scheduler.submit(number, "warm", 4, 1)
+    assert scheduler.wanted() == ["second", "first"]
+    assert drained(scheduler) == [2, 3]
+    assert scheduler.since("second") == 0
+    standing["second"] = "here"
+    assert drained(scheduler) == [0], "they went before the next that waits, too"
+    standing["warm"], standing["first"] = "leaving", "coming"
+    assert scheduler.next() is None
+    standing["warm"], standing["first"] = "away", "here"
+    assert drained(scheduler) == [1]
+    assert scheduler.wanted() == ["warm"]
+    assert not scheduler.runs("warm")
+
+
+def test_tokens_that_are_there_already_are_not_computed() -> None:
+    scheduler = Scheduler(Limits(rows=2, slots=1, step_tokens=8, cached_tokens=40))
+    scheduler.submit(0, None, 20, 5)
+    assert scheduler.admit() == [0]
+    with pytest.raises(ValueError, match="cannot skip 20 of 20"):
+        scheduler.skip(0, 20)
+    scheduler.skip(0, 14)
+    assert scheduler.reserved == 25, "they take their room all the same"
+    batch = scheduler.batch()
+    assert batch is not None
+    assert [(row.start, row.count, row.samples) for row in batch.rows] == [(14, 6, True)]
+    with pytest.raises(ValueError, match="cannot skip"):
+        scheduler.skip(0, 3)

@@ -111,6 +111,19 @@ def load_causal(folder: Path, dtype: str, device: str, quantise: str = "none") -
     return model
 
 
+def load_encoder(folder: Path, dtype: str, device: str, quantise: str = "none") -> nn.Module:
+    """The base's body without any head, every weight of it that it answers with from the folder."""
+    from transformers import AutoModel
+
+    model, fresh = _load(AutoModel, folder, dtype, device, {}, quantise)
+    lacking = [name for name in fresh if not name.startswith("pooler.")]  # never asked
+    if lacking:
+        raise StoreError(
+            "the base's checkpoint lacks weights of its body", where=folder, faults=lacking
+        )
+    return model
+
+
 def load_classifier(
     folder: Path,
     labels: Sequence[str],

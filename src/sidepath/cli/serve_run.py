@@ -82,7 +82,8 @@ class ServeRun(GateRun):
     and prints the command that serves them with vLLM."""
     adapters: str | None = None
     """Folder of adapters: each folder in it is served under its own name. Or one adapter's folder.
-    Without it the base alone is served."""
+    Or an adapter on the hub, as `hub:OWNER/NAME[@REVISION]`. Without it the base alone is served.
+    Weights are read when an adapter is first asked for."""
     port: int = 8000
     """Port of this machine (127.0.0.1) to listen on; 0 takes a free one."""
     name: str | None = None
@@ -101,6 +102,15 @@ class ServeRun(GateRun):
     """Tokens of one step: shorter steps answer more evenly, longer ones take prompts faster."""
     queue: int = 1024
     """Requests that may wait; one more is turned away."""
+    adapter_memory: int = 2**30
+    """Bytes of adapters on the model; who was not asked for longest makes room for others."""
+    host_memory: int = 2**30
+    """Bytes of adapters that left the model and are kept in memory; 0: they are read again."""
+
+    prefixes: int = 16
+    """Rows of ended requests that are kept, for those that begin alike; 0: none."""
+    merge: str | None = None
+    """Serve this adapter alone, merged into the base, at the base's own speed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,5 +124,8 @@ class ServeRun(GateRun):
                 "cached_tokens": self.cached_tokens >= 2,
                 "step_tokens": self.step_tokens > self.rows,
                 "queue": self.queue >= 1,
+                "prefixes": self.prefixes >= 0,
+                "adapter_memory": self.adapter_memory >= 1,
+                "host_memory": self.host_memory >= 0,
             },
         )

@@ -14,8 +14,10 @@ from sidepath.cli.serve_run import ServeRun
 from sidepath.cli.surface import Call
 from sidepath.cli.vllm_command import vllm_command
 from sidepath.errors import ConfigError, MissingExtra, SidepathError, StoreError, in_one_line
+from sidepath.store.hub import ADAPTER, is_hub, local, parse_place
 
 if TYPE_CHECKING:
+    from sidepath.serve.adapters import Adapters
     from sidepath.serve.engine import Engine
 
 HOST = "127.0.0.1"
@@ -33,7 +35,9 @@ def serve(call: Call) -> Report:
     found = folders_in(run.adapters, base)
     if run.engine == "vllm":
         refuse_gate(run)
-        return vllm_command(run, base, folder, found)
+        return vllm_command(
+            run, base, folder, {n: local(each, ADAPTER) for n, each in found.items()}
+        )
     try:
         import uvicorn  # noqa: F401
 
@@ -42,15 +46,13 @@ def serve(call: Call) -> Report:
         raise MissingExtra(
             "serving needs a web server", found=str(error), hint="pip install 'sidepath[serve]'"
         ) from error
-    from sidepath.serve.engine import Engine
-    from sidepath.serve.scheduler import Limits
+    from sidepath.cli.encoding import encodes, serve_encoder
 
+    if encodes(folder):
+        return serve_encoder(run, folder, base, found)
     terms = terms_of(run)
-    limits = Limits(run.rows, run.slots, run.context, run.cached_tokens, run.step_tokens, run.queue)
     with listening(run.port) as bound:
-        model = load_causal(folder, run.dtype, run.device, run.quantise)
-        engine = Engine(model, load_tokenizer(folder), limits)
-        load_all(engine, found, run.allow_other_base)
+        engine = engine_for(run, folder, found)
         server = web_server(run, application(engine, base, terms))
         with engine, stopped_by_sigterm(lambda: None):  # uvicorn's own takes its place meanwhile
             url = f"http://{HOST}:{bound.getsockname()[1]}/v1"
@@ -61,6 +63,31 @@ def serve(call: Call) -> Report:
         {"ended": ended, "steps": engine.steps, "tokens": engine.new_tokens},
         [Table("", ["requests ended by", "count"], list(ended.items()))],
     )
+
+
+def engine_for(run: ServeRun, folder: Path, found: dict[str, str | Path]) -> Engine:
+    """The engine over the base, with every adapter registered; merged if one is to be."""
+    from sidepath.serve.engine import Engine
+    from sidepath.serve.scheduler import Limits
+    from sidepath.serve.tiers import Memory
+
+    limits = Limits(
+        run.rows,
+        run.slots,
+        run.context,
+        run.cached_tokens,
+        run.step_tokens,
+        run.queue,
+        prefixes=run.prefixes,
+    )
+    model = load_causal(folder, run.dtype, run.device, run.quantise)
+    memory = Memory(run.adapter_memory, run.host_memory)
+    merged = run.merge is not None
+    engine = Engine(model, load_tokenizer(folder), limits, memory, merged=merged)
+    load_all(engine.adapters, found, run.allow_other_base)
+    if run.merge is not None:
+        engine.adapters.dedicate(run.merge)
+    return engine
 
 
 def listening(port: int) -> socket.socket:
@@ -83,18 +110,22 @@ def listening(port: int) -> socket.socket:
     return bound
 
 
-def folders_in(given: str | None, base: str) -> dict[str, Path]:
-    """The adapters' folders by the names they are served under.
+def folders_in(given: str | None, base: str) -> dict[str, str | Path]:
+    """The adapters' folders, or one's name on the hub, by the names they are served under.
 
     Errors: `StoreError` for a folder without any; `ConfigError` for one that is called as the base.
     """
     if given is None:
         return {}
+    if is_hub(given):
+        return {parse_place(given).name.partition("/")[2]: given}
     root = Path(given)
     if not root.is_dir():
         raise StoreError("no such folder of adapters", where=root)
     places = [root] if _is_adapter(root) else sorted(place for place in root.iterdir())
-    found = {place.resolve().name: place for place in places if _is_adapter(place)}
+    found: dict[str, str | Path] = {
+        place.resolve().name: place for place in places if _is_adapter(place)
+    }
     for place in places:
         if place.is_dir() and not _is_adapter(place):
             note(f"note: {place} is passed over: it has no adapter_config.json")
@@ -117,12 +148,12 @@ def _is_adapter(place: Path) -> bool:
     return (place / "adapter_config.json").is_file()
 
 
-def load_all(engine: Engine, found: dict[str, Path], allow_other_base: bool) -> None:
-    """Load every adapter. Errors: one `StoreError` that names each that cannot be served."""
+def load_all(adapters: Adapters, found: dict[str, str | Path], allow_other_base: bool) -> None:
+    """Register every adapter. Errors: one `StoreError` that names each that cannot be served."""
     faults = []
     for name, folder in found.items():
         try:
-            engine.adapters.load(name, folder, allow_other_base=allow_other_base)
+            adapters.register(name, folder, allow_other_base=allow_other_base)
         except SidepathError as error:
             faults.append(f"{folder}: {in_one_line(error)}")
     if faults:

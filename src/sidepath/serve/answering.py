@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from sidepath.errors import ServeError
+from torch import nn
+
+from sidepath.errors import RequestRefused, ServeError
 from sidepath.serve.memory import out_of_memory, shed
-from sidepath.serve.requests import Finish, Handle, Piece
+from sidepath.serve.prefixes import Key
+from sidepath.serve.requests import Finish, Handle, Piece, Request
 from sidepath.serve.sampling import Chosen, Turn
-from sidepath.serve.text import TextStream
+from sidepath.serve.text import TextStream, check_stops
 from sidepath.serve.versions import Version
 
 
@@ -25,36 +28,49 @@ class Answering:
         self.text = (
             None if tokenizer is None else TextStream(tokenizer, request.prompt, request.stop)
         )
+        self.form = None if request.form is None else request.form.begin()
         self.cached = False
         """Whether it has a row of the cache."""
+        self.failed = False
+        """Whether its row may hold what is not right."""
 
     @property
     def internal(self) -> str | None:
         """Its adapter's name on the model."""
         return None if self.version is None else self.version.internal
 
+    @property
+    def key(self) -> Key:
+        """Whose its keys and values are."""
+        return self.internal, self.handle.request.salt
+
     def turn(self) -> Turn:
         """What the choice of its next token depends on."""
-        return Turn(self.handle.request.sampling, self.tokens, len(self.tokens) - self.prompt)
+        allowed = None if self.form is None else self.form.allowed
+        sampling = self.handle.request.sampling
+        return Turn(sampling, self.tokens, len(self.tokens) - self.prompt, allowed)
 
     def take(self, chosen: Chosen) -> Piece:
         """Add a token, and say what the caller is to be given."""
         self.tokens.append(chosen.token)
         finish: Finish | None = None
-        if chosen.token in self.end:
+        ended = chosen.token in self.end
+        whole = self.form is not None and not ended and self.form.take(chosen.token)
+        if ended or whole:
             finish = "stop"
         elif len(self.tokens) - self.prompt == self.handle.request.max_new_tokens:
             finish = "length"
         if self.text is None:
             return Piece(chosen, finish=finish)
         # An end token has no text of its own, be it a special one or not.
-        text = "" if finish == "stop" else self.text.push(chosen.token)
+        text = "" if ended else self.text.push(chosen.token)
         if finish is not None:
             text += self.text.finish()
         return Piece(chosen, text, "stop" if self.text.stopped else finish)
 
     def broken(self, error: BaseException) -> Piece:
         """The last piece of a request that could not be answered."""
+        self.failed = True
         if out_of_memory(error):
             error = shed(error)
         if not isinstance(error, ServeError):
@@ -66,3 +82,28 @@ class Answering:
             found.__cause__ = error
             error = found
         return Piece(None, finish="error", error=error)
+
+
+def check(request: Request, vocabulary: int, tokenizer: Any) -> None:
+    """Errors: `RequestRefused` for tokens the base does not know, and for stop strings that cannot
+    be followed.
+    """
+    wrong = [token for token in request.prompt if not 0 <= token < vocabulary]
+    if wrong:
+        raise RequestRefused(
+            "the prompt has tokens that the base does not know",
+            found=", ".join(map(str, wrong[:5])),
+            expected=f"from 0 to {vocabulary - 1}",
+        )
+    check_stops(request.stop)
+    if request.stop and tokenizer is None:
+        raise RequestRefused("stop strings need a tokenizer", hint="Engine(model, tokenizer)")
+
+
+def end_tokens(model: nn.Module) -> frozenset[int]:
+    """The tokens that end an answer of this base, as `generate` takes them."""
+    settings: Any = model.generation_config
+    end = settings.eos_token_id
+    if end is None:
+        return frozenset()
+    return frozenset(end) if isinstance(end, list) else frozenset([int(end)])

@@ -39,7 +39,7 @@ class Begun:
         self._open = True
         try:
             for index, request in enumerate(asked.requests):
-                request = dataclasses.replace(request, adapter=adapter)
+                request = dataclasses.replace(request, adapter=adapter, salt=caller.name)
                 listen = self._listener(index, counted.watch(asked.model))
                 self._handles.append(engine.submit(request, listen))
         except BaseException:

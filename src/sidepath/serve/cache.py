@@ -7,7 +7,8 @@ copied as long as the rows lie together. Rows that run are kept together at the 
 released, the last takes its place.
 
 A row is zero wherever nothing was written, and again once it is released: what a request leaves
-behind, be it NaN, never reaches the next.
+behind, be it NaN, never reaches the next. Behind the rows of requests are some that can be filled
+from these and copied to them (`prefixes.py`).
 
 Every layer keeps the whole past, those with a window too; what a token may see is the masks'
 business (`masks.py`).
@@ -117,14 +118,21 @@ class RowsCache(Cache):  # type: ignore[misc]
     layers: list[RowsLayer]
 
     def __init__(
-        self, layers: int, rows: int, context: int, device: torch.device | None = None
+        self,
+        layers: int,
+        rows: int,
+        context: int,
+        device: torch.device | None = None,
+        kept: int = 0,
     ) -> None:
-        super().__init__(layers=[RowsLayer(rows, context) for _ in range(layers)])
+        super().__init__(layers=[RowsLayer(rows + kept, context) for _ in range(layers)])
         self.rows, self.context, self.device = rows, context, device
+        self.kept_rows = range(rows, rows + kept)
+        """Those that belong to no request."""
         self._owners: list[int] = []
         """Whose each row is: rows are taken from the front."""
-        self._lengths: list[int] = []
-        """Tokens that may have been written in each row that is taken."""
+        self._lengths = [0] * (rows + kept)
+        """Tokens that may have been written in each row."""
 
     @property
     def taken(self) -> int:
@@ -136,7 +144,6 @@ class RowsCache(Cache):  # type: ignore[misc]
         assert len(self._owners) < self.rows
         assert owner not in self._owners
         self._owners.append(owner)
-        self._lengths.append(0)
 
     def release(self, owner: int) -> None:
         """Take a request's row back; nothing of what was in it stays."""
@@ -146,7 +153,38 @@ class RowsCache(Cache):  # type: ignore[misc]
                 layer.move(last, row, max(self._lengths[row], self._lengths[last]))
             layer.clear(last, self._lengths[last])
         self._owners[row], self._lengths[row] = self._owners[last], self._lengths[last]
-        del self._owners[last], self._lengths[last]
+        self._lengths[last] = 0
+        del self._owners[last]
+
+    def length(self, owner: int) -> int:
+        """Tokens that were written of a request."""
+        return self._lengths[self._owners.index(owner)]
+
+    def written(self, row: int) -> int:
+        """Tokens that were written in a row."""
+        return self._lengths[row]
+
+    def copy(self, source: int, owner: int, tokens: int) -> None:
+        """Let a row's first tokens be a request's too, which has none yet."""
+        self._copy(source, self._owners.index(owner), tokens)
+
+    def keep(self, owner: int, row: int) -> None:
+        """Let a row that belongs to no request hold a request's tokens."""
+        self.clear(row)
+        self._copy(self._owners.index(owner), row, self.length(owner))
+
+    def clear(self, row: int) -> None:
+        """Make a row that belongs to no request zero again."""
+        assert row in self.kept_rows
+        for layer in self.layers:
+            layer.clear(row, self._lengths[row])
+        self._lengths[row] = 0
+
+    def _copy(self, source: int, target: int, tokens: int) -> None:
+        assert self._lengths[target] == 0
+        for layer in self.layers:
+            layer.move(source, target, tokens)
+        self._lengths[target] = tokens
 
     def row_of(self, owner: int) -> int:
         """Where a request's tokens stand just now. A call is cheapest with rows in this order."""

@@ -5,8 +5,8 @@ the model for its rows (those with one new token together; prompts piece by piec
 new token into its request's queue. One thread steps; nothing else touches the model: what changes
 it (an adapter that comes or goes) is done by that thread between two steps (`errands.py`).
 
-What may go wrong with one request ends that request: rows whose step failed are tried again one by
-one, and each that fails alone is answered with an error.
+An adapter that is asked for and not on the model is brought there by a thread of its own
+(`tiers.py`); its requests wait for it, others go on.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from sidepath.errors import RequestRefused, ServeError
+from sidepath.errors import ServeError
 from sidepath.serve.adapters import Adapters
-from sidepath.serve.answering import Answering
+from sidepath.serve.answering import Answering, check, end_tokens
+from sidepath.serve.computing import Computing
 from sidepath.serve.errands import Errands
+from sidepath.serve.prefixes import Prefixes
 from sidepath.serve.requests import Handle, Listener, Piece, Request
-from sidepath.serve.runner import Piece as Part
 from sidepath.serve.runner import Runner
-from sidepath.serve.sampling import Chosen, choose
-from sidepath.serve.scheduler import Limits, Row, Scheduler
-from sidepath.serve.text import check_stops
+from sidepath.serve.scheduler import Batch, Limits, Scheduler
+from sidepath.serve.tiers import Memory
+from sidepath.serve.versions import Version
 
 
 class Engine:
@@ -38,11 +39,20 @@ class Engine:
     yourself. Until `close` the model belongs to the engine. `limits.context` is cut to the model's
     own. Greedy answers are those of `model.generate` with the adapter alone.
 
+    `merged`: one adapter answers, folded into the base (`adapters.dedicate`), at the base's own
+    speed; nobody else is known then, the base neither.
+
     Errors: `UnsupportedModule` for a model whose rows cannot be kept apart.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any = None, limits: Limits | None = None
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        limits: Limits | None = None,
+        memory: Memory | None = None,
+        *,
+        merged: bool = False,
     ) -> None:
         limits = limits if limits is not None else Limits()
         own: int = getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0  # type: ignore[operator, union-attr]
@@ -50,13 +60,14 @@ class Engine:
             limits, context=min(limits.context, own or limits.context)
         )
         self.model, self.tokenizer = model, tokenizer
-        self.ended: Counter[str] = Counter()
-        """Requests that ended, by their `finish`."""
-        self.steps = self.computed_tokens = self.new_tokens = 0
-        self._runner = Runner(model, self.limits.rows, self.limits.context)
+        self.steps = self.computed_tokens = 0
+        limits = self.limits
+        self._runner = Runner(model, limits.rows, limits.context, limits.prefixes, not merged)
+        self.prefixes = Prefixes(self._runner.cache)
+        """What requests share that begin alike."""
         self._end = end_tokens(model)
-        self._scheduler = Scheduler(self.limits)
         self._answering: dict[int, Answering] = {}
+        self._computing = Computing(self._runner, self._answering)
         self._cancelled: set[int] = set()
         self._numbers = 0
         self.closed = False
@@ -64,8 +75,18 @@ class Engine:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._errands = Errands(self._wake.set)
-        self.adapters = Adapters(model, self._errands, self._runner.forget)
-        """Those that can be asked for by name: `load`, `unload`, `versions`, from any thread."""
+        self.adapters = Adapters(
+            model,
+            self._errands,
+            self._runner.forget,
+            self.prefixes.drop,
+            self._rank,
+            memory,
+            merged,
+        )
+        """Those that can be asked for by name: `register`, `load`, `unload`, `pin`, `versions`,
+        from any thread."""
+        self._scheduler = Scheduler(self.limits, self.adapters.standing)
         self._thread: threading.Thread | None = None
 
     # --- requests, from any thread
@@ -77,8 +98,8 @@ class Engine:
         Errors: `UnknownAdapter`; `RequestRefused` with every reason; `Overloaded`; `ServeError`
         once the engine is closed. Nothing is left of a request that was refused.
         """
-        self._check(request)
-        version = None if request.adapter is None else self.adapters.acquire(request.adapter)
+        check(request, self._runner.vocabulary, self.tokenizer)
+        version = self.adapters.acquire(request.adapter)
         try:
             with self._lock:
                 self._refuse_closed()
@@ -99,23 +120,21 @@ class Engine:
         self._wake.set()
         return handle
 
-    def _check(self, request: Request) -> None:
-        wrong = [t for t in request.prompt if not 0 <= t < self._runner.vocabulary]
-        if wrong:
-            raise RequestRefused(
-                "the prompt has tokens that the base does not know",
-                found=", ".join(map(str, wrong[:5])),
-                expected=f"from 0 to {self._runner.vocabulary - 1}",
-            )
-        check_stops(request.stop)
-        if request.stop and self.tokenizer is None:
-            raise RequestRefused("stop strings need a tokenizer", hint="Engine(model, tokenizer)")
-
     def _cancel(self, number: int) -> None:
         with self._lock:
             if number in self._answering:
                 self._cancelled.add(number)
         self._wake.set()
+
+    @property
+    def ended(self) -> Counter[str]:
+        """Requests that ended, by their `finish`."""
+        return self._computing.ended
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of answers."""
+        return self._computing.new_tokens
 
     @property
     def load(self) -> tuple[int, int, int]:
@@ -132,100 +151,94 @@ class Engine:
     # --- steps, by one thread
 
     def step(self) -> bool:
-        """One step: returns False when there was nothing to do. Not while a thread steps."""
+        """One step: returns False when there was nothing to do. Not while a thread steps.
+
+        Where nothing can be computed before an adapter has come, it waits for that.
+        """
+        self._wake.clear()
         self._errands.run()
         self.adapters.tidy()
         with self._errands.turn:
             self._end_cancelled()
-            with self._lock:
-                batch = self._scheduler.next()
-            if batch is None:
-                return False
-            for row in batch.rows:
-                self._claim(row)
-            ended: set[int] = set()
-            for rows in self._calls(batch.rows):
-                ended |= self._answer(rows)
-            self.steps += 1
-            self.computed_tokens += batch.tokens
-            with self._lock:
-                self._scheduler.done(batch, ended)
-            for number in ended:
-                self._forget(number)
-        return True
+            self._bring()
+            self._end_failed()
+            batch = self._next()
+            if batch is not None:
+                ended = self._computing.step(batch.rows)
+                self.steps += 1
+                self.computed_tokens += batch.tokens
+                with self._lock:
+                    self._scheduler.done(batch, ended)
+                for number in ended:
+                    self._forget(number)
+                return True
+            coming = self.adapters.busy
+        if coming:
+            self._wake.wait()
+        return coming
 
-    def _claim(self, row: Row) -> None:
-        answering = self._answering[row.request]
-        if not answering.cached:
-            self._runner.cache.claim(row.request)
-            answering.cached = True
+    def _next(self) -> Batch | None:
+        with self._lock:
+            entered = [self._answering[number] for number in self._scheduler.admit()]
+        for each in entered:
+            number = each.handle.number
+            each.handle.reused = self.prefixes.begin(number, each.key, each.tokens)
+            each.cached = True
+        with self._lock:
+            for each in entered:
+                self._scheduler.skip(each.handle.number, each.handle.reused)
+            return self._scheduler.batch()
 
-    def _calls(self, rows: Iterable[Row]) -> list[list[Row]]:
-        """The rows of each call of the model: those with the same number of tokens together, in the
-        order of the cache, which reads them without a copy then.
+    def _bring(self) -> None:
+        """Begin to bring the adapters that are asked for and not there, as far as there is room:
+        the oldest request's first, or it might never come.
         """
-        alike: dict[int, list[Row]] = {}
-        for row in rows:
-            alike.setdefault(row.count, []).append(row)
-        place = self._runner.cache.row_of
-        return [sorted(call, key=lambda row: place(row.request)) for call in alike.values()]
+        with self._lock:
+            wanted = self._scheduler.wanted()
+        for internal in wanted:
+            if not self.adapters.bring(internal):
+                return
 
-    def _answer(self, rows: list[Row]) -> set[int]:
-        """Compute some rows and hand out what came of it; returns the requests that ended."""
-        due = [index for index, row in enumerate(rows) if row.samples]
-        answering = [self._answering[rows[index].request] for index in due]
-        try:
-            logits_BV = self._runner.logits([self._part(row) for row in rows])
-            found = choose(logits_BV[due], [each.turn() for each in answering]) if due else []
-        except Exception as error:
-            if len(rows) > 1:  # nothing was handed out yet, and the cache takes it twice
-                return set().union(*(self._answer([row]) for row in rows))
-            return self._put(rows[0].request, self._answering[rows[0].request].broken(error))
-        ended = [self._hand_out(*each) for each in zip(answering, found, strict=True)]
-        return set().union(*ended)
-
-    def _part(self, row: Row) -> Part:
-        answering = self._answering[row.request]
-        tokens = tuple(answering.tokens[row.start : row.start + row.count])
-        return Part(row.request, answering.internal, row.start, tokens)
-
-    def _hand_out(self, answering: Answering, chosen: Chosen | None) -> set[int]:
-        try:
-            if chosen is None:
-                raise ServeError("the logits are not numbers", found="NaN or Inf")
-            piece = answering.take(chosen)
-            self.new_tokens += 1
-        except Exception as error:  # of the tokenizer, say
-            piece = answering.broken(error)
-        return self._put(answering.handle.number, piece)
-
-    def _put(self, number: int, piece: Piece) -> set[int]:
-        """Give a piece to its request; returns it if that was the last."""
-        finish = piece.finish
-        try:
-            self._answering[number].handle.put(piece)
-        except Exception:  # whoever listens does not listen any more
-            finish = "cancelled"
-        if finish is None:
-            return set()
-        self.ended[finish] += 1
-        return {number}
+    def _rank(self, version: Version, coming: Version) -> tuple[int, ...] | None:
+        """Who leaves the model for one that comes: nobody who runs, or whose oldest request is
+        older. First those that nobody waits for, the longest unused of them.
+        """
+        with self._lock:
+            if self._scheduler.runs(version.internal):
+                return None
+            since = self._scheduler.since(version.internal)
+            asked = self._scheduler.since(coming.internal)
+        if since is None:
+            return (0, version.used)
+        return None if asked is None or since < asked else (1, -since)
 
     def _end_cancelled(self) -> None:
         with self._lock:
             numbers, self._cancelled = self._cancelled, set()
             numbers &= set(self._answering)
-            for number in numbers:
+        self._end_early({number: Piece(None, finish="cancelled") for number in numbers})
+
+    def _end_failed(self) -> None:
+        """End the requests of adapters that could not be brought."""
+        for version, error in self.adapters.failures():
+            with self._lock:
+                every = list(self._answering.items())
+            own = [(number, each) for number, each in every if each.version is version]
+            self._end_early({number: each.broken(error) for number, each in own})
+
+    def _end_early(self, pieces: Mapping[int, Piece]) -> None:
+        with self._lock:
+            for number in pieces:
                 self._scheduler.cancel(number)
-        for number in numbers:
-            self._put(number, Piece(None, finish="cancelled"))
+        for number, piece in pieces.items():
+            self._computing.put(number, piece)
             self._forget(number)
 
     def _forget(self, number: int) -> None:
         with self._lock:
             answering = self._answering.pop(number)
         if answering.cached:
-            self._runner.cache.release(number)
+            self.prefixes.end(number, keep=not answering.failed)
         if answering.version is not None:
             self.adapters.release(answering.version)
 
@@ -262,7 +275,6 @@ class Engine:
         self._errands.begin()
         try:
             while not (self.closed and not self._answering):
-                self._wake.clear()
                 if not self.step() and not self.closed:
                     self._wake.wait()
         except BaseException as error:
@@ -280,12 +292,3 @@ class Engine:
             self._answering.clear()
         for each in left:
             each.handle.put(each.broken(error))
-
-
-def end_tokens(model: nn.Module) -> frozenset[int]:
-    """The tokens that end an answer of this base, as `generate` takes them."""
-    settings: Any = model.generation_config
-    end = settings.eos_token_id
-    if end is None:
-        return frozenset()
-    return frozenset(end) if isinstance(end, list) else frozenset([int(end)])

@@ -85,7 +85,7 @@ def application(
 
 class _Served:
     def __init__(self, engine: Engine, base: str, terms: Terms) -> None:
-        self.engine, self.names = engine, Names(engine, base)
+        self.engine, self.names = engine, Names(engine.adapters, base)
         self.counted, self.intake = Metrics(engine), Intake()
         longest = longest_text(engine.limits.context, MOST_ANSWERS, engine.tokenizer)
         self._most = dataclasses.replace(terms.most, characters=terms.most.characters or longest)

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from sidepath.serve.engine import Engine
 from sidepath.serve.requests import Listener, Piece
+from sidepath.serve.tiers import Tiers
 
 MOST_MODELS = 100
 """Names that are counted apart; those that come later are counted together, as "other"."""
@@ -94,4 +95,26 @@ class _OfEngine(Collector):
         tokens = CounterMetricFamily("sidepath_tokens", "Tokens.", labels=["kind"])
         tokens.add_metric(["computed"], engine.computed_tokens)
         tokens.add_metric(["answered"], engine.new_tokens)
+        tokens.add_metric(["reused"], engine.prefixes.tokens)
         yield tokens
+        yield from _of_tiers(engine.adapters.tiers)
+        prefixes = CounterMetricFamily(
+            "sidepath_prefix_lookups", "Requests by whether a row began alike.", labels=["found"]
+        )
+        prefixes.add_metric(["yes"], engine.prefixes.hits)
+        prefixes.add_metric(["no"], engine.prefixes.lookups - engine.prefixes.hits)
+        yield prefixes
+
+
+def _of_tiers(tiers: Tiers) -> Iterator[Metric]:
+    held = GaugeMetricFamily("sidepath_adapter_bytes", "Bytes of adapters.", labels=["tier"])
+    held.add_metric(["model"], tiers.bytes)
+    held.add_metric(["host"], tiers.host.bytes)
+    yield held
+    resident = len(tiers.resident())
+    yield GaugeMetricFamily("sidepath_adapters_resident", "Adapters on the model.", resident)
+    yield CounterMetricFamily("sidepath_adapter_loads", "Adapters put on the model.", tiers.loads)
+    yield CounterMetricFamily("sidepath_adapter_reads", "Adapters read from disk.", tiers.reads)
+    yield CounterMetricFamily(
+        "sidepath_adapter_evictions", "Adapters that made room for others.", tiers.evictions
+    )

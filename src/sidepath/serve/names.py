@@ -5,22 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from sidepath.errors import UnknownAdapter, meant
-from sidepath.serve.engine import Engine
+from sidepath.serve.adapters import Adapters
 from sidepath.serve.gate import Caller
 
 
 class Names:
-    """The names that a server answers to: that of its base, and those of its adapters."""
+    """The names that a server answers to: that of its base, unless it does not answer itself
+    (`alone`), and those of its adapters.
+    """
 
-    def __init__(self, engine: Engine, base: str) -> None:
-        self._engine, self.base = engine, base
+    def __init__(self, adapters: Adapters, base: str, alone: bool = True) -> None:
+        self._adapters, self.base = adapters, base
+        self._own = [base] if alone and not adapters.merged else []
 
     def listed(self, caller: Caller) -> list[dict[str, Any]]:
         """What `/v1/models` shows: the models that this caller may ask."""
         head = {"object": "model", "created": 0, "owned_by": "sidepath"}
-        found: list[dict[str, Any]] = [{"id": self.base, **head, "parent": None}]
-        for version in self._engine.adapters.versions():
-            more = {"parent": self.base, "generation": version.generation}
+        found: list[dict[str, Any]] = [{"id": own, **head, "parent": None} for own in self._own]
+        for version in self._adapters.versions():
+            more: dict[str, Any] = {"parent": self.base, "generation": version.generation}
+            more |= {"digest": version.digest}
             found.append({"id": version.name, **head, **more})
         return [model for model in found if caller.may_ask(model["id"])]
 
@@ -30,7 +34,7 @@ class Names:
         Errors: `UnknownAdapter`. A caller is not told of models that it may not ask: to it, they
         are not there.
         """
-        names = [self.base, *(version.name for version in self._engine.adapters.versions())]
+        names = [*self._own, *(version.name for version in self._adapters.versions())]
         known = [name for name in names if caller.may_ask(name)]
         if model not in known:
             raise self.unknown(model, known)

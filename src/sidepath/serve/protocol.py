@@ -15,6 +15,7 @@ from typing import Any
 
 from sidepath.errors import RequestRefused, closest
 from sidepath.kernels.hashed import seed_of
+from sidepath.serve.forms import Form, asked_form
 from sidepath.serve.requests import Request
 from sidepath.serve.sampling import Sampling
 
@@ -52,6 +53,7 @@ _SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "stream_options": (_is(dict), "an object"),
     "n": _WHOLE,
     "user": (_is(str), "a string"),
+    "response_format": (_is(dict), "an object"),
 }
 _COMPLETION = {"prompt": (lambda value: True, ""), "logprobs": _WHOLE}
 _CHAT = {
@@ -67,7 +69,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "logit_bias": ({},),
     "tools": ([],),
-    "response_format": ({"type": "text"},),
     "metadata": ({},),
     "store": (False,),
 }
@@ -99,7 +100,7 @@ def parse(
 
     Errors: one `RequestRefused` that names every field at fault.
     """
-    body = _object(raw)
+    body = body_of(raw)
     body = {name: value for name, value in body.items() if value is not None}
     faults = _faults(body, {**_SETTINGS, **(_CHAT if chat else _COMPLETION)})
     needed = "messages" if chat else "prompt"
@@ -110,9 +111,10 @@ def parse(
     prompts = [_chat_prompt(body, tokenizer)] if chat else _prompts(body["prompt"], tokenizer)
     count = body.get("n", 1)
     _refuse_many(len(prompts), count)
+    form = asked_form(body.get("response_format", {"type": "text"}), tokenizer)
     seed = body.get("seed", secrets.randbits(63))
     requests = tuple(
-        _request(body, chat, prompt, seed if number == 0 else seed_of(seed, number))
+        _request(body, chat, prompt, seed if number == 0 else seed_of(seed, number), form)
         for number, prompt in enumerate(prompt for prompt in prompts for _ in range(count))
     )
     usage = body.get("stream_options", {}).get("include_usage") is True
@@ -129,7 +131,8 @@ def _refuse_many(prompts: int, count: int) -> None:
         )
 
 
-def _object(raw: bytes) -> dict[str, Any]:
+def body_of(raw: bytes) -> dict[str, Any]:
+    """The object that a body is. Errors: `RequestRefused`."""
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -158,7 +161,9 @@ def _faults(
     return faults
 
 
-def _request(body: Mapping[str, Any], chat: bool, prompt: tuple[int, ...], seed: int) -> Request:
+def _request(
+    body: Mapping[str, Any], chat: bool, prompt: tuple[int, ...], seed: int, form: Form | None
+) -> Request:
     stop = body.get("stop", [])
     logprobs = body.get("logprobs")
     if chat:
@@ -176,6 +181,7 @@ def _request(body: Mapping[str, Any], chat: bool, prompt: tuple[int, ...], seed:
             logprobs=logprobs,
         ),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        form=form,
     )
 
 

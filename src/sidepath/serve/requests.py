@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sidepath.errors import ServeError
+from sidepath.serve.forms import Form
 from sidepath.serve.sampling import Chosen, Sampling
 
 Finish = Literal["stop", "length", "cancelled", "error"]
@@ -27,6 +28,11 @@ class Request:
     """Strings that end the answer; they are left out of it."""
     end: frozenset[int] | None = None
     """Tokens that end the answer; None: the base's own."""
+    form: Form | None = None
+    """The form of the answer (`form_of`); None: any text. It ends where nothing more can come."""
+    salt: str = ""
+    """Only requests of the same salt share what was computed of a common beginning (whose time
+    would tell one caller what another asked)."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,8 @@ class Handle:
         self.number = number
         self.generation = generation
         """Which load of the adapter answers, to the last token; None: the base."""
+        self.reused = 0
+        """Tokens of the prompt that need not be computed, once it runs."""
         self._cancel = cancel
         self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
         self.put: Listener = listener if listener is not None else self._pieces.put

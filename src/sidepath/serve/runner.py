@@ -43,9 +43,13 @@ class Runner:
 
     Errors: `UnsupportedModule` for a model whose rows cannot be kept apart: its kinds of layers are
     asked first, and then its logits for ragged rows are held against its own for each row alone.
+
+    `kept`: rows of the cache beside. Not `routed`: the model answers as it is, whoever is asked.
     """
 
-    def __init__(self, model: nn.Module, rows: int, context: int) -> None:
+    def __init__(
+        self, model: nn.Module, rows: int, context: int, kept: int = 0, routed: bool = True
+    ) -> None:
         self.model: Any = model.eval()
         config: Any = model.config
         self.config: Any = config.get_text_config()
@@ -58,9 +62,10 @@ class Runner:
         self.added = self.dtype if eager else None
         self.vocabulary = int(self.config.vocab_size)
         layers = int(self.config.num_hidden_layers)
+        self._routes = routed
         self._routed: OrderedDict[tuple[str | None, ...], Rows] = OrderedDict()
         self._verify(layers)
-        self.cache = RowsCache(layers, rows, context, self.device)
+        self.cache = RowsCache(layers, rows, context, self.device, kept)
 
     @torch.no_grad()
     def logits(self, pieces: Sequence[Piece]) -> Tensor:
@@ -71,9 +76,10 @@ class Runner:
         with self._route(tuple(piece.adapter for piece in pieces)):
             return self._called(self.cache, pieces)
 
-    def forget(self) -> None:
-        """Drop the factors that are kept: an adapter leaves the model."""
-        self._routed.clear()
+    def forget(self, adapter: str) -> None:
+        """Drop the factors that are kept of an adapter: it leaves the model."""
+        for names in [names for names in self._routed if adapter in names]:
+            del self._routed[names]
 
     def _called(self, cache: RowsCache, pieces: Sequence[Piece]) -> Tensor:
         starts = [piece.start for piece in pieces]
@@ -97,7 +103,7 @@ class Runner:
         return torch.tensor(rows, device=self.device)
 
     def _route(self, names: tuple[str | None, ...]) -> AbstractContextManager[None]:
-        if registry_of(self.model) is None:
+        if not self._routes or registry_of(self.model) is None:
             return nullcontext()
         rows = self._routed.pop(names, None)
         self._routed[names] = rows = rows_of(self.model, names) if rows is None else rows

@@ -81,6 +81,8 @@ class Turn:
     """Its tokens so far, prompt and answer."""
     number: int
     """How many of them are the answer's."""
+    allowed: Callable[[int], Tensor] | None = None
+    """Of a vocabulary's size: which tokens may come (V,); None: all."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def choose(logits_BV: Tensor, turns: Sequence[Turn]) -> list[Chosen | None]:
     sound_B = torch.isfinite(logits_BV.amax(dim=1))  # NaN and Inf come through; -Inf need not
     scores_BV = torch.where(sound_B[:, None], logits_BV, 0.0)
     raw_BV = scores_BV
-    scores_BV = _penalised(scores_BV, turns)
+    scores_BV = _allowed(_penalised(scores_BV, turns), turns)
     tokens_B = scores_BV.argmax(dim=1)
     drawn = [row for row, turn in enumerate(turns) if not turn.sampling.greedy]
     if drawn:
@@ -119,6 +121,18 @@ def _reported(logits_V: Tensor, token: int, count: int) -> Chosen:
     best = logprobs_V.topk(min(count, len(logprobs_V)))
     likeliest = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
     return Chosen(token, float(logprobs_V[token]), likeliest)
+
+
+def _allowed(scores_BV: Tensor, turns: Sequence[Turn]) -> Tensor:
+    rows = [row for row, turn in enumerate(turns) if turn.allowed is not None]
+    if not rows:
+        return scores_BV
+    scores_BV = scores_BV.clone()
+    for row in rows:
+        allowed = turns[row].allowed
+        assert allowed is not None
+        scores_BV[row, ~allowed(scores_BV.shape[1])] = -math.inf
+    return scores_BV
 
 
 def _penalised(scores_BV: Tensor, turns: Sequence[Turn]) -> Tensor:

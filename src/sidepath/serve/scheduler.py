@@ -6,6 +6,9 @@ tests and the simulation (`simulation.py`) run the very same decisions. Requests
 - **Admission** is in order of arrival. A request may overtake an older one only where that waits
   for a *slot*: where as many adapters run as a batch may name, requests of these and of the base go
   on. No request is overtaken more than `patience` times; from then on nobody enters before it.
+- **Adapters** that are not on the model yet: one that is being read ("coming") holds up nobody, and
+  its requests keep their place; for one that no room was found for ("away") requests wait as they
+  do for a slot, so that in the end enough has ended for it to come.
 - **Memory** is reserved when a request enters: a place for every token it may come to have. So a
   running request always ends, and none is ever preempted, moved out or computed twice. What could
   never fit is refused at `submit`.
@@ -16,14 +19,26 @@ tests and the simulation (`simulation.py`) run the very same decisions. Requests
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Literal
 
 from sidepath.errors import ConfigError, Overloaded, RequestRefused
+from sidepath.serve.waiting import Entry, Waiting
 
 BASE_SLOT = 0
 """The slot of rows that no adapter answers."""
+
+Standing = Literal["here", "leaving", "away", "coming"]
+"""Whether an adapter is on the model, about to leave it, has no room there, or is on its way."""
+
+
+def always_here(adapter: str) -> Standing:
+    """Where every adapter is on the model."""
+    return "here"
+
+
+_MAY_BE_NONE = ("patience", "prefixes")
 
 
 @dataclass(frozen=True)
@@ -44,12 +59,15 @@ class Limits:
     """Requests that may wait."""
     patience: int = 64
     """How many later requests may enter before one that waits for a slot."""
+    prefixes: int = 16
+    """Rows of ended requests that are kept, each with its tokens at most a context long, so that
+    requests that begin alike need not compute it again; beside `cached_tokens`."""
 
     def __post_init__(self) -> None:
         faults = [
-            f"{name} is {value}, and must be at least 1"
+            f"{name} is {value}, and must be at least {0 if name in _MAY_BE_NONE else 1}"
             for name, value in vars(self).items()
-            if value < (0 if name == "patience" else 1)
+            if value < (0 if name in _MAY_BE_NONE else 1)
         ]
         if self.step_tokens <= self.rows:
             faults.append(
@@ -84,38 +102,21 @@ class Batch:
         return sum(row.count for row in self.rows)
 
 
-@dataclass(eq=False)
-class _Entry:
-    """A request as the scheduler sees it."""
-
-    request: int
-    arrival: int
-    adapter: str | None
-    known: int
-    """Tokens of the prompt and of the answer so far."""
-    total: int
-    """The same at the longest."""
-    cached: int = 0
-    """Tokens that were computed already."""
-
-
 class Scheduler:
     """Requests by number: `submit`, then `next` and `done` in turn, and `cancel` at any time
     between them. Not safe for several threads at once.
+
+    `standing` is asked anew at each decision; one that runs must be "here".
     """
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, standing: Callable[[str], Standing] = always_here) -> None:
+        self.limits, self._standing = limits, standing
         self.reserved = 0
         """Tokens reserved by the running requests, of `limits.cached_tokens`."""
-        self._arrivals = 0
-        self._waiting: dict[int, _Entry] = {}
-        self._queues: dict[str | None, deque[_Entry]] = {}
-        self._running: dict[int, _Entry] = {}
+        self._waiting = Waiting(self._is_coming)
+        self._running: dict[int, Entry] = {}
         self._slots: dict[str, int] = {}
         self._rows_of: dict[str, int] = {}
-        self._ahead: set[int] = set()
-        """Arrival numbers of those who entered before the oldest that waits, and came later."""
 
     @property
     def waiting(self) -> int:
@@ -146,10 +147,7 @@ class Scheduler:
                 found=f"{len(self._waiting)} requests wait",
                 hint="try again later",
             )
-        entry = _Entry(request, self._arrivals, adapter, prompt, prompt + answer)
-        self._arrivals += 1
-        self._waiting[request] = entry
-        self._queues.setdefault(adapter, deque()).append(entry)
+        self._waiting.add(request, adapter, prompt, answer)
 
     def check(self, prompt: int, answer: int) -> None:
         """Errors: `RequestRefused` for lengths that can never run, with every reason."""
@@ -174,16 +172,35 @@ class Scheduler:
         """
         entry = self._waiting.get(request)
         if entry is not None:
-            self._leave_queue(entry)
+            self._waiting.take(entry, entered=False)
             return True
         entry = self._running.get(request)
         if entry is not None:
             self._leave(entry)
         return entry is not None
 
+    def wanted(self) -> list[str]:
+        """The adapters that are away and asked for, by their oldest request."""
+        asked = [name for name in self._waiting.adapters if name is not None]
+        away = [name for name in asked if self._standing(name) == "away"]
+        return sorted(away, key=lambda name: self.since(name) or 0)
+
+    def runs(self, adapter: str) -> bool:
+        """Whether a request of this adapter runs."""
+        return adapter in self._slots
+
+    def since(self, adapter: str) -> int | None:
+        """When the oldest request that waits for this adapter came, counted over all requests."""
+        head = self._waiting.head(adapter)
+        return None if head is None else head.arrival
+
     def next(self) -> Batch | None:
-        """The rows of the next step; None when there is nothing to do."""
-        self._admit()
+        """Let enter who may, and give the rows of the next step; None if there are none."""
+        self.admit()
+        return self.batch()
+
+    def batch(self) -> Batch | None:
+        """The rows of the next step, of those that entered; None if there are none."""
         left = self.limits.step_tokens
         counts: dict[int, int] = {}
         past_prompt = [e for e in self._running.values() if e.known - e.cached == 1]
@@ -213,37 +230,55 @@ class Scheduler:
             elif entry.known >= entry.total:
                 raise ValueError(f"request {row.request} has all its tokens and did not end")
 
-    def _row(self, entry: _Entry, count: int) -> Row:
+    def _row(self, entry: Entry, count: int) -> Row:
         slot = BASE_SLOT if entry.adapter is None else self._slots[entry.adapter]
         last = entry.cached + count == entry.known
         return Row(entry.request, entry.adapter, slot, entry.cached, count, last)
 
-    def _admit(self) -> None:
+    def admit(self) -> list[int]:
+        """Let enter who may; returns these requests."""
+        entered: list[int] = []
         while len(self._running) < self.limits.rows:
             entry = self._candidate()
             if entry is None or self.reserved + entry.total > self.limits.cached_tokens:
-                return
-            self._leave_queue(entry, entered=True)
+                break
+            self._waiting.take(entry, entered=True)
             self._running[entry.request] = entry
+            entered.append(entry.request)
             self.reserved += entry.total
             if entry.adapter is not None:
                 self._take_slot(entry.adapter)
+        return entered
 
-    def _candidate(self) -> _Entry | None:
-        """The oldest request that has a slot: the oldest of all, unless it may be overtaken."""
-        oldest = self._oldest()
-        if oldest is None or self._has_slot(oldest.adapter):
+    def skip(self, request: int, tokens: int) -> None:
+        """Say that a request that has just entered has its first tokens computed already; at
+        least one of its prompt is left.
+        """
+        entry = self._running[request]
+        if entry.cached or not 0 <= tokens < entry.known:
+            raise ValueError(f"request {request} cannot skip {tokens} of {entry.known} tokens")
+        entry.cached = tokens
+
+    def _candidate(self) -> Entry | None:
+        """The oldest request that may run: the oldest of all, unless it may be overtaken."""
+        oldest = self._waiting.oldest()
+        if oldest is None or self._may_run(oldest.adapter):
             return oldest
-        if len(self._ahead) >= self.limits.patience:
+        if self._waiting.overtaken >= self.limits.patience:
             return None
-        heads = [self._queues[name][0] for name in (None, *self._slots) if name in self._queues]
-        return min(heads, key=lambda entry: entry.arrival, default=None)
+        full = len(self._slots) >= self.limits.slots
+        names = (None, *self._slots) if full else self._waiting.adapters
+        heads = [self._waiting.head(name) for name in names if self._may_run(name)]
+        there = [head for head in heads if head is not None]
+        return min(there, key=lambda entry: entry.arrival, default=None)
 
-    def _oldest(self) -> _Entry | None:
-        return next(iter(self._waiting.values()), None)
+    def _is_coming(self, adapter: str | None) -> bool:
+        return adapter is not None and self._standing(adapter) == "coming"
 
-    def _has_slot(self, adapter: str | None) -> bool:
-        return adapter is None or adapter in self._slots or len(self._slots) < self.limits.slots
+    def _may_run(self, adapter: str | None) -> bool:
+        if adapter is None or adapter in self._slots:
+            return True
+        return len(self._slots) < self.limits.slots and self._standing(adapter) == "here"
 
     def _take_slot(self, adapter: str) -> None:
         if adapter not in self._slots:
@@ -252,19 +287,7 @@ class Scheduler:
             self._slots[adapter] = next(free)
         self._rows_of[adapter] = self._rows_of.get(adapter, 0) + 1
 
-    def _leave_queue(self, entry: _Entry, entered: bool = False) -> None:
-        del self._waiting[entry.request]
-        queue = self._queues[entry.adapter]
-        queue.remove(entry)  # an entering one is the first
-        if not queue:
-            del self._queues[entry.adapter]
-        if entered:
-            self._ahead.add(entry.arrival)
-        oldest = self._oldest()
-        passed = self._arrivals if oldest is None else oldest.arrival
-        self._ahead = {arrival for arrival in self._ahead if arrival > passed}
-
-    def _leave(self, entry: _Entry) -> None:
+    def _leave(self, entry: Entry) -> None:
         del self._running[entry.request]
         self.reserved -= entry.total
         if entry.adapter is not None:

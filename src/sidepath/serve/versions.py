@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sidepath.errors import UnknownAdapter, meant
+from sidepath.methods.base import Method
+from sidepath.serve.scheduler import Standing
 
 
 @dataclass(eq=False)
@@ -22,7 +24,21 @@ class Version:
     generation: int
     """Counts the loads of all names, from 1."""
     source: str
-    """The folder it came from."""
+    """The folder it comes from, or its name on the hub."""
+    allow_other_base: bool = False
+    size: int = 0
+    """Bytes that it takes on the model; what its files say until it was there once."""
+    digest: str | None = None
+    """SHA-256 of its weights; None for a folder without a manifest until it was read once."""
+    config: Method | None = None
+    """Its settings, once they are known."""
+    labels: tuple[str, ...] | None = None
+    """A classifier's classes, once they are known."""
+    standing: Standing = "away"
+    pinned: bool = False
+    """Whether it stays on the model, once it is there, though nobody asks for it."""
+    used: int = 0
+    """The number of the last request that asked for it, counted over all adapters."""
     answering: int = 0
     """Requests that it answers, waiting ones too."""
     retired: bool = False
@@ -44,18 +60,23 @@ class Versions:
         self._drop = drop
         self._lock = threading.Lock()
         self._current: dict[str, Version] = {}
-        self._generations = 0
+        self._generations = self._asked = 0
 
     def current(self) -> list[Version]:
         """The version of each name, in order of name."""
         with self._lock:
             return [self._current[name] for name in sorted(self._current)]
 
-    def new(self, name: str, source: str) -> Version:
+    def new(self, name: str, source: str, allow_other_base: bool = False) -> Version:
         """A version to be loaded; nobody can ask for it before `publish`."""
         with self._lock:
             self._generations += 1
-            return Version(name, self._generations, source)
+            return Version(name, self._generations, source, allow_other_base)
+
+    def known(self, name: str) -> Version:
+        """The version that answers a name. Errors: `UnknownAdapter` with near names."""
+        with self._lock:
+            return self._known(name)
 
     def publish(self, version: Version) -> None:
         """Let a version answer its name from now on; the one before is retired.
@@ -68,6 +89,8 @@ class Versions:
                 before = version
             else:
                 self._current[version.name] = version
+                if before is not None:
+                    version.pinned = before.pinned
             leaving = self._retired(before)
         self._drop_all(leaving)
 
@@ -85,7 +108,14 @@ class Versions:
         with self._lock:
             version = self._known(name)
             version.answering += 1
+            self._asked += 1
+            version.used = self._asked
             return version
+
+    def again(self, version: Version, requests: int) -> None:
+        """Let a version answer so many requests more than the one it was acquired for."""
+        with self._lock:
+            version.answering += requests
 
     def release(self, version: Version) -> None:
         """A request has ended."""

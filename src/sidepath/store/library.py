@@ -23,6 +23,7 @@ from sidepath.errors import (
     in_one_line,
     meant,
 )
+from sidepath.methods.base import Method
 from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
 from sidepath.store.adapter import Adapter, load
@@ -57,10 +58,13 @@ class Entry:
     """Size in bytes of the folder's files."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     samples: Fingerprint | None = field(default=None, repr=False, compare=False)
+    config: Method | None = field(default=None, repr=False, compare=False)
+    """The method's settings; None for a folder of PEFT's."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        values = {name: value for name, value in vars(self).items() if name != "samples"}
+        left_out = ("samples", "config")
+        values = {name: value for name, value in vars(self).items() if name not in left_out}
         return values | {"metrics": dict(self.metrics)}
 
 
@@ -227,6 +231,7 @@ def _ours(folder: Path, header: Mapping[str, TensorInfo]) -> Entry:
         size=own + sum(size for size, _ in manifest.files.values()),
         metrics=metrics if isinstance(metrics, Mapping) else {},
         samples=manifest.base,
+        config=manifest.config,
     )
 
 

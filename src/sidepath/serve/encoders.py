@@ -1,0 +1,260 @@
+"""An encoder that answers many texts at a time, each by its own adapter (floor 5).
+
+Texts that wait are answered together, in the order they came: one call of the model for texts of
+every adapter that is there (`sidepath.route`), padded to the longest. Adapters come and go as the
+engine's do (`adapters.py`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from sidepath.errors import Overloaded, ServeError, UnknownAdapter
+from sidepath.serve.adapters import Adapters
+from sidepath.serve.encoding import Encoding
+from sidepath.serve.errands import Errands
+from sidepath.serve.pooling import Pooling
+from sidepath.serve.tiers import Memory
+from sidepath.serve.versions import Version
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much an encoder takes at a time."""
+
+    rows: int = 32
+    """Texts of one call."""
+    tokens: int = 8192
+    """Tokens of one call, padding counted; one text may have more."""
+    queue: int = 4096
+    """Texts that may wait."""
+
+
+@dataclass(eq=False)
+class _Text:
+    tokens: tuple[int, ...]
+    version: Version | None
+    number: int
+    found: Future[list[float]] = field(default_factory=Future)
+
+    @property
+    def internal(self) -> str | None:
+        return None if self.version is None else self.version.internal
+
+
+class Encoder:
+    """An encoder of `transformers`, in eval mode. `with Encoder(...) as encoder:` lets a thread
+    answer; until `close` the model belongs to it.
+
+    `pooling`: texts become vectors; None: the model classifies them, and its logits are given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        pooling: Pooling | None,
+        room: Room | None = None,
+        memory: Memory | None = None,
+        *,
+        alone: bool = True,
+    ) -> None:
+        self.alone = alone
+        """Whether the base answers without an adapter."""
+        self.encoding = Encoding(model, tokenizer, pooling)
+        self.room = room if room is not None else Room()
+        self.calls = self.answered = 0
+        self.closed = False
+        self._lock, self._wake = threading.Lock(), threading.Event()
+        self._waiting: dict[int, _Text] = {}
+        self._numbers = 0
+        self._errands = Errands(self._wake.set)
+        self.adapters = Adapters(model, self._errands, _nothing, _nothing, self._rank, memory)
+        self._thread: threading.Thread | None = None
+
+    def submit(
+        self, adapter: str | None, texts: Sequence[tuple[int, ...]]
+    ) -> tuple[Version | None, list[Future[list[float]]]]:
+        """Begin to answer texts by an adapter (None: the base): their vectors, or logits. Returns
+        also the version that answers them all.
+
+        Errors: `UnknownAdapter`; `Overloaded`; `ServeError` once it is closed.
+        """
+        if adapter is None and not self.alone:
+            raise UnknownAdapter(
+                "the base has no classes of its own", hint="ask for an adapter, which brings some"
+            )
+        found: list[Future[list[float]]] = []
+        version = None
+        with self._lock:
+            if self.closed:
+                raise ServeError("the encoder is closed", hint="start another one")
+            if len(self._waiting) + len(texts) > self.room.queue:
+                raise Overloaded("the queue is full", found=f"{len(self._waiting)} texts wait")
+            for tokens in texts:
+                # One acquired more often is the same version still.
+                version = self.adapters.acquire(adapter) if version is None else version
+                text = _Text(tokens, version, self._numbers)
+                self._waiting[self._numbers] = text
+                self._numbers += 1
+                found.append(text.found)
+            if version is not None:
+                self.adapters.again(version, len(texts) - 1)
+        self._wake.set()
+        return version, found
+
+    # --- calls, by one thread
+
+    def step(self) -> bool:
+        """One call: False when there was nothing to do. Waits for an adapter if nothing else can
+        be done.
+        """
+        self._wake.clear()
+        self._errands.run()
+        self.adapters.tidy()
+        with self._errands.turn:
+            self._bring()
+            self._end_failed()
+            texts = self._next()
+            if texts:
+                self._answer(texts)
+                return True
+            coming = self.adapters.busy
+        if coming:
+            self._wake.wait()
+        return coming
+
+    def _next(self) -> list[_Text]:
+        """The texts of the next call: the oldest whose adapters are there, as far as they fit."""
+        with self._lock:
+            waiting = list(self._waiting.values())
+        taken: list[_Text] = []
+        longest = 0
+        for text in waiting:
+            if text.version is not None and text.version.standing != "here":
+                continue
+            if text.found.cancelled():
+                self._end(text, [])
+                continue
+            longest = max(longest, len(text.tokens))
+            if taken and longest * (len(taken) + 1) > self.room.tokens:
+                break
+            taken.append(text)
+            if len(taken) == self.room.rows:
+                break
+        return taken
+
+    def _answer(self, texts: list[_Text]) -> None:
+        try:
+            rows = self.encoding.rows(
+                [text.tokens for text in texts], [text.internal for text in texts]
+            )
+            self.calls += 1
+        except Exception as error:
+            if len(texts) > 1:
+                for text in texts:
+                    self._answer([text])
+            else:
+                self._end(texts[0], _failed(error))
+            return
+        for text, row in zip(texts, rows, strict=True):
+            finite = all(map(_finite, row))
+            self._end(text, row if finite else _failed(ValueError("NaN or Inf")))
+
+    def _end(self, text: _Text, found: list[float] | ServeError) -> None:
+        with self._lock:
+            del self._waiting[text.number]
+        if text.version is not None:
+            self.adapters.release(text.version)
+        self.answered += 1
+        if not text.found.set_running_or_notify_cancel():
+            return
+        if isinstance(found, ServeError):
+            text.found.set_exception(found)
+        else:
+            text.found.set_result(found)
+
+    def _bring(self) -> None:
+        with self._lock:
+            versions = [text.version for text in self._waiting.values()]
+        away = [each for each in versions if each is not None and each.standing == "away"]
+        for internal in dict.fromkeys(each.internal for each in away):
+            if not self.adapters.bring(internal):
+                return
+
+    def _end_failed(self) -> None:
+        for version, error in self.adapters.failures():
+            with self._lock:
+                own = [text for text in self._waiting.values() if text.version is version]
+            for text in own:
+                self._end(text, _failed(error))
+
+    def _rank(self, version: Version, coming: Version) -> tuple[int, ...] | None:
+        """As the engine's: who waits longer than the one that comes stays."""
+        with self._lock:
+            waiting = list(self._waiting.values())
+        since, asked = (
+            next((text.number for text in waiting if text.version is each), None)
+            for each in (version, coming)
+        )
+        if since is None:
+            return (0, version.used)
+        return None if asked is None or since < asked else (1, -since)
+
+    # --- the thread
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread answers."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def __enter__(self) -> Encoder:
+        self._thread = threading.Thread(target=self._run, name="sidepath-encoder", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Refuse new texts, and answer those that wait."""
+        with self._lock:
+            self.closed = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+        else:
+            while self.step():
+                pass
+
+    def _run(self) -> None:
+        self._errands.begin()
+        try:
+            while not (self.closed and not self._waiting):
+                if not self.step() and not self.closed:
+                    self._wake.wait()
+        finally:
+            self._errands.end()
+            self.adapters.tidy()
+
+
+def _nothing(internal: str) -> None:
+    """Nothing is kept of an adapter between two calls."""
+
+
+def _finite(number: float) -> bool:
+    return number - number == 0
+
+
+def _failed(error: Exception) -> ServeError:
+    if isinstance(error, ServeError):
+        return error
+    found = ServeError("the text could not be answered", found=f"{type(error).__name__}: {error}")
+    found.__cause__ = error
+    return found

@@ -84,7 +84,8 @@ class Adapters:
         started with. It is on the model if room could be made by others that answer nobody, else
         in host memory.
 
-        Errors: those of `sidepath.load`, and of `register`. Nothing has changed then.
+        Errors: those of `sidepath.load` and of `register`; `RequestRefused` for an adapter that
+        brings tokens. Nothing has changed then.
         """
         check_name(None, name)
         version = self._versions.new(name, os.fspath(place), allow_other_base)

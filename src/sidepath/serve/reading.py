@@ -50,11 +50,12 @@ def read(model: nn.Module, folder: Path, allow_other_base: bool) -> Checked:
     """Read a folder and check it against the model, which is looked at and not changed.
 
     Errors: those of `sidepath.load`, and `RequestRefused` for a method that puts positions before
-    each row.
+    each row and for an adapter that brings tokens.
     """
     with opened(model, folder, allow_other_base=allow_other_base) as ready:
         contents = ready.contents
         refuse_positions(contents.config, folder.name)
+        _refuse_tokens(list(contents.tokens), folder.name)
         tensors = contents.placed(ready.loaded.tensors)
         ready.loaded.settle()
     manifest = contents.manifest
@@ -97,4 +98,14 @@ def refuse_positions(config: Method, name: str) -> None:
             f'"{name}" cannot be served',
             found=f"{type(config).__name__}: it puts {config.positions} positions before each row",
             expected="a method that works beside the layers",
+        )
+
+
+def _refuse_tokens(tokens: list[str], name: str) -> None:
+    if tokens:
+        raise RequestRefused(
+            f'"{name}" cannot be served beside its base: it brings tokens, and all adapters share '
+            "one tokenizer",
+            found=", ".join(tokens[:5]),
+            hint="merge it, and serve the merged model: sidepath merge BASE ADAPTER OUT",
         )

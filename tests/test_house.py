@@ -191,6 +191,7 @@ def test_the_public_names() -> None:
         "VersatileLM",
         "__version__",
         "activate",
+        "add_tokens",
         "combine",
         "dequantise_",
         "disabled",

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from sidepath.store.adapter import load as load
     from sidepath.store.eva import inject_eva as inject_eva
     from sidepath.store.library import Library as Library
+    from sidepath.store.new_tokens import add_tokens as add_tokens
     from sidepath.store.plan import Plan as Plan
     from sidepath.store.plan import plan as plan
     from sidepath.training.evaluate import evaluate as evaluate
@@ -78,6 +79,7 @@ _HOMES = {
     "VeRA": "sidepath.methods.vera",
     "VersatileLM": "sidepath.methods.versatile",
     "activate": "sidepath.injection.surgery",
+    "add_tokens": "sidepath.store.new_tokens",
     "combine": "sidepath.combining.combine",
     "dequantise_": "sidepath.injection.quantising",
     "disabled": "sidepath.injection.surgery",
@@ -122,6 +124,7 @@ __all__ = [
     "VersatileLM",
     "__version__",
     "activate",
+    "add_tokens",
     "combine",
     "dequantise_",
     "disabled",

@@ -19,7 +19,7 @@ from .conftest import Run
 COMMON = "--base --dtype --device --quantise"
 LORA = (
     "--r --alpha --dropout --targets --exclude --rank-pattern --alpha-pattern --layers --bias"
-    " --train-whole --scaling --start --dora --b-rate"
+    " --train-whole --token-rows --scaling --start --dora --b-rate"
 )
 TRAIN = (
     "--steps --epochs --batch-size --accumulate --packing --workers --optimizer --learning-rate"
@@ -28,13 +28,16 @@ TRAIN = (
     " --checkpoint-every --keep-checkpoints --label-smoothing --watch"
 )
 RUN = (
-    f"{COMMON} --data --output --method --beside --eval-data --weights --stream --columns"
+    f"{COMMON} --data --output --method --new-tokens --beside --eval-data --weights --stream"
+    " --columns"
     " --max-tokens --limit --distributed --dry-run --forgetting --forgetting-data --track"
     " --resume --overwrite"
 )
 SURFACE = {
     "demo": "--output --seed",
-    "plan": f"--method --batch-size --max-tokens --dtype --gpu-gib {LORA} --lora-dtype",
+    "plan": (
+        f"--method --new-tokens --batch-size --max-tokens --dtype --gpu-gib {LORA} --lora-dtype"
+    ),
     "train": f"{RUN} {LORA} --lora-dtype {TRAIN}",
     "eval": (
         f"{COMMON} --data --adapter --beside --allow-other-base --columns --batch-size"

@@ -46,12 +46,13 @@ def model() -> nn.Module:
     return _model
 
 
-def own_files(config: Any = None) -> Files:
+def own_files(config: Any = None, **more: Any) -> Files:
     base = tiny_llama()
     adapter = sidepath.inject(
         base,
         config or LoRA(r=2, targets=("q_proj", "v_proj"), rank_pattern={"v_proj": 1}),
         name="a",
+        **more,
     )
     randomise(adapter.parameters())
     with tempfile.TemporaryDirectory() as place:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from tests.fuzz import adapters, bases, formats, records, rows
+from tests.fuzz import adapters, bases, formats, records, rows, tokens
 from tests.fuzz.reader import Reader
 
 READERS: tuple[Reader, ...] = (
     *adapters.READERS,
+    *tokens.READERS,
     *formats.READERS,
     *records.READERS,
     *bases.READERS,

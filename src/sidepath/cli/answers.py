@@ -14,7 +14,7 @@ from sidepath.cli.bases import (
     context_tokens,
     load_causal,
     load_classifier,
-    load_tokenizer,
+    tokenizer_for,
 )
 from sidepath.cli.beside import load_beside, name_besides, require_use
 from sidepath.cli.output import Report, Table, note, progress
@@ -38,7 +38,7 @@ def evaluate(call: Call) -> Report:
     run = call.settings.build("eval", EvalRun)
     labels = labels_of(run.adapter)
     folder = base_folder(run.base)
-    data = data_for(run, folder, labels)
+    data = data_for(run, folder, labels, run.adapter)
     model = _answering(run, folder, data.labels, data.pad_id)
     note(f"measuring on {len(data):,} rows of {data.name}")
     metrics = measure(
@@ -66,7 +66,7 @@ def generate(call: Call) -> Report:
             hint="sidepath eval measures it",
         )
     folder = base_folder(run.base)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = tokenizer_for(folder, run.adapter)
     prompts = list(run.prompt) or _prompts_of(run)
     model = _answering(run, folder, (), 0)
     outputs: list[dict[str, str]] = []
@@ -90,13 +90,18 @@ def generate(call: Call) -> Report:
     return Report({"outputs": outputs}, [Table("", ["prompt", "text"], rows)])
 
 
-def data_for(run: EvalRun | InspectRun, folder: Path, labels: Sequence[str] | None) -> Data:
-    """The rows that a base, or an adapter of these classes, is measured on."""
+def data_for(
+    run: EvalRun | InspectRun,
+    folder: Path,
+    labels: Sequence[str] | None,
+    adapter: str | Path | None,
+) -> Data:
+    """The rows that a base, or an adapter of these classes on it, is measured on."""
     from sidepath.data.dataset import load_data
 
     return load_data(
         str(run.data),
-        load_tokenizer(folder),
+        tokenizer_for(folder, adapter),
         max_tokens=min(run.max_tokens, context_tokens(folder) or run.max_tokens),
         limit=run.limit,
         task="auto" if labels is None else "classify",

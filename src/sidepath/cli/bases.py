@@ -12,6 +12,7 @@ from torch import nn
 from sidepath.errors import ConfigError, StoreError
 from sidepath.store.configs import config_of, quiet, skeleton, understood
 from sidepath.store.hub import ADAPTER, BASE, CONFIG, GRAMMAR, is_hub, local
+from sidepath.store.new_tokens import extend, tokens_at
 
 
 def base_folder(given: str | None) -> Path:
@@ -76,6 +77,17 @@ def load_tokenizer(folder: Path) -> Any:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def tokenizer_for(folder: Path, adapter: str | Path | None) -> Any:
+    """The base's tokenizer, with the tokens that an adapter brings.
+
+    Errors: as `load_tokenizer`; `DamagedAdapter`; `StoreError` where the tokens get other ids.
+    """
+    tokenizer = load_tokenizer(folder)
+    if adapter is not None and (tokens := tokens_at(adapter_place(str(adapter)))):
+        extend(tokenizer, tokens)
     return tokenizer
 
 

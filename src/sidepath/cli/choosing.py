@@ -127,7 +127,7 @@ def _measure(place: Path, run: InspectRun) -> Measure:
 
     labels = labels_of(place)
     folder = base_folder(run.base)
-    data = data_for(run, folder, labels)
+    data = data_for(run, folder, labels, place)
     model = model_for(run, folder, data.labels, data.pad_id)
     name = run.metric or ("loss" if labels is None else "accuracy")
 

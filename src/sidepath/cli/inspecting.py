@@ -10,6 +10,7 @@ from sidepath.analyse import Factors, factors_of, spectrum
 from sidepath.analyse.advise import energy_of_kinds
 from sidepath.analyse.report import report, said_of_ranks
 from sidepath.analyse.subspace import expected_at_random, grassmann_distance, grids
+from sidepath.analyse.tokens import rows_of_tokens
 from sidepath.cli.bases import adapter_place, base_folder
 from sidepath.cli.beside_base import held_against, norms_of, require_base
 from sidepath.cli.choosing import advised, truncated
@@ -74,9 +75,11 @@ def _looked_at(found: Mapping[str, Factors], place: Path, run: InspectRun) -> Re
         "facts": _facts(found),
         "layers": layers,
         "energy": energy_of_kinds(found),
+        "tokens": rows_of_tokens(place),
         **origins(place, run.merged),
     }
     parts: list[Table | str] = [_layer_table(layers), said_of_ranks(layers), *_warnings(layers)]
+    parts += _token_table(document["tokens"])
     if base is not None:
         document["against"] = held_against(base, found, run.widest)
         parts += [_against_table(document["against"])] if document["against"] else []
@@ -130,6 +133,12 @@ def _layer_table(layers: Sequence[Mapping[str, Any]]) -> Table:
         for layer in layers
     ]
     return Table("", columns, rows)
+
+
+def _token_table(rows: Sequence[Mapping[str, Any]]) -> list[Table | str]:
+    columns = ["token", "id", "module", "norm"]
+    cells = [[row[name] for name in columns] for row in rows]
+    return [Table("rows of tokens", columns, cells)] if rows else []
 
 
 def _warnings(layers: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -46,6 +46,9 @@ class TrainRun(BaseRun):
     """Folder that the adapter is saved into."""
     method: str = "lora"
     """The method of adaptation."""
+    new_tokens: tuple[str, ...] = field(default=(), metadata={"splits": False})
+    """A token that the base does not know, as it stands in the data: its row of the embedding and
+    of the head is trained with a LoRA and saved with it; give the flag again for more."""
     beside: dict[str, str] = field(default_factory=dict, metadata={"place": "adapter"})
     """Adapters that a fusion composes, as NAME=FOLDER: they are loaded onto the base first and
     stay as they are; give the flag again for more."""
@@ -95,6 +98,8 @@ class PlanRun:
 
     method: str = "lora"
     """The method of adaptation."""
+    new_tokens: tuple[str, ...] = field(default=(), metadata={"splits": False})
+    """A token that the base does not know; give the flag again for more."""
     batch_size: int = 8
     """Rows in one forward pass, for the memory estimate."""
     max_tokens: int = 1024

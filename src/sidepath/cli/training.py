@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from sidepath.cli.beside import composing, load_beside, tell_silent
 from sidepath.cli.folders import require_output
 from sidepath.cli.following import checkpoints_of, drop_checkpoints, follow, require_no_leftovers
 from sidepath.cli.launch import joined, restarted
+from sidepath.cli.new_tokens import all_new, tell_tokens
 from sidepath.cli.outcome import Outcome, record, report
 from sidepath.cli.output import Report, Table, note
 from sidepath.cli.runs import TrainRun
@@ -29,6 +32,7 @@ from sidepath.injection.registry import check_name
 from sidepath.methods import METHODS
 from sidepath.methods.base import Method
 from sidepath.store.adapter import Adapter, inject
+from sidepath.store.new_tokens import add_tokens, with_rows
 from sidepath.store.plan import Plan, plan, readable
 from sidepath.training.evaluate import CAUSAL, GENERATED, evaluate
 from sidepath.training.feed import largest_batch
@@ -56,9 +60,11 @@ def _train_in(processes: Processes, call: Call, run: TrainRun) -> Report:
     output = Path(run.output)
     resume = _ready(run, output)
     folder = base_folder(run.base)
-    data, held_out = _data(run, config, folder, method.positions)
+    tokenizer = load_tokenizer(folder)
+    tokens = add_tokens(tokenizer, run.new_tokens)
+    data, held_out = _data(run, config, folder, tokenizer, method.positions)
     text = _own_text(run, data, folder, method.positions)
-    adapter, planned = _put_in(run, method, data, config, folder)
+    adapter, planned = _put_in(run, method, tokens, data, config, folder)
     if run.distributed == "fsdp":
         from sidepath.training.sharding import shard
 
@@ -96,15 +102,23 @@ def _ready(run: TrainRun, output: Path) -> bool:
 
 
 def _put_in(
-    run: TrainRun, method: Method, data: Data, config: TrainConfig, folder: Path
+    run: TrainRun,
+    method: Method,
+    tokens: Mapping[str, int],
+    data: Data,
+    config: TrainConfig,
+    folder: Path,
 ) -> tuple[Adapter, Plan]:
     """A fresh adapter on its base; the audit and the plan are told before it is put in."""
     torch.manual_seed(config.seed)
     model, method = _base_for(run, method, data, folder)
+    tokens = all_new(tokens, data, model)
+    method = with_rows(method, tokens)
     load_beside(model, run.beside)
     planned = _planned(model, method, data, config)
     _tell(data, planned, config)
-    adapter = inject(model, method, Path(run.output).name)
+    tell_tokens(tokens, data)
+    adapter = inject(model, method, Path(run.output).name, new_tokens=tokens)
     tell_silent(adapter, run.beside)
     return adapter, planned
 
@@ -121,8 +135,9 @@ def _save(
     drop_checkpoints(output)
 
 
-def _data(run: TrainRun, config: TrainConfig, folder: Path, taken: int) -> tuple[Data, Data | None]:
-    tokenizer = load_tokenizer(folder)
+def _data(
+    run: TrainRun, config: TrainConfig, folder: Path, tokenizer: Any, taken: int
+) -> tuple[Data, Data | None]:
     limit = _limit(run, folder, taken)
     columns = run.columns or None
     data = load_data(

@@ -15,13 +15,17 @@ from sidepath.cli.surface import Call
 def plan(call: Call) -> Report:
     """What an adapter of these settings would be on the model; nothing is loaded or changed."""
     from sidepath.cli.bases import config_place
+    from sidepath.cli.new_tokens import rows_of
     from sidepath.methods import METHODS
     from sidepath.store.configs import model_without_weights
+    from sidepath.store.new_tokens import with_rows
     from sidepath.store.plan import plan as plan_of
 
     run = call.settings.build("plan", PlanRun)
     config = call.settings.build(str(call.method), METHODS[str(call.method)])
     model = model_without_weights(config_place(call.places[0]), run.dtype)
+    tokens = {text: rows_of(model) + n for n, text in enumerate(dict.fromkeys(run.new_tokens))}
+    config = with_rows(config, tokens)
     found = plan_of(
         model,
         config,
@@ -69,6 +73,13 @@ def _told_of_merge(document: Mapping[str, Any], run: MergeRun) -> list[str | Tab
         for part, peak in document["peak_memory_bytes"].items()
         if peak is not None
     ]
+    carried = document["carried"]
+    if carried["tensors"]:
+        first = ", ".join(carried["names"][:3])
+        told.append(
+            f"{carried['tensors']} tensors of the base, {carried['bytes']:,} bytes, that its model "
+            f"has no place for were carried over as they are: {first}"
+        )
     if document["dequantised"]:
         told.append(f"{document['dequantised']} weights of the 4-bit base were dequantised")
     left = document.get("requantised")

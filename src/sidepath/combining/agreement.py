@@ -122,6 +122,12 @@ def faults_of(adapters: Sequence[Ingredient]) -> list[str]:
         for one in adapters
         if one.dora
     ]
+    faults += [
+        f"{one.name}: rows of tokens stand in the place of the base's, and are no update to be "
+        "added (such an adapter is combined alone, at weight 1, uncut)"
+        for one in adapters
+        if one.token_rows
+    ]
     known = [(one, one.manifest) for one in adapters if one.manifest is not None]
     for (one, first), (other, second) in pairwise(known):
         if first.model_class != second.model_class:

@@ -27,9 +27,8 @@ from sidepath.combining.recipe import Combination
 from sidepath.combining.result import Result, biases_missing
 from sidepath.config import as_dict, field_types
 from sidepath.errors import StoreError
-from sidepath.store.saving import OWN_NAMES, merged_record, publish_adapter
+from sidepath.store.saving import merged_record, publish_adapter, saved_beside
 from sidepath.store.stored import Checkpoint
-from sidepath.store.tensors import file_inside
 
 Folder = str | os.PathLike[str]
 
@@ -177,13 +176,9 @@ def _rows(layers: Mapping[str, Layer]) -> list[dict[str, Any]]:
 
 def _copied(one: Ingredient, target: Path, told: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Write one adapter as it is, with its files and record; returns its layers."""
-    manifest, files = one.manifest, {}
+    manifest = one.manifest
+    files = saved_beside(one.folder, manifest)
     if manifest is not None:
-        files = {
-            name: file_inside(one.folder, name).read_bytes()
-            for name in manifest.files
-            if name not in OWN_NAMES
-        }
         record = merged_record(manifest.record, None, told)
         manifest = dataclasses.replace(manifest, record=record)
     publish_adapter(target, one.tensors, one.settings, manifest, files)

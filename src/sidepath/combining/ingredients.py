@@ -21,7 +21,15 @@ from sidepath.store.folder import sha256_file
 from sidepath.store.loading import load_tensors
 from sidepath.store.manifest import Manifest, check_tensors, read_manifest
 from sidepath.store.peft_config import PeftSettings, read_settings
-from sidepath.store.peft_format import BASE_BIAS, CONFIG, ENDINGS, MAGNITUDE, PREFIX, WEIGHTS
+from sidepath.store.peft_format import (
+    BASE_BIAS,
+    CONFIG,
+    ENDINGS,
+    MAGNITUDE,
+    PREFIX,
+    TOKENS,
+    WEIGHTS,
+)
 from sidepath.store.tensors import file_inside, read_header, read_json
 
 _WITHIN_WHOLE = ("original_module.", "modules_to_save.")
@@ -64,6 +72,11 @@ class Ingredient:
     def dora(self) -> bool:
         """Whether it holds magnitudes beside its factors."""
         return any(key.endswith(MAGNITUDE) for key in self.tensors)
+
+    @property
+    def token_rows(self) -> bool:
+        """Whether it holds rows of tokens."""
+        return any(key.endswith(TOKENS) for key in self.tensors)
 
     @cached_property
     def factors(self) -> dict[str, Factors]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from sidepath.convert.portable import Options, Portable
+from sidepath.store import new_tokens
 from sidepath.store.card import CARD, model_card
 from sidepath.store.manifest import write_manifest
 from sidepath.store.peft_format import CONFIG, WEIGHTS
@@ -23,11 +24,14 @@ UNVERIFIED = (
 
 
 def write_peft(portable: Portable, folder: Path) -> None:
-    """Write PEFT's two files into an empty folder."""
+    """Write PEFT's two files into an empty folder, and the document of the tokens it brings."""
     whole = {key: tensor.contiguous().clone() for key, tensor in portable.tensors.items()}
     save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(dict(portable.values), indent=2) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
+    if portable.tokens:
+        text = new_tokens.as_text(portable.tokens)
+        (folder / new_tokens.NAME).write_text(text, encoding="utf-8")
 
 
 def write_plain(portable: Portable, folder: Path, options: Options) -> list[str]:

@@ -17,6 +17,7 @@ from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
 from sidepath.store.loading import load_tensors
 from sidepath.store.manifest import Manifest, check_tensors, read_manifest
+from sidepath.store.new_tokens import read_tokens
 from sidepath.store.peft_config import (
     PeftSettings,
     anchored,
@@ -24,7 +25,8 @@ from sidepath.store.peft_config import (
     read_settings,
     targets_for,
 )
-from sidepath.store.peft_format import CONFIG, ENDINGS, MAGNITUDE, PREFIX, WEIGHTS
+from sidepath.store.peft_format import CONFIG, ENDINGS, MAGNITUDE, PREFIX, TOKENS, WEIGHTS
+from sidepath.store.peft_tokens import INDICES
 from sidepath.store.tensors import file_inside, read_header, read_json
 
 PAIRS = (ENDINGS[0:2], ENDINGS[2:4])
@@ -86,6 +88,8 @@ class Portable:
     values: Mapping[str, Any]
     """The contents of `adapter_config.json`."""
     manifest: Manifest | None = None
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    """The tokens that it brings, by their texts."""
     notes: tuple[str, ...] = ()
     """What the user should know about how it was read or written."""
 
@@ -171,7 +175,13 @@ def read_adapter(folder: Path, options: Options) -> Portable:
         faults.append(f"{CONFIG}: not JSON: {error}")
     if faults:
         raise DamagedAdapter("the adapter cannot be trusted", where=folder, faults=faults)
-    found = Portable(load_tensors(path, header), values, manifest)
+    rows = read_settings(values)[0].token_rows
+    tokens, more = read_tokens(folder, rows, ours=manifest is not None)
+    if bool(rows) != any(key.endswith(TOKENS) for key in header):
+        more.append(f"{CONFIG}: {len(rows)} tokens in {INDICES}, which {WEIGHTS} has not")
+    if more:
+        raise DamagedAdapter("the adapter cannot be trusted", where=folder, faults=more)
+    found = Portable(load_tensors(path, header), values, manifest, tokens)
     found.updates()
     return found
 
@@ -212,7 +222,7 @@ def portable_of(
         "rank_pattern": {anchored(path): n for path, n in ranks.items() if n != r},
         "alpha_pattern": {anchored(path): n for path, n in alphas.items() if n != alpha},
     }
-    return Portable(tensors_of(updates), values, None, tuple(notes))
+    return Portable(tensors_of(updates), values, notes=tuple(notes))
 
 
 def _number(value: float) -> float:
@@ -234,6 +244,10 @@ def tensors_of(updates: Mapping[str, Update]) -> dict[str, Tensor]:
     return tensors
 
 
+def _kind_of(key: str) -> str:
+    return "rows of tokens" if key.endswith(TOKENS) else "a tensor of the base's own"
+
+
 def require_sayable(
     portable: Portable,
     format_name: str,
@@ -247,9 +261,7 @@ def require_sayable(
     Errors: one `StoreError` that names everything the format has no place for.
     """
     updates = portable.updates()
-    faults = [
-        f"{key.removeprefix(PREFIX)}: a tensor of the base's own" for key in portable.others()
-    ]
+    faults = [f"{key.removeprefix(PREFIX)}: {_kind_of(key)}" for key in portable.others()]
     for path, update in updates.items():
         if update.magnitude is not None and not dora:
             faults.append(f"{path}: DoRA's magnitude")

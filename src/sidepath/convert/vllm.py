@@ -142,4 +142,4 @@ def fitted(portable: Portable) -> tuple[Portable, list[str]]:
         if name in portable.values
     }
     values = {**made.values, **kept}
-    return Portable(made.tensors, values, None, portable.notes), [*folded.notes(), note]
+    return Portable(made.tensors, values, notes=portable.notes), [*folded.notes(), note]

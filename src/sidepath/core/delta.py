@@ -25,6 +25,11 @@ class Delta(nn.Module, ABC):
     adapter's; it never holds, changes or registers a parameter of the base.
     """
 
+    shares: bool = False
+    """Whether deltas of this kind make the same of one tensor at every module that holds it."""
+    reach: int = 0
+    """Where the token ids end that it knows beyond the base's; 0 for none."""
+
     def forward(self, x: Tensor, base: View, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted output for the module's input `x`."""
         return self.onto(base(x, *args, **kwargs), x, base)
@@ -61,6 +66,16 @@ class Delta(nn.Module, ABC):
     @abstractmethod
     def touches(self, base: View) -> set[str]:
         """The names of the tensors that `folded` gives, without computing any."""
+
+    def longer(self, base: View) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that `folded` gives in another one than the base's."""
+        return {}
+
+    def known(self, x: Tensor) -> Tensor:
+        """What the base's module is called with for the input `x`: that, unless the base cannot
+        take all of it.
+        """
+        return x
 
     def penalty(self) -> Tensor | None:
         """What training adds to each step's loss for the delta itself, whatever the data."""

@@ -6,10 +6,12 @@ delta is put onto its own rows, one after another.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from sidepath.core.routing import Layer, Placed, Rows, first_row
 from sidepath.core.views import View
@@ -27,6 +29,7 @@ from sidepath.kernels.routed import (
 
 if TYPE_CHECKING:
     from sidepath.core.adapted import SidePaths
+    from sidepath.core.delta import Delta
 
 
 def routed(side: SidePaths, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -44,10 +47,21 @@ def routed(side: SidePaths, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) ->
             expected=f"{rows.count} rows, one adapter each",
             hint="give route() one name (or None) for each row of the batch",
         )
-    y: Any = side.view(x, *args, **kwargs)
+    known = x if x.is_floating_point() else _known(side, rows, x)
+    y: Any = side.view(known, *args, **kwargs)
     if isinstance(y, tuple):  # a whole block, which gives more than what the stream carries on
         return (_updated(side, rows, y[0], x), *y[1:])  # type: ignore[return-value]
     return _updated(side, rows, y, x)
+
+
+def _known(side: SidePaths, rows: Rows, ids: Tensor) -> Tensor:
+    """Token ids that the base can look up: in its own rows those that are there."""
+    for name, index in rows.groups:
+        delta = side.get(name)
+        if delta is not None and delta.reach:
+            ids = ids.clone()
+            ids[index] = delta.known(ids[index])
+    return ids
 
 
 def _updated(side: SidePaths, rows: Rows, y: Tensor, x: Tensor) -> Tensor:
@@ -64,8 +78,11 @@ def _updated(side: SidePaths, rows: Rows, y: Tensor, x: Tensor) -> Tensor:
         plan, A, B = _arranged(layer, layer.stack, rows, y_BTO, x_BTI)
         if plan is not None:
             _add_(rows, layer.stack, y_BTO, x_BTI, plan, A, B)
+    size = y.shape[-1]
+    if layer.others:
+        y = _wide_enough(y, x, layer.others)
     for delta, index in layer.others:
-        y[index] = delta.onto(y[index], x[index], side.view)
+        y[index] = _onto(delta, y[index], x[index], side.view, size)
     return y
 
 
@@ -110,6 +127,13 @@ def _trained(side: SidePaths, rows: Rows, y: Tensor, x: Tensor) -> Tensor:
     return _pieced(y, x, side.view, others) if others else y
 
 
+def _wide_enough(y: Tensor, x: Tensor, placed: Placed) -> Tensor:
+    """Logits with columns for tokens that only some adapters know, impossible in other rows."""
+    reach = max(delta.reach for delta, _ in placed)
+    missing = reach - y.shape[-1] if x.is_floating_point() else 0
+    return y if not reach or missing <= 0 else pad(y, (0, missing), value=-math.inf)
+
+
 def _stack_of(side: SidePaths, rows: Rows, dtype: torch.dtype) -> Stack | None:
     deltas = [side.get(name) for name, _ in rows.groups]
     return stacked([None if delta is None else delta.factors() for delta in deltas], dtype)
@@ -149,17 +173,27 @@ def _pieced(y: Tensor, x: Tensor, base: View, placed: Placed) -> Tensor:
 
     What autograd keeps is one piece a delta, where each one's rows lie together.
     """
+    size, whole = y.shape[-1], y
+    y = _wide_enough(y, x, placed)
     pieces, done = [], 0
     for delta, index in sorted(placed, key=lambda pair: first_row(pair[1])):
         if not isinstance(index, slice) or index.start < done:
-            return _one_by_one(y, x, base, placed)
-        pieces += [y[done : index.start], delta.onto(y[index], x[index], base)]
+            return _one_by_one(whole, x, base, placed)
+        pieces += [y[done : index.start], _onto(delta, y[index], x[index], base, size)]
         done = index.stop
     return torch.cat([piece for piece in (*pieces, y[done:]) if len(piece)])
 
 
 def _one_by_one(y: Tensor, x: Tensor, base: View, placed: Placed) -> Tensor:
-    y = y.clone()
+    size = y.shape[-1]
+    y = _wide_enough(y, x, placed).clone()
     for delta, index in placed:
-        y[index] = delta.onto(y[index], x[index], base)
+        y[index] = _onto(delta, y[index], x[index], base, size)
     return y
+
+
+def _onto(delta: Delta, y: Tensor, x: Tensor, base: View, size: int) -> Tensor:
+    """A delta put onto its rows of `y`, of whose columns the base has the first `size`."""
+    if delta.reach or y.shape[-1] == size:
+        return delta.onto(y, x, base)
+    return torch.cat([delta.onto(y[..., :size], x, base), y[..., size:]], -1)

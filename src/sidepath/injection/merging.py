@@ -18,7 +18,6 @@ from sidepath.core.delta import LayerDelta, WeightDelta
 from sidepath.errors import MergeError, TiedWeights
 from sidepath.injection.architecture import modules_of
 from sidepath.injection.registry import Installed, Registry, require_registry
-from sidepath.methods.own import InPlaceOf
 
 
 def merge(model: nn.Module, name: str) -> None:
@@ -140,7 +139,7 @@ def _refuse_tied(installed: Installed, owners: dict[int, list[str]]) -> None:
     touched = tuple(
         f"{path}." for path, delta in installed.deltas.items() if not isinstance(delta, LayerDelta)
     )
-    places = [path for path, delta in installed.deltas.items() if isinstance(delta, InPlaceOf)]
+    places = [path for path, delta in installed.deltas.items() if delta.shares]
     faults = [
         " and ".join(names) + " are one tensor"
         for names in owners.values()

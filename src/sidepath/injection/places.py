@@ -120,6 +120,22 @@ def _token_embeddings(model: nn.Module) -> list[str]:
     return [path for path in found if path.count(".") == depth]
 
 
+def token_tables(model: nn.Module) -> list[str]:
+    """The modules that hold the table token ids are looked up in, or that of the head; tied ones
+    are one table. Empty for a model that takes no tokens.
+    """
+    getter = getattr(model, "get_input_embeddings", None)
+    table = getattr(getter() if callable(getter) else None, "weight", None)
+    tables = [table, getattr(output_embedding(model), "weight", None)]
+    found = {
+        path: module
+        for path, module in modules_of(model)
+        if any(own is not None and module._parameters.get("weight") is own for own in tables)
+    }
+    kinds = {view.kind for module in found.values() if (view := view_of(module))}
+    return list(found) if "embedding" in kinds else []
+
+
 _PLACES: Mapping[str, Callable[[nn.Module], list[str]]] = {
     "attention-output": _attention_outputs,
     "mlp-output": _mlp_outputs,

@@ -31,6 +31,8 @@ class Installed:
     config: Method
     sites: dict[str, Site]
     deltas: dict[str, Delta]
+    tokens: dict[str, int] = field(default_factory=dict)
+    """Ids of the tokens that it brings, by their texts: entries of the tokenizer."""
     record: dict[str, Any] = field(default_factory=dict)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -51,6 +53,10 @@ class Registry:
     """While merged: the base's own tensors, by full name, that the merge took out."""
     spare: dict[str, Tensor] = field(default_factory=dict)
     """Memory of matrices merged before, by module path, for the next merge to write into."""
+    vocabulary: dict[int, int] = field(default_factory=dict)
+    """The base's own number of tokens, in each of its configs, once an adapter knew more."""
+    reaches: dict[str, int] = field(default_factory=dict)
+    """Of adapters that know more tokens than the base: where the ids end that they know."""
     sampled: Mapping[str, Any] | None = None
     """The base's fingerprint, kept where its weights are no longer whole (sharded), or where they
     are windows onto a file that are not to be looked through twice."""

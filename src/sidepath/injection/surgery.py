@@ -25,6 +25,7 @@ from sidepath.injection.registry import (
     registry_of,
     require_registry,
 )
+from sidepath.injection.vocabulary import forget_tokens, learn_tokens
 from sidepath.methods.base import Method, Site
 
 
@@ -69,6 +70,7 @@ def put_in(
         registry.sides[path].add(name, delta)
     installed = Installed(name, config, places, deltas)
     registry.adapters[name] = installed
+    learn_tokens(model, registry, installed)
     return installed
 
 
@@ -114,6 +116,7 @@ def remove(model: nn.Module, name: str) -> None:
             restore(side)
             del registry.sides[path]
     del registry.adapters[name]
+    forget_tokens(model, registry, name)
     if registry.routing.active == name:
         registry.routing.active = None
     if not registry.adapters:

@@ -12,7 +12,7 @@ from sidepath.core.views import DenseView, view_of
 from sidepath.errors import TargetNotFound, UnsupportedModule, closest
 from sidepath.injection.architecture import block_index, dense_views, fused_parts, modules_of
 from sidepath.injection.body import body_path, heads_of
-from sidepath.injection.places import PRESETS, preset_paths
+from sidepath.injection.places import PRESETS, preset_paths, token_tables
 from sidepath.kernels.lowrank import Part
 from sidepath.methods.base import HEAD, Method, Selection, Site
 from sidepath.methods.lora import name_matches
@@ -41,6 +41,8 @@ def resolve(model: nn.Module, config: Method) -> list[Site]:
     sites |= {path: Site(path, "whole", pattern=pattern) for path, pattern in whole.items()}
     if selection.bias != "none":
         sites |= _bias_sites(modules, selection, sites)
+    if selection.tokens:
+        sites |= _token_sites(model, modules, sites)
     return [sites[path] for path in modules if path in sites]
 
 
@@ -190,6 +192,28 @@ def _bias_sites(
         return {}
     others = [path for path in holders if path not in sites and not f"{path}.".startswith(roots)]
     return {path: Site(path, "bias", pattern="bias") for path in others}
+
+
+def _token_sites(
+    model: nn.Module, modules: Mapping[str, nn.Module], sites: Mapping[str, Site]
+) -> dict[str, Site]:
+    """Sites at the token embedding and the head, and at whatever else holds one of their tables."""
+    places = token_tables(model)
+    if not places:
+        raise TargetNotFound("the model has no embedding of tokens whose rows could be trained")
+    roots = tuple(f"{path}." for path, site in sites.items() if site.kind == "whole")
+    twice = [
+        f"{path}: {sites[path].kind if path in sites else 'whole'}"
+        for path in places
+        if path in sites or f"{path}.".startswith(roots)
+    ]
+    if twice:
+        raise UnsupportedModule(
+            "rows of tokens cannot be trained beside another update of the same table",
+            faults=twice,
+            hint="leave these modules out of the targets, or leave the rows out",
+        )
+    return {path: Site(path, "tokens", pattern="tokens") for path in places}
 
 
 def _bias(module: nn.Module) -> object:

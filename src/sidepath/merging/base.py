@@ -38,6 +38,8 @@ class Opened(NamedTuple):
     """What transformers was asked for."""
     fresh: Sequence[str]
     """Parameters that the folder does not hold: their values are random."""
+    unread: Sequence[str]
+    """Tensors of the folder that transformers had no use for, but for those it never tells of."""
 
 
 def load_base(base: Path, folders: Sequence[Path]) -> Opened:
@@ -66,8 +68,8 @@ def load_base(base: Path, folders: Sequence[Path]) -> Opened:
             "label2id": {label: number for number, label in labels.items()},
         }
     packed = _packed_options(cls, base, options) if _is_packed(settings) else options
-    model, fresh = read_model(cls, base, packed)
-    return Opened(settle(model), cls, options, fresh)
+    model, fresh, unread = read_model(cls, base, packed)
+    return Opened(settle(model), cls, options, fresh, unread)
 
 
 def refuse_fresh(opened: Opened, base: Path) -> None:
@@ -110,15 +112,18 @@ def _manifest_of(folder: Path) -> Manifest | None:
     return read_manifest(folder)[0] if (folder / manifests.NAME).is_file() else None
 
 
-def read_model(cls: Any, folder: Path, options: Mapping[str, Any]) -> tuple[nn.Module, list[str]]:
-    """A folder's model, in eval mode, and the parameters that the folder does not hold.
+def read_model(
+    cls: Any, folder: Path, options: Mapping[str, Any]
+) -> tuple[nn.Module, list[str], list[str]]:
+    """A folder's model, in eval mode; the parameters that the folder does not hold, and the tensors
+    of it that the model has no use for.
 
     Errors: `StoreError` with what transformers says.
     """
     with understood(folder, UNLOADABLE):
         model, notes = cls.from_pretrained(folder, output_loading_info=True, **options)
     assert isinstance(model, nn.Module)
-    return model.eval(), sorted(notes["missing_keys"])
+    return model.eval(), sorted(notes["missing_keys"]), sorted(notes["unexpected_keys"])
 
 
 @dataclass(frozen=True)

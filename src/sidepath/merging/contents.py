@@ -35,6 +35,7 @@ def write_tensors(
     stored: Mapping[str, torch.dtype],
     base: Path,
     folder: Path,
+    carried: Sequence[Entry],
     written: Callable[[Path], object],
 ) -> None:
     """Write the model with its adapter `name` folded in as safetensors: files as those of `base`.
@@ -42,7 +43,8 @@ def write_tensors(
     `cls` is the model's class; `stored` gives the dtype of each tensor by name. Tied tensors that
     the adapter parts are parted in the model too. What the adapter leaves as it is and no other
     dtype is wanted for is copied from the base's files; the rest is made one module at a time.
-    `written` is called with each file that is whole.
+    `carried` are tensors of the base's that no model has. `written` is called with each file that
+    is whole.
 
     Errors: `OSError`; `TiedWeights`, `MergeError`.
     """
@@ -59,7 +61,7 @@ def write_tensors(
         entries = [_whole_entry(full, tensor) for full, tensor in whole.items()]
     else:
         entries = _entries(loaded, folded, on_disk, stored)
-    files = _in_files(entries, checkpoint_files(base))
+    files = _in_files([*entries, *carried], checkpoint_files(base))
     for file, own in files.items():
         write_file(folder / file, own)
         written(folder / file)
@@ -83,7 +85,8 @@ def _entries(
         as_it_is = own not in folded.touched and tensor.dtype == stored[full]
         place = mapped.place(tensor) if as_it_is else None
         make = partial(_made, folded, own, mapped, tensor)
-        entries.append(Entry(written, stored[full], tuple(tensor.shape), make, place))
+        shape = folded.longer.get(own, tuple(tensor.shape))
+        entries.append(Entry(written, stored[full], shape, make, place))
     return entries
 
 

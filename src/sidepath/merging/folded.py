@@ -41,6 +41,12 @@ class Folded:
             for local in sorted(delta.touches(self._views[path]))
         }
         """The tensors that merging changes, and the module whose delta does, by name."""
+        self.longer: dict[str, tuple[int, ...]] = {
+            f"{path}.{local}": shape
+            for path, delta in self._deltas.items()
+            for local, shape in delta.longer(self._views[path]).items()
+        }
+        """The shapes of those that get another one, by name."""
         self._held: tuple[str, dict[str, Tensor]] = ("", {})
 
     def tensor(self, full: str) -> Tensor:

@@ -9,7 +9,6 @@ un-merged adapters, both in float32 (floor 5).
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,20 +21,22 @@ from torch import nn
 from sidepath.errors import ConfigError, ParityError, SidepathNotice, StoreError
 from sidepath.injection.registry import open_registry, require_registry
 from sidepath.injection.surgery import activate
-from sidepath.merging.base import UNLOADABLE, Base, load_base, make_float, read_model, refuse_fresh
+from sidepath.merging.base import Base, load_base, make_float, read_model, refuse_fresh
 from sidepath.merging.contents import write_tensors
 from sidepath.merging.digests import Digests
 from sidepath.merging.folded import to_float32
+from sidepath.merging.leftovers import leftovers, told
 from sidepath.merging.mapped import Mapped
 from sidepath.merging.peak import peak_bytes, reset_peak
 from sidepath.merging.proof import Loaded, Rounding, parity
-from sidepath.store import manifest as manifests
+from sidepath.merging.settings import write_settings, write_tokens
+from sidepath.merging.writing import Entry
+from sidepath.methods.lora import LoRA
 from sidepath.store.adapter import PARITY, load
-from sidepath.store.configs import understood
 from sidepath.store.fingerprint import Fingerprint, checkpoint_files, fingerprint
 from sidepath.store.folder import publish, sha256_file
 from sidepath.store.hub import ADAPTER, BASE, local, origin_of
-from sidepath.store.parity import Parity, calibration_rows
+from sidepath.store.parity import Parity, calibration_rows, rows_with
 from sidepath.store.peft_format import WEIGHTS
 from sidepath.store.precision import survivals, together
 from sidepath.store.sums import add_up
@@ -44,8 +45,6 @@ from sidepath.store.tensors import FLOATING, read_header
 _UNCHECKED = (
     "{}: PARITY NOT MEASURED: nothing shows that this merged model gives the adapter's outputs"
 )
-_COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-_NOT_COPIED = (PARITY, manifests.NAME, "config.json", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,8 @@ class Merged:
     """Weights that are dequantised ones, since the adapter was trained over a 4-bit base."""
     requantised: dict[str, Any] | None = None
     """What would survive quantising the merged weights again (see `precision.Survival`)."""
+    carried: Mapping[str, Any] | None = None
+    """Tensors of the base that its model has no place for: how many, their bytes and names."""
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON document of `sidepath merge`."""
@@ -70,6 +71,7 @@ class Merged:
             "parity": None if self.parity is None else self.parity.as_dict(),
             "peak_memory_bytes": dict(self.peaks),
             "dequantised": self.dequantised,
+            "carried": self.carried,
         }
         if self.requantised is not None:
             document["requantised"] = self.requantised
@@ -95,6 +97,7 @@ def merge_folder(
     tokenizer, and `parity.json` with the measured difference on `calibration` texts (a built-in few
     when not given) and the adapters' digests. Neither the base's folder nor the adapters' change.
 
+    Tensors of the base that its model has no place for are carried over as they are, and counted.
     Tied embeddings of which the adapters change one side alone are written apart, and the config
     says so.
 
@@ -123,8 +126,19 @@ def merge_folder(
     measured = None
     with publish(output, manifests=(PARITY,)) as temporary, Digests() as digests:
         stored = ready.rounding.stored
-        write_tensors(ready.loaded, ready.cls, ready.name, stored, base, temporary, digests.take)
-        _write_settings(ready.loaded.model, ready.cls, stored, base, temporary)
+        write_tensors(
+            ready.loaded,
+            ready.cls,
+            ready.name,
+            stored,
+            base,
+            temporary,
+            ready.carried,
+            digests.take,
+        )
+        write_settings(ready.loaded.model, ready.cls, stored, base, temporary)
+        adapter = require_registry(ready.loaded.model).adapter(ready.name)
+        write_tokens(adapter, base, temporary)
         peaks: dict[str, int | None] = {"merge": peak_bytes(), "parity": None}
         if skip_parity:
             warnings.warn(_UNCHECKED.format(output), SidepathNotice, stacklevel=2)
@@ -133,9 +147,10 @@ def merge_folder(
             measured = _proved(_measured(ready, temporary), output)
             peaks["parity"] = peak_bytes()
         known = {**origin_of(base), "fingerprint": ready.identity.id}
-        record = {"base": known, "peak_memory_bytes": peaks}
+        carried = told(ready.carried)
+        record = {"base": known, "peak_memory_bytes": peaks, "carried": carried}
         _write_record(temporary, measured, folders, digests, record)
-    return Merged(output, measured, peaks, ready.dequantised, left)
+    return Merged(output, measured, peaks, ready.dequantised, left, carried)
 
 
 class _Ready(NamedTuple):
@@ -153,6 +168,8 @@ class _Ready(NamedTuple):
     rows: list[list[int]]
     """Token ids that parity is measured on."""
     dequantised: int
+    carried: list[Entry]
+    """Tensors of the base that its model has no place for."""
 
 
 def _prepare(
@@ -164,7 +181,8 @@ def _prepare(
 ) -> _Ready:
     """Load the base and the adapters; everything that the user can be wrong about is found here."""
     opened = load_base(base, folders)
-    model, cls, options, _ = opened
+    model, cls, options, _, unread = opened
+    carried = leftovers(model, unread, base)
     vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
     rows = calibration_rows(base, vocabulary, calibration)
     mapped = Mapped(checkpoint_files(base))
@@ -172,14 +190,16 @@ def _prepare(
     held = make_float(model, folders, allow_other_base)
     name = _load_adapters(model, folders, identity, allow_other_base or bool(held.quantised))
     refuse_fresh(opened, base)
+    rows += rows_with(rows[0], _trained_tokens(model))
     rounding, count = _rounding(held, target), len(held.quantised)
-    return _Ready(Loaded(model, mapped), cls, options, name, identity, rounding, rows, count)
+    loaded = Loaded(model, mapped)
+    return _Ready(loaded, cls, options, name, identity, rounding, rows, count, carried)
 
 
 def _measured(ready: _Ready, folder: Path) -> Parity:
     """Read what was written as plain transformers does, and compare it with the un-merged model."""
     options = {**ready.options, "dtype": _reading_dtype(folder)}
-    merged, _ = read_model(ready.cls, folder, options)
+    merged, _, _ = read_model(ready.cls, folder, options)
     written = Loaded(merged, Mapped(checkpoint_files(folder)))
     return parity(ready.loaded, ready.name, ready.rows, ready.rounding, written)
 
@@ -198,6 +218,12 @@ def _refuse_places(base: Path, folders: Sequence[Path], output: Path) -> None:
         raise StoreError(
             "the output is one of the folders that are read", where=output, hint="choose another"
         )
+
+
+def _trained_tokens(model: nn.Module) -> list[int]:
+    """The ids whose rows an adapter on the model has, which no calibration text need hold."""
+    configs = (one.config for one in require_registry(model).adapters.values())
+    return sorted({i for one in configs if isinstance(one, LoRA) for i in one.token_rows})
 
 
 def _rounding(held: Base, target: torch.dtype | None) -> Rounding:
@@ -234,24 +260,6 @@ def _load_adapters(
         return add_up(model, names)
     activate(model, names[0])
     return names[0]
-
-
-def _write_settings(
-    model: Any, cls: Any, stored: Mapping[str, torch.dtype], base: Path, folder: Path
-) -> None:
-    """The merged model's config, and the base's tokenizer and whatever else its folder tells."""
-    dtypes = (stored[name] for name, _ in model.named_parameters() if name in stored)
-    first = next(dtype for dtype in dtypes if dtype.is_floating_point)
-    model.config.dtype = str(first).removeprefix("torch.")
-    model.config.architectures = [cls.__name__]
-    with understood(base, UNLOADABLE):
-        model.config.save_pretrained(folder)
-        if model.can_generate():
-            model.generation_config.save_pretrained(folder)
-    for path in sorted(base.iterdir()):
-        left_out = path.name in _NOT_COPIED or path.name.startswith("adapter_")
-        if path.is_file() and path.suffix in _COPIED and not left_out:
-            shutil.copyfile(path, folder / path.name)
 
 
 def _proved(parity: Parity, output: Path) -> Parity:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from sidepath.errors import TiedWeights
 from sidepath.injection.architecture import modules_of
 from sidepath.injection.registry import Installed
-from sidepath.methods.own import InPlaceOf
 
 
 def stored_once(model: Any, state: Mapping[str, Tensor]) -> list[str]:
@@ -84,9 +83,8 @@ def _tied(model: nn.Module) -> list[list[str]]:
 def _differ(names: Sequence[str], installed: Installed, touched: set[str]) -> bool:
     """Whether merging gives the holders of one parameter different numbers."""
     changed = [name for name in names if name in touched]
-    alike = (
-        isinstance(installed.deltas.get(name.rpartition(".")[0]), InPlaceOf) for name in changed
-    )
+    deltas = (installed.deltas.get(name.rpartition(".")[0]) for name in changed)
+    alike = (delta is not None and delta.shares for delta in deltas)
     return bool(changed) and not (len(changed) == len(names) and all(alike))
 
 

@@ -41,11 +41,15 @@ class Loaded(NamedTuple):
 
 
 def unmerged_outputs(base: Loaded, name: str, rows: Rows) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs in float32 with the adapter `name` beside the base, and of the base alone."""
+    """Outputs in float32 with the adapter `name` beside the base, and of the base alone for the
+    rows it knows, which come first.
+    """
+    reach = require_registry(base.model).vocabulary.get(0)
+    known = [row for row in rows if reach is None or max(row) < reach]
     with in_float32(*base):
         unmerged = outputs_of(base.model, rows)
         activate(base.model, None)
-        alone = outputs_of(base.model, rows)
+        alone = outputs_of(base.model, known)
         activate(base.model, name)
     return unmerged, alone
 

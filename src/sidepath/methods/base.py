@@ -17,6 +17,7 @@ from sidepath.errors import ConfigError, UnsupportedModule
 from sidepath.kernels.lowrank import Part
 from sidepath.methods.bias import BiasOnly
 from sidepath.methods.own import Own, tie
+from sidepath.methods.tokens import share
 from sidepath.methods.whole import Whole
 
 HEAD = "head"
@@ -28,7 +29,7 @@ Saved = Mapping[str, Tensor] | None
 """What a loaded delta is made of, by the names of `Delta.tensors`; None: a fresh one is made."""
 AllSaved = Mapping[str, Mapping[str, Tensor]] | None
 """The same for all deltas of an adapter, by the paths they stand at."""
-SiteKind = Literal["dense", "module", "bias", "whole", "own", "body"]
+SiteKind = Literal["dense", "module", "bias", "whole", "own", "body", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Site:
     """Dotted name of the module."""
     kind: SiteKind
     """A matrix is adapted, or a whole module's output; the bias alone is trained, the module is
-    trained whole, or what it holds itself, without its children; or the whole call of the model's
-    body is changed."""
+    trained whole, or what it holds itself, without its children; the whole call of the model's body
+    is changed; or rows for some tokens stand in an embedding or a head."""
     parts: tuple[Part, ...] = ()
     """Rows of a fused projection that are adapted; empty means the whole matrix."""
     pattern: str = ""
@@ -64,6 +65,8 @@ class Selection:
     """Only the blocks of this slice, as Python counts: (-2, None) are the last two."""
     body: bool = False
     """Stand around the call of the model's body."""
+    tokens: bool = False
+    """Train rows of the token embedding, and of the head."""
 
 
 class Method(ABC):
@@ -107,6 +110,10 @@ class Method(ABC):
         """The delta around the call of the model's body, as `dense_delta` makes one."""
         raise ConfigError(f'"{self.method}" changes no call of a model\'s body')
 
+    def tokens_delta(self, site: Site, view: View, tensors: Saved = None) -> Delta:
+        """The delta with rows for some tokens, beside an embedding or a head."""
+        raise ConfigError(f'"{self.method}" trains no rows of tokens')
+
     @property
     def positions(self) -> int:
         """How many positions of the model's context the adapter takes for itself."""
@@ -133,6 +140,8 @@ class Method(ABC):
             return self.dense_delta(site, view, tensors)
         if site.kind == "body":
             return self.body_delta(view, tensors)
+        if site.kind == "tokens":
+            return self.tokens_delta(site, view, tensors)
         if site.kind == "module":
             return self.module_delta(site, view, tensors)
         return filled(lambda: _BESIDE[site.kind](view), tensors)
@@ -149,6 +158,7 @@ class Method(ABC):
             own = None if tensors is None else tensors.get(site.path, {})
             found[site.path] = self.delta(site, views[site.path], own)
         tie(found, views)
+        share(found, views)
         return found
 
 

@@ -16,11 +16,12 @@ from typing import Literal, TypeVar
 
 from sidepath.config import check, require
 from sidepath.core.delta import Delta
-from sidepath.core.views import DenseView
+from sidepath.core.views import DenseView, View
 from sidepath.methods.base import AllSaved, Dtype, Method, Saved, Selection, Site, Views, dtype_of
 from sidepath.methods.dora import Dora, refuse
 from sidepath.methods.lowrank import AtPlace, LowRank
 from sidepath.methods.rebased import Rebased
+from sidepath.methods.tokens import LARGEST_ID, MOST_TOKENS, TokenRows
 
 T = TypeVar("T")
 MAX_RANK = 65_536
@@ -56,6 +57,9 @@ class LoRA(Method):
     """Train no bias, every bias of the base, or those of the adapted layers."""
     train_whole: tuple[str, ...] = ()
     """Modules trained whole in a copy of the adapter's own, such as a classification head."""
+    token_rows: tuple[int, ...] = ()
+    """Ids of tokens whose rows of the embedding and of the head are trained, in the place of the
+    base's. The base may lack rows for the last of them; `--new-tokens` finds ids by itself."""
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
     """The update's factor: the paper's, or the rank-stabilised one (Kalajdzievski, 2023)."""
     start: Literal["kaiming", "gaussian", "loftq", "pissa", "olora"] = "kaiming"
@@ -90,13 +94,20 @@ class LoRA(Method):
             "layers": self.layers is None or (bool(self.layers) and min(self.layers) >= 0),
             "dora": not self.dora or self.start in ("kaiming", "gaussian"),
             "b_rate": 0 < self.b_rate <= 1e6,
+            "token_rows": _are_ids(self.token_rows),
         }
         require(self, rules)
 
     def selection(self) -> Selection:
         patterns = (*self.rank_pattern, *self.alpha_pattern)
         return Selection(
-            self.targets, self.exclude, self.layers, self.bias, self.train_whole, patterns
+            self.targets,
+            self.exclude,
+            self.layers,
+            self.bias,
+            self.train_whole,
+            patterns,
+            tokens=bool(self.token_rows),
         )
 
     def rank_of(self, path: str) -> int:
@@ -142,6 +153,11 @@ class LoRA(Method):
             delta.start_("gaussian" if self.start == "gaussian" else "kaiming")
         return delta
 
+    def tokens_delta(self, site: Site, view: View, tensors: Saved = None) -> Delta:
+        rows = None if tensors is None else tensors.get("rows")
+        dtype = dtype_of(self.dtype, view)
+        return TokenRows(view, self.token_rows, dtype, rows, fresh=tensors is None)
+
     def deltas(
         self, sites: Iterable[Site], views: Views, tensors: AllSaved = None
     ) -> dict[str, Delta]:
@@ -172,6 +188,11 @@ class LoRA(Method):
             isinstance(delta, LowRank) and delta.kind != "embedding"
         )
         return self.b_rate if low_rank and local == "B" else 1.0
+
+
+def _are_ids(rows: tuple[int, ...]) -> bool:
+    within = all(0 <= one <= LARGEST_ID for one in rows)
+    return within and len({*rows}) == len(rows) <= MOST_TOKENS
 
 
 def name_matches(pattern: str, path: str) -> bool:

@@ -57,6 +57,7 @@ class InPlaceOf(Delta):
     saved once, there.
     """
 
+    shares = True
     lent: dict[str, nn.Parameter]
     """Parameters that another delta of the adapter owns, by their name here."""
 

@@ -42,7 +42,7 @@ class Adapters:
         started with.
 
         Errors: those of `sidepath.load`, and `RequestRefused` for methods that put positions
-        before each row. Nothing has changed then.
+        before each row, and for adapters that bring tokens. Nothing has changed then.
         """
         check_name(None, name)
         version = self._versions.new(name, str(folder))
@@ -52,6 +52,7 @@ class Adapters:
                 opened(self._model, Path(folder), allow_other_base=allow_other_base) as ready,
             ):
                 _refuse_positions(ready, name)
+                _refuse_tokens(ready, name)
                 ready.loaded.settle()
                 self._errands.ask(lambda: self._publish(ready, version))
         finally:
@@ -102,4 +103,15 @@ def _refuse_positions(ready: Opened, name: str) -> None:
             f'"{name}" cannot be served',
             found=f"{type(config).__name__}: it puts {config.positions} positions before each row",
             expected="a method that works beside the layers",
+        )
+
+
+def _refuse_tokens(ready: Opened, name: str) -> None:
+    tokens = list(ready.contents.tokens)
+    if tokens:
+        raise RequestRefused(
+            f'"{name}" cannot be served beside its base: it brings tokens, and all adapters share '
+            "one tokenizer",
+            found=", ".join(tokens[:5]),
+            hint="merge it, and serve the merged model: sidepath merge BASE ADAPTER OUT",
         )

@@ -24,6 +24,7 @@ from sidepath.store.fingerprint import fingerprint, same_base
 from sidepath.store.folder import publish, sha256_file
 from sidepath.store.hub import ADAPTER, local, name_of
 from sidepath.store.loading import Loaded
+from sidepath.store.new_tokens import extend, with_rows
 from sidepath.store.originals import Originals, residual_source, start_at_residuals
 from sidepath.store.parity import read_parity
 from sidepath.store.peft_format import WEIGHTS
@@ -65,6 +66,19 @@ class Adapter:
         """How the adapter came to be, as saved with it."""
         return self.installed.record
 
+    @property
+    def tokens(self) -> Mapping[str, int]:
+        """Ids of the tokens that the adapter brings, by their texts."""
+        return self.installed.tokens
+
+    def extend(self, tokenizer: Any) -> Any:
+        """Add the tokens that the adapter brings to its base's tokenizer, in place; returns that.
+
+        Errors: `StoreError` where the tokenizer would give them other ids.
+        """
+        extend(tokenizer, self.tokens)
+        return tokenizer
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every trained parameter of the adapter."""
         return self.installed.parameters()
@@ -80,10 +94,10 @@ class Adapter:
         """Write the adapter's folder, all or nothing; an earlier save there is replaced.
 
         Written: the deltas (`adapter_model.safetensors`, PEFT's names), `adapter_config.json`,
-        `README.md`, `files` (more text files by name, such as the settings of the run), and last
-        `sidepath.json` with the base's fingerprint, `metrics` and `record` (data digest, seed,
-        command, ...; kept with what an earlier save recorded). The model is not changed, and
-        nothing is merged. Returns the folder.
+        `added_tokens.json` where it brings tokens, `README.md`, `files` (more text files by name,
+        such as the settings of the run), and last `sidepath.json` with the base's fingerprint,
+        `metrics` and `record` (data digest, seed, command, ...; kept with what an earlier save
+        recorded). The model is not changed, and nothing is merged. Returns the folder.
 
         Errors: `WriteFailed` (disk full, no permission, ...), `StoreError` for a folder that
         holds other files.
@@ -96,7 +110,12 @@ class Adapter:
 
 
 def inject(
-    model: nn.Module, config: Method, name: str = "default", *, originals: Originals = None
+    model: nn.Module,
+    config: Method,
+    name: str = "default",
+    *,
+    originals: Originals = None,
+    new_tokens: Mapping[str, int] | None = None,
 ) -> Adapter:
     """Stand a fresh adapter beside the modules `config` names. Changes `model` in place.
 
@@ -108,11 +127,16 @@ def inject(
     `originals`: a transformers folder (the one the model was loaded from when not given) or the
     tensors by parameter name.
 
+    `new_tokens` are tokens that the base does not know, by their texts and ids (`add_tokens` gives
+    a tokenizer's): their rows of the embedding and the head are trained with a LoRA, and saved with
+    it. The base's own table stays as it is and as long as it is.
+
     Errors: `TargetNotFound`, `UnsupportedModule`, `NameTaken`, `BadName`; `MergeError` while an
     adapter is merged in; `ConfigError` and `StoreError` for a start from originals without any.
     """
     check_name(registry_of(model), name)
     refuse_merged(registry_of(model), f'"{name}" cannot be injected')
+    config = with_rows(config, new_tokens or {})
     sites = resolve(model, config)
     residuals = residual_source(model, config, sites, originals)
     installed = put_in(model, config, name, sites)
@@ -121,6 +145,7 @@ def inject(
     except BaseException:
         remove(model, name)
         raise
+    installed.tokens = dict(new_tokens or {})
     activate(model, name)
     return Adapter(name, model)
 
@@ -186,6 +211,7 @@ class Opened:
         )
         if contents.manifest is not None:
             adapter.installed.record = dict(contents.manifest.record)
+        adapter.installed.tokens = contents.tokens
         return adapter
 
 

@@ -115,13 +115,18 @@ def quiet() -> None:
 
 
 @contextmanager
-def understood(folder: Path, what: str) -> Iterator[None]:
-    """Turn whatever another library raises over a user's folder into one message of ours."""
+def understood(
+    folder: Path, what: str, *, not_of_it: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """Turn whatever another library raises over a user's folder into one message of ours.
+
+    Our own errors come through, and those that are `not_of_it`: have another cause than the folder.
+    """
     try:
         with redirect_stderr(io.StringIO()):
             yield
-    except SidepathError:
-        raise
     except Exception as error:
+        if isinstance(error, (SidepathError, *not_of_it)):
+            raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
         raise StoreError(what, where=folder, found=text[:300]) from error

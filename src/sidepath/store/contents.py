@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sidepath.errors import ConfigError, DamagedAdapter, StoreError
 from sidepath.injection.architecture import modules_of
+from sidepath.injection.places import token_tables
 from sidepath.injection.registry import base_parameters
 from sidepath.methods.base import Method, Site
 from sidepath.methods.lora import LoRA
@@ -23,9 +24,12 @@ from sidepath.store import manifest as manifests
 from sidepath.store.folder import names_in
 from sidepath.store.loading import Loaded, loading
 from sidepath.store.manifest import Manifest, all_but, check_file, check_tensors, read_manifest
+from sidepath.store.new_tokens import NAME as TOKENS_FILE
+from sidepath.store.new_tokens import read_tokens
 from sidepath.store.peft_config import read_settings
 from sidepath.store.peft_format import CONFIG, WEIGHTS, Slot, check_keys, slots_of, unpack
 from sidepath.store.peft_reading import lora_of, sites_of
+from sidepath.store.peft_tokens import misfits
 from sidepath.store.plain_format import by_place, expected_slots
 from sidepath.store.tensors import (
     PICKLES,
@@ -51,6 +55,8 @@ class Contents:
     manifest: Manifest | None
     copies: dict[str, str]
     """Keys that repeat a parameter of the base (PEFT saves adapted embeddings so): its name."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """The tokens that it brings, by their texts."""
     head: bytes = b""
     """The bytes of the file that `header` was read from."""
 
@@ -110,7 +116,7 @@ def read_folder(model: nn.Module, folder: Path) -> Contents:
     if (folder / manifests.NAME).exists() or (folder / manifests.NAME).is_symlink():
         contents, found = _ours(model, modules, folder, path, header)
     else:
-        contents, found = _peft(modules, folder, path, header)
+        contents, found = _peft(model, modules, folder, path, header)
     faults += found
     if contents is not None:
         contents.head = head
@@ -127,7 +133,7 @@ def contents_of(
 
     Errors: one `DamagedAdapter` with all faults.
     """
-    contents, faults = _of_peft(dict(modules_of(model)), values, Path(), header)
+    contents, faults = _of_peft(model, dict(modules_of(model)), values, Path(), header)
     return _without(faults, contents, where)
 
 
@@ -181,11 +187,20 @@ def _ours(
     if header:
         faults += check_tensors(manifest, header) or check_keys(slots, header)
     sites = list(manifest.sites)
-    return Contents(config, sites, modules, slots, path, header, manifest, {}), faults
+    rows = config.token_rows if isinstance(config, LoRA) else ()
+    tokens, more = read_tokens(folder, rows, ours=True)
+    if tokens and TOKENS_FILE not in manifest.files:
+        more.append(f"{TOKENS_FILE}: not listed in {manifests.NAME}")
+    contents = Contents(config, sites, modules, slots, path, header, manifest, {}, tokens)
+    return contents, faults + more
 
 
 def _peft(
-    modules: Mapping[str, nn.Module], folder: Path, path: Path, header: Mapping[str, TensorInfo]
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    folder: Path,
+    path: Path,
+    header: Mapping[str, TensorInfo],
 ) -> Read:
     try:
         values: Any = read_json(file_inside(folder, CONFIG))
@@ -193,11 +208,19 @@ def _peft(
         return None, [f"{CONFIG}: not JSON: {error}"]
     except DamagedAdapter as error:
         return None, [f"{CONFIG}: {error.what}"]
-    return _of_peft(modules, values, path, header)
+    contents, faults = _of_peft(model, modules, values, path, header)
+    if contents is not None and isinstance(contents.config, LoRA):
+        contents.tokens, more = read_tokens(folder, contents.config.token_rows, ours=False)
+        faults = faults + more
+    return contents, faults
 
 
 def _of_peft(
-    modules: Mapping[str, nn.Module], values: Any, path: Path, header: Mapping[str, TensorInfo]
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    values: Any,
+    path: Path,
+    header: Mapping[str, TensorInfo],
 ) -> Read:
     settings, faults = read_settings(values)
     faults = [f"{CONFIG}: {fault}" for fault in faults]
@@ -213,4 +236,6 @@ def _of_peft(
     used = {key: info for key, info in header.items() if key not in {*copies, *ignored}}
     slots, more = slots_of(modules, config, sites)
     faults += more + check_keys(slots, used)
+    if config.token_rows:
+        faults += misfits(config.token_rows, sites, modules, token_tables(model))
     return Contents(config, sites, modules, slots, path, header, None, copies), faults

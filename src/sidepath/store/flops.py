@@ -159,5 +159,5 @@ def _beside(delta: Delta, site: Site, model: nn.Module) -> int:
     own = dict(delta.named_parameters())
     view = view_of(model.get_submodule(site.path)) if site.path else None
     if view is not None and view.kind == "embedding":
-        own.pop("A", None)  # looked up, as the embedding is
+        own = {name: one for name, one in own.items() if name not in ("A", "rows")}  # looked up
     return 2 * sum(tensor.numel() for tensor in own.values() if tensor.dim() == 2)

@@ -109,12 +109,12 @@ def compare(
 ) -> Parity:
     """Measure a merged model's outputs, row by row (T, V), against the un-merged model's.
 
-    `base` are the outputs without the adapter; `noise` is how far the outputs of one and the
-    same merged model move when its weights are disturbed as rounding would (`disturbed`). The
-    tolerances are four times that, since it is one draw of the noise, and `256 * 2^-23` of the
-    largest output, for float32 arithmetic in another order. So they follow the dtype, the depth
-    and the model's own sensitivity, and a wrong merge, which errs by as much as the adapter
-    does, stands out.
+    `base` are the outputs without the adapter, of the first rows and the tokens that it knows;
+    `noise` is how far the outputs of one and the same merged model move when its weights are
+    disturbed as rounding would (`disturbed`). The tolerances are four times that, since it is one
+    draw of the noise, and `256 * 2^-23` of the largest output, for float32 arithmetic in another
+    order. So they follow the dtype, the depth and the model's own sensitivity, and a wrong merge,
+    which errs by as much as the adapter does, stands out.
     """
     largest = torch.stack([want_TV.abs().max() for want_TV in unmerged]).max()
     arithmetic = 256 * 2.0**-23 * float(largest)
@@ -133,7 +133,9 @@ def compare(
         kl=max(0.0, divergence / positions),
         tolerance=4 * disturbance.largest + arithmetic,
         mean_tolerance=4 * disturbance.mean + arithmetic,
-        effect=_sizes(one - other for one, other in zip(unmerged, base, strict=True)).largest,
+        effect=_sizes(
+            one[:, : other.shape[1]] - other for one, other in zip(unmerged, base, strict=False)
+        ).largest,
         positions=positions,
     )
 
@@ -164,6 +166,15 @@ def disturbed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
     size = torch.finfo(dtype).eps / (2 * math.sqrt(3))
     return noise.mul_(size).add_(1).mul_(tensor)
+
+
+def rows_with(row: Sequence[int], ids: Sequence[int]) -> list[list[int]]:
+    """Rows in which each of some tokens stands behind the beginning of another row: 32 in one,
+    and of more than 256 tokens so many.
+    """
+    chosen = ids[:: max(1, -(-len(ids) // 256))]
+    starts = range(0, len(chosen), 32)
+    return [[*row[:8], *chosen[start : start + 32]] for start in starts]
 
 
 @torch.no_grad()

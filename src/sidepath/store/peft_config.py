@@ -20,6 +20,7 @@ from sidepath.injection.architecture import modules_of
 from sidepath.methods.base import Site
 from sidepath.methods.lora import MAX_RANK, LoRA
 from sidepath.store.peft_format import groups_of
+from sidepath.store.peft_tokens import INDICES, ids_of, indices_for
 
 T = TypeVar("T")
 MAX_ALPHA = 1e6
@@ -51,8 +52,7 @@ _ONLY_EMPTY = {
     "alora_invocation_tokens", "arrow_config", "corda_config", "enable_lora",
     "ensure_weight_tying", "eva_config", "kasa_config", "layer_replication", "loftq_config",
     "lora_bias", "lora_ga_config", "megatron_config", "merge_weights", "monteclora_config",
-    "runtime_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
-    "velora_config",
+    "runtime_config", "target_parameters", "use_bdlora", "use_qalora", "velora_config",
 }  # fmt: skip
 """Fields that change what the tensors mean: accepted while they are off."""
 
@@ -73,6 +73,8 @@ class PeftSettings:
     modules_to_save: tuple[str, ...] = ()
     ranks: dict[str, int] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
+    token_rows: tuple[int, ...] = ()
+    """Ids of the tokens whose rows are trained, in the file's order."""
 
     def rank_at(self, path: str) -> int:
         """PEFT's rank at a module: the first pattern that is the path, or its tail, wins."""
@@ -107,12 +109,12 @@ def read_settings(values: Any) -> tuple[PeftSettings, list[str]]:
         "r": _rank, "lora_alpha": _alpha, "lora_dropout": _dropout, "use_rslora": _flag,
         "use_dora": _flag,
         "bias": _bias_name, "modules_to_save": _names,
-        "rank_pattern": _ranks, "alpha_pattern": _alphas,
+        "rank_pattern": _ranks, "alpha_pattern": _alphas, INDICES: ids_of,
     }  # fmt: skip
     targets = {
         "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora",
         "use_dora": "dora",
-        "rank_pattern": "ranks", "alpha_pattern": "alphas",
+        "rank_pattern": "ranks", "alpha_pattern": "alphas", INDICES: "token_rows",
     }  # fmt: skip
     for name, reader in readers.items():
         if name in values:
@@ -249,6 +251,7 @@ def write_settings(
         "modules_to_save": whole or None,
         "rank_pattern": {anchored(path): n for path, n in ranks.items() if n != r},
         "alpha_pattern": {anchored(path): n for path, n in alphas.items() if n != alpha},
+        **indices_for(sites, modules, config.token_rows),
     }
 
 

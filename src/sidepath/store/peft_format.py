@@ -33,6 +33,7 @@ _FACTORS = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
 _EMBEDDING_FACTORS = {"A": ".lora_embedding_A", "B": ".lora_embedding_B"}
 BASE_BIAS = ".base_layer.bias"
 MAGNITUDE = ".lora_magnitude_vector"
+TOKENS = ".token_adapter.trainable_tokens_delta"
 FACTORS_A = (_FACTORS["A"], _EMBEDDING_FACTORS["A"])
 """Endings of the tensors whose first dimension is the rank."""
 ENDINGS = (*_FACTORS.values(), *_EMBEDDING_FACTORS.values(), BASE_BIAS, MAGNITUDE)
@@ -54,11 +55,16 @@ def slots_of(
     """The tensors that an adapter of these sites has in PEFT's form, and the sites' faults."""
     slots: list[Slot] = []
     faults: list[str] = []
+    tables: set[nn.Parameter] = set()
     for site in sites:
         module = modules.get(site.path)
         if module is None:
             faults.append(absent(site.path, modules))
             continue
+        if site.kind == "tokens" and (table := module._parameters.get("weight")) is not None:
+            if table in tables:  # its rows are in the file once
+                continue
+            tables.add(table)
         try:
             slots += _slots_at(module, config, site)
         except ValueError as error:
@@ -79,6 +85,8 @@ def _slots_at(module: nn.Module, config: LoRA, site: Site) -> Iterator[Slot]:
             yield Slot(f"{start}.{local}", site.path, local, tuple(tensor.shape))
     elif site.kind == "bias":
         yield Slot(f"{start}.bias", site.path, "bias", tuple(_bias(module).shape))
+    elif site.kind == "tokens":
+        yield Slot(start + TOKENS, site.path, "rows", (len(config.token_rows), _width(module)))
     else:
         view = view_of(module)
         if view is None:
@@ -107,6 +115,14 @@ def _bias(module: nn.Module) -> Tensor:
     if bias is None:
         raise ValueError("the module has no bias to train")
     return bias
+
+
+def _width(module: nn.Module) -> int:
+    """The features of each row of an embedding or a head."""
+    view = view_of(module)
+    if view is None or view.kind not in ("linear", "embedding"):
+        raise ValueError(f"{type(module).__name__} holds no rows of tokens")
+    return view.weight.shape[1]
 
 
 def _check_parts(parts: Sequence[tuple[int, int]], rows: int) -> None:
@@ -261,7 +277,8 @@ def unpack(
     faults = []
     for site in sites:
         try:
-            by_path[site.path] = from_disk(by_path[site.path], site, modules[site.path])
+            own = by_path.get(site.path, {})  # rows of a tied table are another place's
+            by_path[site.path] = from_disk(own, site, modules[site.path])
         except ValueError as error:
             faults.append(f"{site.path}: {error}")
     if faults:

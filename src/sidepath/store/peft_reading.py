@@ -12,7 +12,8 @@ from sidepath.core.views import view_of
 from sidepath.methods.base import Site
 from sidepath.methods.lora import LoRA, name_matches
 from sidepath.store.peft_config import PeftSettings, commonest
-from sidepath.store.peft_format import ENDINGS, PREFIX, WEIGHTS, groups_of
+from sidepath.store.peft_format import ENDINGS, PREFIX, TOKENS, WEIGHTS, groups_of
+from sidepath.store.peft_tokens import sites_at
 from sidepath.store.tensors import TensorInfo
 
 T = TypeVar("T", int, float)
@@ -49,6 +50,8 @@ def sites_of(
         elif ending is not None:
             path = name.removesuffix(ending)
             sites[path] = Site(path, "dense", pattern=path)
+        elif name.endswith(TOKENS):
+            sites |= sites_at(name.removesuffix(TOKENS), modules)
         elif settings.bias == "all" and name.endswith(".bias") and owner in modules:
             sites.setdefault(owner, Site(owner, "bias", pattern=owner))
         elif embedding is not None:
@@ -105,6 +108,7 @@ def lora_of(
         scaling="alpha/sqrt(r)" if settings.rslora else "alpha/r",
         dtype=dtype,  # type: ignore[arg-type]
         dora=settings.dora,
+        token_rows=settings.token_rows,
     )
 
 

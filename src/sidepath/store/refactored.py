@@ -22,7 +22,7 @@ from sidepath.store.loading import load_tensors
 from sidepath.store.manifest import Manifest, read_manifest
 from sidepath.store.peft_config import anchored, commonest
 from sidepath.store.peft_format import CONFIG, ENDINGS, PREFIX, WEIGHTS, spread_groups
-from sidepath.store.saving import OWN_NAMES, merged_record, publish_adapter
+from sidepath.store.saving import merged_record, publish_adapter, saved_beside
 from sidepath.store.tensors import file_inside, read_header, read_json
 
 Pair = tuple[Tensor, Tensor]
@@ -58,11 +58,7 @@ def write_refactored(
     old = load_tensors(path, read_header(path))
     new = _tensors(old, factors)
     manifest = _manifest(source, factors, record)
-    files = {
-        name: file_inside(source, name).read_bytes()
-        for name in (manifest.files if manifest else ())
-        if name not in OWN_NAMES
-    }
+    files = saved_beside(source, manifest)
     publish_adapter(target, new, _settings(source, factors, new), manifest, files)
     return target
 

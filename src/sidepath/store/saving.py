@@ -19,6 +19,7 @@ from sidepath.injection.architecture import modules_of
 from sidepath.injection.registry import Installed
 from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
+from sidepath.store import new_tokens
 from sidepath.store.card import CARD, model_card
 from sidepath.store.fingerprint import fingerprint
 from sidepath.store.folder import publish
@@ -27,9 +28,9 @@ from sidepath.store.manifest import Manifest, write_manifest
 from sidepath.store.peft_config import write_settings
 from sidepath.store.peft_format import CONFIG, WEIGHTS, pack
 from sidepath.store.plain_format import slots_of
-from sidepath.store.tensors import DTYPE_NAMES
+from sidepath.store.tensors import DTYPE_NAMES, file_inside
 
-OWN_NAMES = (WEIGHTS, CONFIG, CARD, manifests.NAME)
+OWN_NAMES = (WEIGHTS, CONFIG, CARD, new_tokens.NAME, manifests.NAME)
 
 
 def write_adapter(
@@ -47,6 +48,9 @@ def write_adapter(
         if Path(name).name != name or name in OWN_NAMES:
             raise StoreError("a file saved with an adapter cannot have this name", found=name)
         (folder / name).write_text(text, encoding="utf-8")
+    if installed.tokens:
+        text = new_tokens.as_text(installed.tokens)
+        (folder / new_tokens.NAME).write_text(text, encoding="utf-8")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     if isinstance(config, LoRA):  # the one method here that PEFT has a form for
         settings = write_settings(model, config, sites, base_name(model), base_revision(model))
@@ -153,7 +157,19 @@ def labels_of(model: nn.Module) -> list[str] | None:
     return [str(names[index]) for index in sorted(names)] if isinstance(names, dict) else None
 
 
+def saved_beside(folder: Path, manifest: Manifest | None) -> dict[str, bytes]:
+    """What lies in an adapter's folder beside its own files, and the document of its new tokens.
+
+    Errors: `DamagedAdapter` for a file that is missing or leads elsewhere.
+    """
+    own = {*OWN_NAMES} - {new_tokens.NAME}
+    names = [name for name in (manifest.files if manifest else ()) if name not in own]
+    if manifest is None and (folder / new_tokens.NAME).is_file():
+        names = [new_tokens.NAME]
+    return {name: file_inside(folder, name).read_bytes() for name in names}
+
+
 def plain_peft(folder: Path) -> bool:
     """Whether a folder holds what PEFT saves for an adapter, and nothing else."""
     names = {path.name for path in folder.iterdir()}
-    return {WEIGHTS, CONFIG} <= names <= {WEIGHTS, CONFIG, CARD}
+    return {WEIGHTS, CONFIG} <= names <= {WEIGHTS, CONFIG, CARD, new_tokens.NAME}

@@ -35,6 +35,28 @@ class Sum(Delta):
             return only
         return super().forward(x, base, *args, **kwargs)
 
+    @property
+    def shares(self) -> bool:  # type: ignore[override]
+        """Whether all of them do."""
+        return all(cast(Delta, delta).shares for delta in self.deltas)
+
+    @property
+    def reach(self) -> int:  # type: ignore[override]
+        """The furthest of theirs."""
+        return max(cast(Delta, delta).reach for delta in self.deltas)
+
+    def known(self, x: Tensor) -> Tensor:
+        for delta in self.deltas:
+            x = cast(Delta, delta).known(x)
+        return x
+
+    def longer(self, base: View) -> dict[str, tuple[int, ...]]:
+        return {
+            name: shape
+            for delta in self.deltas
+            for name, shape in cast(Delta, delta).longer(base).items()
+        }
+
     def onto(self, y: Tensor, x: Tensor, base: View) -> Tensor:
         for delta in self.deltas:
             assert isinstance(delta, Delta)
@@ -80,14 +102,16 @@ def add_up(model: nn.Module, names: Sequence[str]) -> str:
     twice = [path for path, deltas in parts.items() if len(deltas) > 1 and _replaces(deltas)]
     if twice:
         raise MergeError(
-            "several adapters train the same module whole: their sum means nothing", faults=twice
+            "several adapters train the same module whole, or rows for tokens there: their sum "
+            "means nothing",
+            faults=twice,
         )
     sums = {path: Sum(deltas) for path, deltas in parts.items()}
     for path, delta in sums.items():
         registry.sides[path].add(TOGETHER, delta)
-    registry.adapters[TOGETHER] = Installed(
-        TOGETHER, registry.adapters[names[0]].config, {}, dict(sums)
-    )
+    parts_of = [registry.adapters[name] for name in names]
+    tokens = {text: i for one in parts_of for text, i in one.tokens.items()}
+    registry.adapters[TOGETHER] = Installed(TOGETHER, parts_of[0].config, {}, dict(sums), tokens)
     activate(model, TOGETHER)
     return TOGETHER
 

@@ -15,6 +15,7 @@ from sidepath.config import TrainConfig
 from sidepath.data.dataset import Data
 from sidepath.errors import DataError, TrainError
 from sidepath.injection.registry import Installed, registry_of
+from sidepath.methods.tokens import TokenRows
 from sidepath.store.memory import switch_checkpointing
 
 
@@ -115,7 +116,8 @@ def _adapter_only(model: nn.Module, installed: Installed) -> Trained:
     groups: dict[str, list[nn.Parameter]] = {}
     rates: dict[str, float] = {}
     for path, delta in installed.deltas.items():
-        if own := list(delta.parameters()):  # all of a delta's may be lent by another
+        rows = isinstance(delta, TokenRows)  # the first batch need not hold its tokens
+        if not rows and (own := list(delta.parameters())):  # all may be lent by another
             groups[path] = own
         for name, parameter in delta.named_parameters():
             parameters[f"{path}.{name}"] = parameter

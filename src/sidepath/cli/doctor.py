@@ -230,7 +230,7 @@ def told(document: Mapping[str, Any]) -> list[str | Table]:
         [one["name"], one["wanted"], one["found"] or "missing"] for one in document["packages"]
     ]
     extra_rows = [
-        [one["name"], one["purpose"], ", ".join(one["missing"]) or "-", one["install"]]
+        [one["name"], one["purpose"], _shortly(one["missing"]), one["install"]]
         for one in document["extras"]
     ]
     usable = [[name, one["usable"], one["why"]] for name, one in document["usable"].items()]
@@ -247,6 +247,12 @@ def told(document: Mapping[str, Any]) -> list[str | Table]:
         "",
         *(document["faults"] or ["nothing that is needed is missing"]),
     ]
+
+
+def _shortly(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = [f"and {len(names) - 3} more"] if len(names) > 4 else []
+    return ", ".join([*(names[:3] if more else names), *more]) or "-"
 
 
 def _device_rows(document: Mapping[str, Any]) -> list[list[object]]:

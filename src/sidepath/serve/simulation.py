@@ -4,7 +4,8 @@ The very `Scheduler` that the engine runs decides; only the clock is made up. A 
 
     seconds = step + row x rows + token x tokens + adapter x adapters that take part
 
-whose four coefficients are measured on the machine in question.
+whose four coefficients are measured on the machine in question. Adapters are all on the model, or
+come and go (`residence.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sidepath.errors import Overloaded
-from sidepath.serve.scheduler import Batch, Limits, Scheduler
+from sidepath.serve.residence import Residence, Shelf
+from sidepath.serve.scheduler import Batch, Limits, Scheduler, always_here
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,10 @@ class Simulated:
     adapters: int
     """Adapters that took part, summed over the steps."""
     turned_away: int
+    loads: int = 0
+    """Adapters that came to the model."""
+    hits: int = 0
+    """Requests whose adapter was on the model when they came."""
 
     @property
     def requests_per_second(self) -> float:
@@ -73,13 +79,15 @@ class Simulated:
         return served / self.seconds if self.seconds else 0.0
 
 
-def simulate(limits: Limits, costs: Costs, arrivals: Iterable[Arrival]) -> Simulated:
-    """Serve `arrivals` in simulated time.
+def simulate(
+    limits: Limits, costs: Costs, arrivals: Iterable[Arrival], shelf: Shelf | None = None
+) -> Simulated:
+    """Serve `arrivals` in simulated time. Without `shelf` every adapter is always on the model.
 
     Errors: `RequestRefused` for one that never fits the limits.
     """
     coming = sorted(arrivals, key=lambda arrival: arrival.at)
-    run = _Run(Scheduler(limits), costs, coming)
+    run = _Run(limits, costs, coming, None if shelf is None else Residence(shelf))
     while run.step():
         pass
     start = coming[0].at if coming else 0.0
@@ -91,12 +99,22 @@ def simulate(limits: Limits, costs: Costs, arrivals: Iterable[Arrival]) -> Simul
         run.tokens,
         run.adapters,
         run.turned_away,
+        0 if run.residence is None else run.residence.loads,
+        0 if run.residence is None else run.residence.hits,
     )
 
 
 class _Run:
-    def __init__(self, scheduler: Scheduler, costs: Costs, coming: Sequence[Arrival]) -> None:
-        self.scheduler, self.costs, self.coming = scheduler, costs, coming
+    def __init__(
+        self,
+        limits: Limits,
+        costs: Costs,
+        coming: Sequence[Arrival],
+        residence: Residence | None,
+    ) -> None:
+        self.residence = residence
+        standing = always_here if residence is None else residence.standing
+        self.scheduler, self.costs, self.coming = Scheduler(limits, standing), costs, coming
         self.now, self.next = 0.0, 0
         self.first = [math.inf] * len(coming)
         self.last = [math.inf] * len(coming)
@@ -104,26 +122,54 @@ class _Run:
         self.steps = self.tokens = self.adapters = self.turned_away = 0
 
     def step(self) -> bool:
-        """One step, or the wait for the next arrival; False when all is over."""
+        """One step, or the wait for what comes next; False when all is over."""
         self._arrive()
-        batch = self.scheduler.next()
+        self._bring()
+        for request in self.scheduler.admit():
+            adapter = self.coming[request].adapter
+            if self.residence is not None and adapter is not None:
+                self.residence.begun(adapter)
+        batch = self.scheduler.batch()
         if batch is None:
-            if self.next == len(self.coming):
-                return False
-            self.now = self.coming[self.next].at
-            return True
+            return self._wait()
         self.now += self.costs.seconds(batch)
         self.steps += 1
         self.tokens += batch.tokens
         self.adapters += len({row.adapter for row in batch.rows} - {None})
-        self.scheduler.done(batch, self._sampled(batch))
+        ended = self._sampled(batch)
+        self.scheduler.done(batch, ended)
+        for request in ended:
+            adapter = self.coming[request].adapter
+            if self.residence is not None and adapter is not None:
+                self.residence.ended(adapter)
         return True
+
+    def _wait(self) -> bool:
+        """Let time go on to what comes next, a request or an adapter; False if nothing does."""
+        times = [] if self.next == len(self.coming) else [self.coming[self.next].at]
+        lands = None if self.residence is None else self.residence.next()
+        times += [] if lands is None else [lands]
+        if not times:
+            return False
+        self.now = max(self.now, min(times))
+        return True
+
+    def _bring(self) -> None:
+        """Let adapters come that are there by now, and begin to bring those that are asked for."""
+        if self.residence is None:
+            return
+        self.residence.come(self.now)
+        for adapter in self.scheduler.wanted():
+            if not self.residence.bring(adapter, self.now, self.scheduler.since):
+                return
 
     def _arrive(self) -> None:
         while self.next < len(self.coming) and self.coming[self.next].at <= self.now:
             arrival = self.coming[self.next]
             try:
                 self.scheduler.submit(self.next, arrival.adapter, arrival.prompt, arrival.answer)
+                if self.residence is not None and arrival.adapter is not None:
+                    self.residence.asked(arrival.adapter)
             except Overloaded:
                 self.turned_away += 1
             self.next += 1

@@ -17,6 +17,7 @@ from sidepath.store.adapter import opened, stand_up
 from sidepath.store.fingerprint import Fingerprint, same_base
 from sidepath.store.folder import sha256_file
 from sidepath.store.library import Entry, read_entry
+from sidepath.store.new_tokens import tokens_at
 from sidepath.store.peft_format import WEIGHTS
 
 
@@ -78,6 +79,7 @@ def described(folder: str | os.PathLike[str], base: Fingerprint | None) -> Entry
     entry = read_entry(Path(folder))
     if entry.config is not None:
         refuse_positions(entry.config, entry.name)
+    _refuse_tokens(list(tokens_at(Path(folder))), entry.name)
     faults = [] if base is None or entry.samples is None else same_base(entry.samples, base)
     if faults and base is not None:
         raise WrongBase(

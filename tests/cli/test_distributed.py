@@ -18,7 +18,7 @@ from sidepath.store.adapter import load
 
 from .conftest import Run, write_rows
 
-SECONDS = 120
+SECONDS = 300
 
 
 def launch(*flags: object, restarts: int = 0) -> subprocess.Popen[str]:
@@ -188,6 +188,7 @@ if dist.get_rank() == 0:
 """
 
 
+@pytest.mark.slow  # a run that is killed and started anew is above
 def test_processes_meet_again_after_every_restart(tmp_path: Path) -> None:
     """Torchrun keeps one store over its restarts; what the dead left there must not be read."""
     script = tmp_path / "restarted.py"

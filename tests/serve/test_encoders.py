@@ -171,6 +171,22 @@ def test_one_bad_text_does_not_hurt_another(saved: list[Path], tmp_path: Path) -
         encoder.submit(None, TEXTS)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_thread_that_failed(
+    saved: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = encoder_over(saved)
+    _, [found] = encoder.submit(None, [(1, 2)])
+
+    def broken() -> bool:
+        raise OSError("no thread goes on after this")
+
+    monkeypatch.setattr(encoder, "step", broken)
+    with encoder, pytest.raises(ServeError, match="could not be answered"):
+        found.result(timeout=20)
+    assert encoder.closed
+
+
 def test_texts_that_cannot_be_taken_are_named(saved: list[Path]) -> None:
     encoder = encoder_over(saved)
     with pytest.raises(RequestRefused) as error:

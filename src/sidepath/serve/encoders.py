@@ -239,9 +239,22 @@ class Encoder:
             while not (self.closed and not self._waiting):
                 if not self.step() and not self.closed:
                     self._wake.wait()
+        except BaseException as error:
+            self._end_all(error)
+            raise
         finally:
             self._errands.end()
             self.adapters.tidy()
+
+    def _end_all(self, error: BaseException) -> None:
+        """The thread itself failed: nobody is left waiting."""
+        with self._lock:
+            self.closed = True
+            left = list(self._waiting.values())
+            self._waiting.clear()
+        for text in left:
+            if text.found.set_running_or_notify_cancel():
+                text.found.set_exception(_failed(error))
 
 
 def _nothing(internal: str) -> None:
@@ -252,7 +265,7 @@ def _finite(number: float) -> bool:
     return number - number == 0
 
 
-def _failed(error: Exception) -> ServeError:
+def _failed(error: BaseException) -> ServeError:
     if isinstance(error, ServeError):
         return error
     found = ServeError("the text could not be answered", found=f"{type(error).__name__}: {error}")

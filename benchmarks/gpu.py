@@ -218,6 +218,7 @@ FIGURES: Mapping[str, Measure] = {
     "kernel-nf4-32": PackedKernel(32),
     "kernel-nf4-256": PackedKernel(256),
     "step-7b": Step(SHAPE, DTYPE, 2, 1024, full=False),
+    "step-7b-8x1024": Step(SHAPE, DTYPE, 8, 1024, full=False),
     "memory-7b": Memory("peak", SHAPE, DTYPE, 2, 1024, full=False),
     "memory-7b-checkpointing": Memory(
         "peak", SHAPE, DTYPE, 2, 1024, checkpointing=True, full=False

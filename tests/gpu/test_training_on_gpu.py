@@ -33,8 +33,9 @@ def test_a_run_has_the_losses_it_has_on_the_cpu(
         ran = run(*base_flags, "--output", tmp_path / device, "--device", device)
         assert ran.code == 0, ran.err
         found[device] = ran.document["loss"]
-    for when in ("first", "last"):
-        assert found["cuda"][when] == pytest.approx(found["cpu"][when], rel=1e-4)
+    assert found["cuda"]["first"] == pytest.approx(found["cpu"]["first"], rel=1e-5)
+    # Where A starts is drawn by the device's own generator: the runs part from there.
+    assert found["cuda"]["last"] == pytest.approx(found["cpu"]["last"], rel=0.03)
 
 
 @pytest.mark.parametrize("stop", [1, 4, 7, 11])

@@ -187,7 +187,7 @@ def _die_after_backward(step: int, die: Die) -> None:
             die()
         return losses
 
-    Run.backward = dying  # type: ignore[method-assign]
+    Run.backward = dying  # type: ignore[method-assign, assignment]
 
 
 def _die_in_save(step: int, die: Die) -> None:
@@ -203,8 +203,8 @@ def _die_in_save(step: int, die: Die) -> None:
             die()
         wait(processes)
 
-    state.save = marked
-    Processes.wait = dying  # type: ignore[method-assign]
+    state.save = marked  # type: ignore[assignment]
+    Processes.wait = dying  # type: ignore[method-assign, assignment]
 
 
 def at_random(kills: int, setting: str = PLAIN, *, seed: int = 0) -> Row:

@@ -153,10 +153,10 @@ class Sizes(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_logits_never_exist_at_once(dtype: torch.dtype) -> None:
     args, rows = material(200, dtype), 70
-    with Sizes() as seen:
+    with Sizes() as seen:  # type: ignore[no-untyped-call]
         head_loss(*args, rows=rows).backward()
     assert seen.largest == max(rows * VOCABULARY, 200 * WIDE)
-    with Sizes() as seen:
+    with Sizes() as seen:  # type: ignore[no-untyped-call]
         plain(*args).backward()
     assert seen.largest == 200 * VOCABULARY, "the watch can see them"
 

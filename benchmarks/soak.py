@@ -28,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,8 @@ def _port(log: Path, process: subprocess.Popen[str]) -> int:
 
 def generations(place: Place) -> dict[str, int]:
     """Those of the adapters that are there."""
-    _, _, said = Caller(place, place.operator).document("GET", "/v1/models")
+    with closing(Caller(place, place.operator)) as caller:
+        _, _, said = caller.document("GET", "/v1/models")
     return {each["id"]: each["generation"] for each in said["data"] if each["parent"] is not None}
 
 
@@ -179,7 +180,7 @@ def soak(
         if len(memory) % 60 == 0:
             counts = f"{checks.counts.total()} counts, {checks.failed} faults"
             print(f"{seconds:.0f} s: {memory[-1][1]:.0f} MiB, {counts}", file=sys.stderr)
-        time.sleep(min(1.0, 10 * minutes))
+        time.sleep(1.0 if minutes > 1 else 0.1)
     ended.set()
     for thread in threads:
         thread.join(300)
@@ -197,18 +198,17 @@ def resident(pid: int) -> float:
 
 def at_the_end(place: Place, checks: Checks) -> dict[str, float]:
     """Unload everything, and wait until nothing is left; what is left is a fault."""
-    caller = Caller(place, place.operator)
-    for name in generations(place):
-        body = {"lora_name": name}
-        status, _, said = caller.document("POST", "/v1/unload_lora_adapter", body)
-        if status != 200 or not said["gone"]:
-            checks.fault("left over", f"{name} does not leave: {status} {said}")
-    until = time.monotonic() + 60
-    while True:
+    with closing(Caller(place, place.operator)) as caller:
+        for name in generations(place):
+            body = {"lora_name": name}
+            status, _, said = caller.document("POST", "/v1/unload_lora_adapter", body)
+            if status != 200 or not said["gone"]:
+                checks.fault("left over", f"{name} does not leave: {status} {said}")
+        until = time.monotonic() + 60
         left = _left(caller)
-        if not any(left.values()) or time.monotonic() > until:
-            break
-        time.sleep(0.2)
+        while any(left.values()) and time.monotonic() < until:
+            time.sleep(0.2)
+            left = _left(caller)
     for what, number in left.items():
         if number:
             checks.fault("left over", f"{what}: {number}")

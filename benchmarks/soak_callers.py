@@ -52,7 +52,7 @@ class Caller:
             self._connection.request(method, path, raw, named)
             return self._connection.getresponse()
         except (OSError, HTTPException):
-            self.leave()
+            self.close()
             raise
 
     def document(self, method: str, path: str, body: Any = None) -> tuple[int, Any, Any]:
@@ -62,7 +62,7 @@ class Caller:
         kind = reply.headers.get("content-type", "")
         return reply.status, reply.headers, json.loads(raw) if "json" in kind else raw.decode()
 
-    def leave(self, *, at_once: bool = False) -> None:
+    def close(self, *, at_once: bool = False) -> None:
         """Close the connection; `at_once` by a reset."""
         connection, self._connection = self._connection, None
         if connection is not None:
@@ -98,12 +98,12 @@ class Asker(threading.Thread):
             try:
                 work()
             except (OSError, HTTPException) as error:
-                self._caller.leave()
+                self._caller.close()
                 self._checks.fault("connection", f"{work.__name__}: {error!r}")
                 time.sleep(0.2)
             if self._rng.random() < 0.2:
-                self._caller.leave()
-        self._caller.leave()
+                self._caller.close()
+        self._caller.close()
 
     def _question(self) -> tuple[str, Question]:
         names = [name for name, asked in self._questions.items() if asked]
@@ -164,6 +164,7 @@ class Asker(threading.Thread):
             event = json.loads(line.removeprefix(b"data: "))
             if "error" in event:
                 self._checks.fault("crash or 5xx", f"in a stream: {event}")
+                self._caller.close()
                 return text, set(), False
             choice = event["choices"][0]
             text += choice["text"] if "text" in choice else choice["delta"].get("content", "")
@@ -171,7 +172,7 @@ class Asker(threading.Thread):
             ended = choice["finish_reason"] is not None
         if most is not None:
             reply.close()
-            self._caller.leave(at_once=self._rng.random() < 0.5)
+            self._caller.close(at_once=self._rng.random() < 0.5)
         elif not ended:
             self._checks.fault("connection", "a stream ended before its answer")
         return text, generations, ended
@@ -181,6 +182,7 @@ class Asker(threading.Thread):
 
     def _leaves_before(self) -> None:
         """Ask, and go away without reading anything."""
+        self._caller.close()  # a connection that idles is closed by the server, as it should be
         path, body = self._body(*self._question(), stream=self._rng.random() < 0.5, n=2)
         raw = json.dumps(body).encode()
         head = (
@@ -193,6 +195,7 @@ class Asker(threading.Thread):
         self._checks.count("requests, left before an answer")
 
     def _nonsense(self) -> None:
+        self._caller.close()
         bad = self._rng.choice(self._bad)
         if bad.raw is not None:
             sock = socket.create_connection((HOST, self._place.port), timeout=PATIENCE)
@@ -204,7 +207,7 @@ class Asker(threading.Thread):
             caller = Caller(self._place, keys.get(bad.key, bad.key))
             reply = caller.send(bad.method, bad.path, bad.body, **bad.headers)
             text = reply.read().decode()
-            caller.leave()
+            caller.close()
             if reply.status not in bad.expected:
                 self._checks.reply_failed(bad.what, reply.status, reply.headers, text[:300])
         self._checks.count("requests, bad")
@@ -243,7 +246,7 @@ class Operator(threading.Thread):
             except (OSError, HTTPException) as error:
                 self._checks.fault("connection", f"operator: {error!r}")
             self._ended.wait(self._rng.random() * self._pause)
-        self._caller.leave()
+        self._caller.close()
 
     def _post(self, verb: str, name: str, **more: Any) -> tuple[int, Any]:
         """Status and document; what was refused for want of memory is asked again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class Checks:
             self.counts[f"fault: {kind}"] += 1
             if len(self.faults) < MOST_FAULTS:
                 self.faults.append(f"{kind}: {words}")
+                print(self.faults[-1], file=sys.stderr)
 
     @property
     def failed(self) -> int:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sidepath
+from sidepath.store.manifest import NAME, read_manifest, write_manifest
 
 BASE = "base"
 LEAD = 1e-3
@@ -99,6 +100,8 @@ def make_library(
 def _make_bad(library: Library) -> None:
     """Folders that nobody may load: NaN, a flipped bit, a pickle."""
     good = library.root / f"{library.names[0]}-0"
+    manifest, _ = read_manifest(good)
+    assert manifest is not None
     for name in library.bad:
         shutil.copytree(good, library.root / name)
     for name in ("nan", "flipped"):
@@ -106,7 +109,8 @@ def _make_bad(library: Library) -> None:
         raw = bytearray(weights.read_bytes())
         raw[-4:] = b"\x00\x00\xc0\x7f" if name == "nan" else bytes([*raw[-4:-1], raw[-1] ^ 1])
         weights.write_bytes(raw)
-    (library.root / "nan" / "sidepath.json").unlink()  # no digest that would be refused first
+    (library.root / "nan" / NAME).unlink()
+    write_manifest(library.root / "nan", manifest)  # no digest is refused first
     (library.root / "pickle" / "adapter_model.safetensors").unlink()
     (library.root / "pickle" / "adapter_model.bin").write_bytes(b"\x80\x04.")
 

@@ -119,7 +119,7 @@ class _Served:
             asked = await asyncio.to_thread(parse, raw, chat, tokenizer, self._most.check_text)
         self._most.check(asked)
         begun = self._begin(incoming, asked)
-        reply = Reply(asked, tokenizer)
+        reply = Reply(asked, tokenizer, begun.handles)
         try:
             if asked.stream:
                 first = await unless_gone(incoming, begun.first())

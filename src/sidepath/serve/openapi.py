@@ -81,8 +81,15 @@ _USAGE: Schema = {
     "type": "object",
     "required": ["prompt_tokens", "completion_tokens", "total_tokens"],
     "properties": {
-        name: {"type": "integer", "minimum": 0}
-        for name in ("prompt_tokens", "completion_tokens", "total_tokens")
+        **{
+            name: {"type": "integer", "minimum": 0}
+            for name in ("prompt_tokens", "completion_tokens", "total_tokens")
+        },
+        "prompt_tokens_details": {
+            "type": "object",
+            "required": ["cached_tokens"],
+            "properties": {"cached_tokens": {"type": "integer", "minimum": 0}},
+        },
     },
 }
 
@@ -198,6 +205,7 @@ def _reply(kind: str, said: str) -> Schema:
         {
             "index": {"type": "integer"},
             "finish_reason": {"enum": ["stop", "length"]},
+            "generation": {"type": ["integer", "null"]},
             said: texts[said],
         }
     )

@@ -19,6 +19,8 @@ from sidepath.store.adapter import load
 from .conftest import Run, write_rows
 
 SECONDS = 300
+QUICKLY = "--no-forgetting"
+"""Where runs are killed and compared, what they forgot is not asked."""
 
 
 def launch(*flags: object, restarts: int = 0) -> subprocess.Popen[str]:
@@ -95,11 +97,11 @@ def test_a_killed_process_is_started_anew_and_resumes(
 ) -> None:
     more = {"steps": 60, "dropout": 0.1, "checkpoint-every": 1, "distributed": "ddp"}
     seldom = more | {"checkpoint-every": 60}
-    whole = launch(*flags_of(tiny_base, rows, tmp_path / "whole", **seldom))
+    whole = launch(*flags_of(tiny_base, rows, tmp_path / "whole", **seldom), QUICKLY)
     out, err = whole.communicate(timeout=SECONDS)
     assert whole.returncode == 0, err
     output = tmp_path / "out"
-    process = launch(*flags_of(tiny_base, rows, output, **more), restarts=2)
+    process = launch(*flags_of(tiny_base, rows, output, **more), QUICKLY, restarts=2)
     checkpoints = tmp_path / "out.checkpoints"
     until(lambda: any(checkpoints.glob("step-*")), process)
     os.kill(worker(output, rank=1), signal.SIGKILL)
@@ -152,9 +154,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     run: Run, tiny_base: Path, rows: Path, tmp_path: Path
 ) -> None:
     more = {"steps": 120, "dropout": 0.1}
-    whole = run("train", *flags_of(tiny_base, rows, tmp_path / "whole", **more))
+    whole = run("train", *flags_of(tiny_base, rows, tmp_path / "whole", **more), QUICKLY)
     assert whole.code == 0, whole.err
-    flags = flags_of(tiny_base, rows, tmp_path / "out", **more)
+    flags = [*flags_of(tiny_base, rows, tmp_path / "out", **more), QUICKLY]
     command = [sys.executable, "-m", "sidepath", "train", *map(str, flags)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1

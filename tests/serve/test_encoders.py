@@ -86,9 +86,14 @@ def alone(make: Any, folder: Path | None, tokens: tuple[int, ...]) -> Any:
         return model(input_ids=torch.tensor([tokens]))
 
 
+def name_of(folder: Path | None) -> str | None:
+    return None if folder is None else folder.name
+
+
 def vector(folder: Path | None, tokens: tuple[int, ...]) -> Tensor:
     mean: Tensor = alone(tiny_encoder, folder, tokens).last_hidden_state[0].mean(dim=0)
-    return mean / mean.norm()
+    unit: Tensor = mean / mean.norm()
+    return unit
 
 
 def encoder_over(folders: list[Path], make: Any = tiny_encoder, **more: Any) -> Encoder:
@@ -111,9 +116,7 @@ def test_every_text_gets_its_own_adapters_vector(saved: list[Path], tight: bool)
         sizes = [version.size for version in encoder_over(saved).adapters.versions()]
         memory = Memory(max(sizes), 0)
     encoder = encoder_over(saved, memory=memory)
-    asked = [
-        (folder, encoder.submit(folder and folder.name, TEXTS)[1]) for folder in (None, *saved)
-    ]
+    asked = [(folder, encoder.submit(name_of(folder), TEXTS)[1]) for folder in (None, *saved)]
     run(encoder)
     for folder, found in asked:
         for tokens, each in zip(TEXTS, found, strict=True):
@@ -125,7 +128,7 @@ def test_every_text_gets_its_own_adapters_vector(saved: list[Path], tight: bool)
     else:
         before = encoder.calls
         for folder in (None, *saved):
-            encoder.submit(folder and folder.name, TEXTS)
+            encoder.submit(name_of(folder), TEXTS)
         run(encoder)
         assert encoder.calls == before + 1, "texts of several adapters share a call"
 

@@ -16,11 +16,9 @@ from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
 from sidepath.store.loading import load_tensors
 from sidepath.store.peft_config import read_settings
-from sidepath.store.peft_format import CONFIG, ENDINGS, PREFIX, WEIGHTS
+from sidepath.store.peft_format import CONFIG, PAIRS, PREFIX, WEIGHTS
 from sidepath.store.tensors import file_inside, read_header, read_json
 
-_A_THEN_B = (ENDINGS[0:2], ENDINGS[2:4])
-"""The endings of a pair's names: of linear layers and convolutions, of embeddings."""
 _LORALIB = (".lora_A", ".lora_B")
 
 
@@ -58,7 +56,7 @@ def updates_in(
     They share the tensors' storage. Errors: `DamagedAdapter` where A and B do not fit together,
     `StoreError` when there is none.
     """
-    pairs = _pairs(tensors, _A_THEN_B, path)
+    pairs = _pairs(tensors, PAIRS, path)
     found: dict[str, Factors] = {}
     faults = []
     for start, (A, B) in pairs.items():

@@ -30,8 +30,6 @@ from sidepath.compare.material import DEMO
 from sidepath.compare.presets import PRESETS, SHAPES
 from sidepath.compare.report import (
     HEAD,
-    PICTURE_MISSING,
-    has_matplotlib,
     notes,
     sections,
     table_rows,
@@ -41,6 +39,7 @@ from sidepath.compare.setting import Setting
 from sidepath.compare.workers import Workers
 from sidepath.config import TrainConfig
 from sidepath.errors import ConfigError
+from sidepath.page import PICTURE_MISSING, has_matplotlib
 from sidepath.store.configs import quiet
 from sidepath.store.fingerprint import fingerprint
 from sidepath.store.hub import PREFIX

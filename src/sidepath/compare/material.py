@@ -6,10 +6,11 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from sidepath.compare.setting import LOWER_IS_BETTER, Setting
+from sidepath.compare.setting import Setting
 from sidepath.data.dataset import Data, load_data
 from sidepath.errors import ConfigError, DataError, meant
 from sidepath.training.evaluate import CAUSAL, CLASSIFY
+from sidepath.training.metrics import LOWER_IS_BETTER
 
 DEMO = "demo:"
 """Before the name of one of the demo's tasks, whose rows are made, not read."""

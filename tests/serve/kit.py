@@ -33,7 +33,7 @@ GROUPED = {
 }
 
 
-def tiny_gemma3() -> nn.Module:
+def tiny_gemma3() -> Any:
     """A random Gemma 3: grouped queries, and layers with a window of 8 and without in turn."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -43,7 +43,7 @@ def tiny_gemma3() -> nn.Module:
     return Gemma3ForCausalLM(config).eval()
 
 
-def tiny_gemma2() -> nn.Module:
+def tiny_gemma2() -> Any:
     """A random Gemma 2: the same, with caps on scores, so that its attention is the eager one."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -51,7 +51,7 @@ def tiny_gemma2() -> nn.Module:
     return Gemma2ForCausalLM(Gemma2Config(num_hidden_layers=2, **GROUPED)).eval()
 
 
-def tiny_mistral() -> nn.Module:
+def tiny_mistral() -> Any:
     """A random Mistral: every layer has the same window of 8."""
     from transformers import MistralConfig, MistralForCausalLM
 

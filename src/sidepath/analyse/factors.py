@@ -145,9 +145,7 @@ def _refuse_dora(dora: bool, folder: Path) -> None:
 
 def _scalings(folder: Path) -> Callable[[str], float]:
     if (folder / manifests.NAME).exists():
-        manifest, faults = manifests.read_manifest(folder)
-        if manifest is None or faults:
-            raise DamagedAdapter("the adapter cannot be trusted", where=folder, faults=faults)
+        manifest = manifests.trusted_manifest(folder)
         if not isinstance(manifest.config, LoRA):
             raise StoreError(f"{manifest.config.method} has no low-rank updates", where=folder)
         _refuse_dora(manifest.config.dora, folder)

@@ -36,9 +36,10 @@ class Memory:
     tokens: int
     targets: Targets = field(default_factory=dict)
     checkpointing: bool = False
+    full: bool = True
 
     def __call__(self, name: str, bench: Bench) -> Figure:
-        step = Step(self.shape, self.dtype, self.rows, self.tokens)
+        step = Step(self.shape, self.dtype, self.rows, self.tokens, full=self.full)
         losses, models = losses_of(step, bench)
         bytes_of = saved_bytes if self.counted == "saved" else peak_bytes
         samples, kept = {}, []

@@ -52,7 +52,7 @@ def material_of(setting: Setting) -> Material:
     """
     train, test, own = _demo(setting) if setting.data.startswith(DEMO) else _files(setting)
     fit, validation = train.split(setting.validation, seed=SPLIT_SEED)
-    train.audit.require_trainable(ends_expected=train.schema in ("completion", "messages"))
+    train.require_trainable()
     return Material(train, fit, validation, test, _metric(setting.metric or own, train, test))
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-from sidepath.errors import DamagedAdapter, StoreError
+from sidepath.errors import StoreError
 from sidepath.methods.lora import LoRA, by_path
 from sidepath.store import manifest as manifests
 from sidepath.store.loading import load_tensors
-from sidepath.store.manifest import Manifest, read_manifest
+from sidepath.store.manifest import Manifest, trusted_manifest
 from sidepath.store.peft_config import anchored, commonest
 from sidepath.store.peft_format import CONFIG, ENDINGS, PREFIX, WEIGHTS, spread_groups
 from sidepath.store.saving import merged_record, publish_adapter, saved_beside
@@ -129,9 +129,7 @@ def _manifest(
 ) -> Manifest | None:
     if not (source / manifests.NAME).exists():
         return None
-    manifest, faults = read_manifest(source)
-    if manifest is None or faults:
-        raise DamagedAdapter("the adapter cannot be trusted", where=source, faults=faults)
+    manifest = trusted_manifest(source)
     assert isinstance(manifest.config, LoRA), "factors were read of it"
     dropped = [
         site.path for site in manifest.sites if site.kind == "dense" and site.path not in factors

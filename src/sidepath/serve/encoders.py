@@ -104,6 +104,11 @@ class Encoder(Worker):
         self._wake.set()
         return version, found
 
+    @property
+    def waiting(self) -> int:
+        """How many texts wait."""
+        return len(self._waiting)
+
     # --- calls, by one thread
 
     def _answer(self) -> bool:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -21,14 +22,14 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from sidepath.errors import NotAllowed, UnknownAdapter
+from sidepath.errors import UnknownAdapter
 from sidepath.serve import playground
 from sidepath.serve.begun import Begun, Numbered, unless_gone
 from sidepath.serve.bodies import Intake, Most, longest_text
 from sidepath.serve.changing import Changing
 from sidepath.serve.confined import Loading
 from sidepath.serve.engine import Engine
-from sidepath.serve.gate import Gate, Guard, caller_of
+from sidepath.serve.gate import Gate, Guard, caller_of, refuse_scoped
 from sidepath.serve.metrics import Metrics
 from sidepath.serve.names import Names
 from sidepath.serve.openapi import document
@@ -61,34 +62,57 @@ def application(
     made to point here, does not (`HOSTS`).
     """
     terms = terms if terms is not None else Terms()
-    served = _Served(engine, base, terms)
-    changing = Changing(engine, base, terms.loading, served.intake, terms.drain_seconds)
+    served = _Served(engine, Names(engine.adapters, base), terms.most, Metrics(engine))
+    changing = Changing(engine.adapters, base, terms.loading, served.intake, terms.drain_seconds)
     routes = [
         Route("/v1/models", served.models),
-        Route("/v1/completions", served.completions, methods=["POST"]),
-        Route("/v1/chat/completions", served.chat, methods=["POST"]),
+        *served.asking(),
         Route("/v1/load_lora_adapter", changing.load, methods=["POST"]),
         Route("/v1/unload_lora_adapter", changing.unload, methods=["POST"]),
         Route("/healthz", served.healthy),
         Route("/readyz", served.ready),
         Route("/metrics", served.metrics),
         Route("/openapi.json", _openapi),
-        *playground.routes(engine, base),
+        *playground.routes(engine.adapters, base, served.load, chat=chats(engine.tokenizer)),
         *more,
     ]
+    return guarded(routes, terms.gate, served.counted.responded)
+
+
+def guarded(routes: Sequence[BaseRoute], gate: Gate, told: Callable[[int], None]) -> Starlette:
+    """Routes behind a gate, under this machine's own names; `told` gets each response's status."""
     own = [
         Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
-        Middleware(Guard, gate=terms.gate, told=served.counted.responded),
+        Middleware(Guard, gate=gate, told=told),
     ]
     return Starlette(routes=routes, exception_handlers=HANDLERS, middleware=own)
 
 
+def unguarded(engine: Engine, names: Names, most: Most, counted: Metrics) -> Starlette:
+    """The routes that ask a model, for callers that another process has let in (`ingress.py`):
+    whoever sends a request has put its caller into the scope.
+    """
+    served = _Served(engine, names, most, counted)
+    return Starlette(routes=served.asking(), exception_handlers=HANDLERS)
+
+
 class _Served:
-    def __init__(self, engine: Engine, base: str, terms: Terms) -> None:
-        self.engine, self.names = engine, Names(engine.adapters, base)
-        self.counted, self.intake = Metrics(engine), Intake()
+    def __init__(self, engine: Engine, names: Names, most: Most, counted: Metrics) -> None:
+        self.engine, self.names = engine, names
+        self.counted, self.intake = counted, Intake()
         longest = longest_text(engine.limits.context, MOST_ANSWERS, engine.tokenizer)
-        self._most = dataclasses.replace(terms.most, characters=terms.most.characters or longest)
+        self._most = dataclasses.replace(most, characters=most.characters or longest)
+
+    def asking(self) -> list[Route]:
+        """The routes that ask a model."""
+        return [
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+        ]
+
+    async def load(self) -> dict[str, int]:
+        """Requests, rows and slots just now, and tokens so far."""
+        return load_of(self.engine)
 
     async def models(self, incoming: Incoming) -> Response:
         listed = self.names.listed(caller_of(incoming))
@@ -101,10 +125,7 @@ class _Served:
         return _said(self.engine.alive and not self.engine.closed, "ready", "not ready")
 
     async def metrics(self, incoming: Incoming) -> Response:
-        if caller_of(incoming).models is not None:
-            raise NotAllowed(
-                "the metrics name every model", expected="a key that may ask every model"
-            )
+        refuse_scoped(incoming)
         return PlainTextResponse(self.counted.text(), media_type=self.counted.media_type)
 
     async def completions(self, incoming: Incoming) -> Response:
@@ -175,6 +196,25 @@ async def _events(begun: Begun, first: Numbered, reply: Reply, asked: Asked) -> 
 
 def _event(document: dict[str, object]) -> str:
     return f"data: {json.dumps(document, ensure_ascii=False)}\n\n"
+
+
+def chats(tokenizer: Any) -> bool:
+    """Whether a base takes messages."""
+    return tokenizer is not None and bool(tokenizer.chat_template)
+
+
+def load_of(engine: Engine) -> dict[str, int]:
+    """How much an engine has to do just now, and has done, as the page shows it."""
+    waiting, running, slots = engine.load
+    return {
+        "waiting": waiting,
+        "running": running,
+        "rows": engine.limits.rows,
+        "slots_taken": slots,
+        "slots": engine.limits.slots,
+        "steps": engine.steps,
+        "answered": engine.new_tokens,
+    }
 
 
 def _said(well: bool, yes: str, no: str) -> Response:

@@ -19,6 +19,7 @@ from sidepath.cli.serving import HOST, engine_for, listening
 from sidepath.errors import ConfigError, MissingExtra
 from sidepath.serve.http import chats
 from sidepath.serve.ingress import ingress
+from sidepath.serve.secluded import secluded
 from sidepath.serve.shared import Shared
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ def serve_replicas(run: ServeRun, folder: Path, base: str, found: dict[str, str 
     then is answered first, and all of them have ended when this returns.
     """
     _refuse(run, folder)
-    terms, scale = terms_of(run), _scale(run)
-    with listening(run.port) as bound, stopped_by_sigterm(_leave):
-        from sidepath.serve.replicas import running  # Ray, which `_scale` has found to be there
+    terms = terms_of(run)
+    with secluded(), listening(run.port) as bound, stopped_by_sigterm(_leave):
+        scale = _scale(run)
+        from sidepath.serve.replicas import running
 
         make = functools.partial(engine_for, run, folder.resolve(), {})
         with running(make, base, terms.most, scale) as replicas:

@@ -5,17 +5,17 @@ chooses who answers: an adapter's requests go where it was asked for before (Ray
 multiplexing, by the key of the adapter's version), until that one is full. The entrance is this
 process': Ray's own HTTP proxy is not started, so that nothing goes round the gate.
 
-Ray itself listens on all interfaces, whatever address it is told. Whoever asks it anything needs
-the token that is made here for each run, and known to these processes alone.
+Ray itself listens on all interfaces, whatever address it is told; `secluded.py` says who may ask it
+anything, and is needed before this is imported.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-import secrets
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from sidepath.errors import Overloaded, ReplicaLost, ServeError, SidepathError
 from sidepath.serve.bodies import Most
 from sidepath.serve.engine import Engine
 from sidepath.serve.replica import Held, Replica, Sent, Source, Standing, share_of_cores
+from sidepath.serve.secluded import refuse_open
 
 MOST_MODELS = 256
 """Adapters that Ray counts as being with one replica; the least recently asked for goes first."""
@@ -189,32 +190,13 @@ def running(make: Callable[[], Engine], base: str, most: Most, scale: Scale) -> 
     it runs and nothing lies on the disk. `make` is called in each replica's process, and has to
     name what it needs by paths that hold there.
     """
-    own = {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    with _environment(own), tempfile.TemporaryDirectory(prefix="sp-") as folder:
+    refuse_open()
+    with tempfile.TemporaryDirectory(prefix="sp-") as folder:
         _start_ray(folder, scale.count)
         try:
             yield Replicas(_deployed(make, base, most, scale, Path(folder, _FAULT)))
         finally:
-            serve.shutdown()
-            ray.shutdown()
-
-
-@contextmanager
-def _environment(own: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in own}
-    os.environ.update(own)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+            ray.shutdown()  # Serve's own would ask each replica to drain: the entrance has waited
 
 
 def _start_ray(folder: str, cpus: int) -> None:
@@ -228,6 +210,7 @@ def _start_ray(folder: str, cpus: int) -> None:
         _node_ip_address="127.0.0.1",
         _temp_dir=folder,
     )
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         serve.start(http_options={"location": "NoServer"}, logging_config=_QUIET)
     except BaseException:

@@ -27,7 +27,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.types import Message
 
-from sidepath.errors import Overloaded, ReplicaLost, ServeError, SidepathError
+from sidepath.errors import Overloaded, ReplicaLost, ServeError, SidepathError, in_one_line
 from sidepath.serve.bodies import Most
 from sidepath.serve.engine import Engine
 from sidepath.serve.replica import Held, Replica, Sent, Source, Standing, share_of_cores
@@ -200,21 +200,24 @@ def running(make: Callable[[], Engine], base: str, most: Most, scale: Scale) -> 
 
 
 def _start_ray(folder: str, cpus: int) -> None:
-    ray.init(
-        address="local",  # one of our own, whatever RAY_ADDRESS says
-        include_dashboard=False,
-        object_store_memory=OBJECT_BYTES,
-        log_to_driver=False,
-        logging_level="ERROR",
-        num_cpus=cpus,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=folder,
-    )
+    """Errors: `ServeError` where it does not come up; nothing of it runs then."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
+        ray.init(
+            address="local",  # one of our own, whatever RAY_ADDRESS says
+            include_dashboard=False,
+            object_store_memory=OBJECT_BYTES,
+            log_to_driver=False,
+            logging_level="ERROR",
+            num_cpus=cpus,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=folder,
+        )
         serve.start(http_options={"location": "NoServer"}, logging_config=_QUIET)
-    except BaseException:
+    except BaseException as error:
         ray.shutdown()
+        if isinstance(error, Exception):
+            raise ServeError("Ray cannot be started", found=in_one_line(error)[:500]) from error
         raise
 
 

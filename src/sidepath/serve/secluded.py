@@ -14,6 +14,9 @@ from contextlib import contextmanager
 
 from sidepath.errors import ServeError
 
+_PATIENCE = "120"
+"""Seconds for Ray's first process to come up: its own 20 are not enough for a busy machine."""
+
 
 @contextmanager
 def secluded() -> Iterator[None]:
@@ -24,6 +27,7 @@ def secluded() -> Iterator[None]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_NUM_REDIS_GET_RETRIES": _PATIENCE,
     }
     before = {name: os.environ.get(name) for name in own}
     os.environ.update(own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,36 @@ def alive(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
+
+
+def listening(pids: Iterable[int]) -> set[int]:
+    """The TCP ports that processes listen on, at whatever address."""
+    inodes = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                inodes.add(os.readlink(link))
+            except OSError:
+                continue
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in inodes:
+                found.add(int(local.rpartition(":")[2], 16))
+    return found
+
+
+def resident(pids: Iterable[int]) -> int:
+    """Bytes that processes have in memory; what several share is counted once, in parts."""
+    found = 0
+    for pid in pids:
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        found += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return found
 
 
 class Scaled:
@@ -131,6 +162,12 @@ def serving(*flags: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
         print(out, *said, err)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _ray() -> None:
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed: `make test-scale` brings it")
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return save_adapters(embedded, tmp_path_factory.mktemp("scale"), ADAPTERS)
@@ -158,12 +195,14 @@ def greedy(folders: list[Path]) -> Any:
 
 @pytest.fixture(scope="module")
 def scaled(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scaled]:
-    pytest.importorskip("ray", reason="Ray is not installed: `make test-scale` brings it")
     keys = tmp_path_factory.mktemp("keys") / "keys.json"
     admin = add_key(keys, Key(name="operator", admin=True))
     root = folders[0].parent
     flags = ("--adapters", root, "--name", "base", "--keys", keys, "--allow-loading", root)
+    begun = time.monotonic()
     with serving(*flags, "--replicas", 2) as (process, url):
+        every = [process.pid, *descendants(process.pid)]
+        print(f"{time.monotonic() - begun:.0f} s to start, {resident(every) / 2**20:,.0f} MiB")
         yield Scaled(process, url, admin)
 
 

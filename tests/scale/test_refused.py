@@ -6,11 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 
 def test_an_adapter_that_cannot_be_served(folders: list[Path], tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed: `make test-scale` brings it")
     (tmp_path / "good").symlink_to(folders[0])
     damaged = tmp_path / "damaged"
     damaged.mkdir()

@@ -11,11 +11,11 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
-from tests.scale.conftest import ADAPTERS, PROMPT, Scaled, alive, descendants
+from tests.scale.conftest import ADAPTERS, PROMPT, Scaled, alive, descendants, listening
 from tests.serve.sockets import ask
 
 MODELS = [f"adapter-{number}" for number in range(ADAPTERS)]
@@ -26,6 +26,12 @@ def test_an_adapters_requests_go_where_it_is_resident(scaled: Scaled, greedy: An
         assert scaled.complete(model).document["choices"][0]["text"] == greedy(model)
         time.sleep(1)
     first = scaled.answered()
+    took = []
+    for _ in range(30):
+        begun = time.perf_counter()
+        scaled.complete("base", 1)
+        took.append(time.perf_counter() - begun)
+    print(f"{1000 * sorted(took)[15]:.1f} ms a request of one token, one after the other")
     with ThreadPoolExecutor(8) as callers:
         said = list(callers.map(scaled.complete, [*MODELS, "base"] * 10))
     wrong = [
@@ -134,6 +140,27 @@ def test_ray_takes_no_orders_without_the_token(scaled: Scaled) -> None:
         )
         assert ran.returncode != 0, ran.stdout
         assert "InvalidAuthToken" in ran.stderr or "Unauthenticated" in ran.stderr
+
+
+def test_nothing_goes_round_the_gate(scaled: Scaled) -> None:
+    """No other port of these processes answers for a model, or takes a job."""
+    ports = listening([scaled.process.pid, *descendants(scaled.process.pid)])
+    assert scaled.port in ports
+    body = {"model": "base", "prompt": PROMPT, "max_tokens": 1}
+    asked: list[tuple[str, Any]] = [
+        ("/v1/models", None),
+        ("/v1/completions", body),
+        ("/api/job_agent/jobs/", {"entrypoint": "true"}),
+    ]
+    told = {}
+    for port in ports - {scaled.port}:
+        for path, sent in asked:
+            try:
+                told[port, path] = ask(port, path, sent).status
+            except (OSError, HTTPException):  # it speaks another language, or to nobody
+                told[port, path] = 0
+    assert len(ports) > 5, "Ray has many"
+    assert [where for where, status in told.items() if 200 <= status < 300] == [], told
 
 
 def test_sigterm_answers_what_has_begun_and_leaves_nothing(scaled: Scaled, greedy: Any) -> None:

@@ -63,17 +63,9 @@ def _refuse(run: ServeRun, folder: Path) -> None:
 
 
 def _scale(run: ServeRun) -> Scale:
-    """How many replicas, and what each takes. Errors: `MissingExtra` without Ray; `ConfigError` for
-    more replicas than GPUs.
+    """How many replicas, and what each takes. Errors: `ConfigError` for more replicas than GPUs;
+    `MissingExtra` without Ray.
     """
-    try:
-        from sidepath.serve.replicas import Scale
-    except ModuleNotFoundError as error:
-        raise MissingExtra(
-            "several replicas are run by Ray Serve, which is not installed",
-            found=str(error),
-            hint="pip install 'sidepath[serve,scale]'",
-        ) from error
     assert run.replicas is not None
     gpus = 0 if run.device == "cpu" else torch.cuda.device_count()
     if gpus and run.replicas > gpus:
@@ -82,6 +74,14 @@ def _scale(run: ServeRun) -> Scale:
             found=f"--replicas {run.replicas}",
             expected=f"at most {gpus}, or --device cpu",
         )
+    try:
+        from sidepath.serve.replicas import Scale
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            "several replicas are run by Ray Serve, which is not installed",
+            found=str(error),
+            hint="pip install 'sidepath[serve,scale]'",
+        ) from error
     return Scale(run.replicas, run.rows, run.queue, gpus=min(gpus, 1))
 
 

@@ -143,7 +143,6 @@ def serving(*flags: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONWARNINGS": "default"},
     )
     said = []
     try:

@@ -38,6 +38,8 @@ MOST_MODELS = 256
 OBJECT_BYTES = 128 * 2**20
 """Of the memory that Ray's processes share; bodies and answers go through it."""
 _TELL_SECONDS = 10.0
+_STARTS = 3
+"""Ray gives its own processes 30 s to come up; a busy machine has what they need ready by then."""
 _FAULT = "fault"
 _QUIET = {"log_level": "ERROR", "enable_access_log": False}
 _LOST = (RayActorError, DeploymentUnavailableError)
@@ -202,23 +204,28 @@ def running(make: Callable[[], Engine], base: str, most: Most, scale: Scale) -> 
 def _start_ray(folder: str, cpus: int) -> None:
     """Errors: `ServeError` where it does not come up; nothing of it runs then."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    try:
-        ray.init(
-            address="local",  # one of our own, whatever RAY_ADDRESS says
-            include_dashboard=False,
-            object_store_memory=OBJECT_BYTES,
-            log_to_driver=False,
-            logging_level="ERROR",
-            num_cpus=cpus,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=folder,
-        )
-        serve.start(http_options={"location": "NoServer"}, logging_config=_QUIET)
-    except BaseException as error:
-        ray.shutdown()
-        if isinstance(error, Exception):
-            raise ServeError("Ray cannot be started", found=in_one_line(error)[:500]) from error
-        raise
+    faults: list[Exception] = []
+    while len(faults) < _STARTS:
+        try:
+            ray.init(
+                address="local",  # one of our own, whatever RAY_ADDRESS says
+                include_dashboard=False,
+                object_store_memory=OBJECT_BYTES,
+                log_to_driver=False,
+                logging_level="ERROR",
+                num_cpus=cpus,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+            )
+            serve.start(http_options={"location": "NoServer"}, logging_config=_QUIET)
+            return
+        except Exception as error:
+            faults.append(error)
+            ray.shutdown()
+        except BaseException:
+            ray.shutdown()
+            raise
+    raise ServeError("Ray cannot be started", found=in_one_line(faults[-1])[:500]) from faults[-1]
 
 
 def _deployed(make: Callable[[], Engine], base: str, most: Most, scale: Scale, fault: Path) -> Any:

@@ -19,9 +19,6 @@ from sidepath.serve.replica import Source
 from sidepath.serve.versions import Version, Versions
 from sidepath.store.hub import is_hub
 
-_PART = 40
-"""Characters of a name that its keys show."""
-
 
 class Told(Protocol):
     """The replicas, as far as adapters need them. Not for the server's loop: all of it waits.
@@ -40,10 +37,10 @@ class Told(Protocol):
 
 
 def source_of(version: Version) -> Source:
-    """What a replica has to know of a version. Its key is no other version's, whatever the names:
-    it ends with the generation.
+    """What a replica has to know of a version. Its key tells no name: Ray shows keys in figures
+    that need no token.
     """
-    key = f"{version.name[:_PART]}.{version.generation}"
+    key = f"generation-{version.generation}"
     return Source(key, version.source, version.allow_other_base, version.digest)
 
 

@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 SCALE := .venv-scale/installed
 
-.PHONY: demo test test-slow test-scale docs wheel coverage fuzz lint bench results format clean
+.PHONY: demo test test-slow test-gpu test-scale docs wheel coverage fuzz lint bench results format clean
 
 demo: $(INSTALLED)
 	$(BIN)/sidepath demo --output demo-output
@@ -21,6 +21,10 @@ test-slow: $(INSTALLED)
 # (docs/security.md), and is in no other target's environment.
 test-scale: $(SCALE)
 	OMP_NUM_THREADS=1 .venv-scale/bin/python -m pytest -m scale -q tests/scale
+
+# Where torch sees a GPU; elsewhere all of tests/gpu is skipped, and the kernels are interpreted.
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -q tests/gpu tests/kernels
 
 # The code of every page, then the site, warnings as errors; it ends in site/.
 docs: $(INSTALLED)

@@ -60,7 +60,7 @@ def real(stories: Path) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
 
 
-def tiny_llama(vocab: int = 64, layers: int = 2, tied: bool = False) -> nn.Module:
+def tiny_llama(vocab: int = 64, layers: int = 2, tied: bool = False) -> Any:
     """A random Llama with grouped-query attention: 32 wide, deterministic."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -81,7 +81,7 @@ def tiny_llama(vocab: int = 64, layers: int = 2, tied: bool = False) -> nn.Modul
     return LlamaForCausalLM(config).eval()
 
 
-def tiny_gpt2() -> nn.Module:
+def tiny_gpt2() -> Any:
     """A random GPT-2 (transformers' Conv1D, fused c_attn, tied embeddings): 32 wide."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -98,7 +98,7 @@ def tiny_gpt2() -> nn.Module:
     return GPT2LMHeadModel(config).eval()
 
 
-def tiny_bert(labels: int = 2) -> nn.Module:
+def tiny_bert(labels: int = 2) -> Any:
     """A random BERT with a classification head: 32 wide."""
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -139,7 +139,7 @@ def randomise(parameters: Iterator[nn.Parameter], std: float = 0.1) -> None:
             parameter.add_(torch.randn_like(parameter, dtype=torch.float32) * std)
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Tensor]]] = {
     "llama": (tiny_llama, lambda: torch.randint(3, 64, (3, 7))),
     "gpt2": (tiny_gpt2, lambda: torch.randint(3, 64, (3, 7))),
     "bert": (tiny_bert, lambda: torch.randint(3, 64, (3, 7))),

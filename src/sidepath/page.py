@@ -41,6 +41,8 @@ pre { background: var(--tint); padding: .8rem; overflow-x: auto; border-radius: 
         th, td { padding: .2rem .3rem; overflow-wrap: anywhere } td.text { min-width: 0 }
         figure, tr { break-inside: avoid } h2 { break-after: avoid } }
 """
+PICTURE_MISSING = "no picture: pip install 'sidepath[report]'"
+"""In a terminal; on a page:"""
 PICTURES_MISSING = "Pictures need matplotlib: pip install 'sidepath[report]'."
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's, told apart with every kind of colour vision, and without colour by lightness."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 import pytest
 
-from sidepath.bench import crowd
 from sidepath.bench.crowd import Crowd, busy_seconds, watched_crowd
 
 
@@ -19,7 +19,7 @@ def stat(path: Path, user: int, idle: int) -> Path:
 def test_busy_seconds_leave_idling_and_waiting_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(crowd.os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
     assert busy_seconds(stat(tmp_path / "stat", 1000, 99_999)) == (1000 + 100 + 10 + 20) / 100
 
 
@@ -38,11 +38,11 @@ def test_a_system_that_does_not_say(tmp_path: Path, text: str) -> None:
 def test_the_share_is_of_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten seconds on two cores: ours used 8 processor seconds, all together 14."""
     path = stat(tmp_path / "stat", 0, 0)
-    monkeypatch.setattr(crowd.os, "sysconf", lambda name: 100)
-    monkeypatch.setattr(crowd.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     clocks = iter([0.0, 10.0]), iter([1.0, 9.0])
-    monkeypatch.setattr(crowd.time, "monotonic", lambda: next(clocks[0]))
-    monkeypatch.setattr(crowd.time, "process_time", lambda: next(clocks[1]))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clocks[0]))
+    monkeypatch.setattr(time, "process_time", lambda: next(clocks[1]))
     with watched_crowd(path) as found:
         stat(path, 1400, 50)
     assert found.share == pytest.approx(6 / 20)

@@ -29,7 +29,8 @@ def test_views_and_the_same_tensor_twice_count_once() -> None:
 
     def loss() -> Tensor:
         y = layer(x).exp()
-        return (y * y.view(3, 5).view(5, 3)).sum()
+        product: Tensor = y * y.view(3, 5).view(5, 3)
+        return product.sum()
 
     assert saved_bytes(layer, loss) == 5 * 3 * FLOAT
 
@@ -49,14 +50,15 @@ class Hides(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0] * ctx.kept
+        gradient: Tensor = gradients[0] * ctx.kept
+        return gradient
 
 
 def test_what_a_function_hides_is_seen_alive() -> None:
     layer, x = linear(), torch.randn(50, 40, requires_grad=True)
 
     def loss() -> Tensor:
-        return Hides.apply(x)  # type: ignore[no-any-return]
+        return Hides.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
     assert saved_bytes(layer, loss) == 0
     assert alive_between(layer, loss) == 50 * 40 * FLOAT + FLOAT

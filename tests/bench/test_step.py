@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from sidepath.bench import step as module
-from sidepath.bench.peers import draw_, has_peft, require_agreement
+from sidepath.bench.peers import draw_, has_peft, require_agreement, with_peft
 from sidepath.bench.setting import Bench
 from sidepath.bench.step import FLOOR, FULL, Step, losses_of, step_of
 from sidepath.errors import ParityError
@@ -57,9 +56,12 @@ def test_the_floor_computes_the_activations_gradients_and_no_weights(quick: Benc
     losses, models = losses_of(STEP, quick)
     outputs: list[torch.Tensor] = []
     model: Any = models[FLOOR]
-    model.get_input_embeddings().register_forward_hook(
-        lambda module, args, output: (output.retain_grad(), outputs.append(output))[0]
-    )
+
+    def keep(_module: object, _args: object, output: torch.Tensor) -> None:
+        output.retain_grad()
+        outputs.append(output)
+
+    model.get_input_embeddings().register_forward_hook(keep)
     losses[FLOOR]().backward()  # type: ignore[no-untyped-call]
     gradient = outputs[0].grad
     assert gradient is not None
@@ -98,10 +100,9 @@ def test_ways_that_do_not_agree_are_not_timed(
     quick: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The peer is given other factors: its loss is another one, and the figure is refused."""
-    original: Callable[..., Any] = module.with_peft
 
     def other(model: torch.nn.Module, **options: Any) -> torch.nn.Module:
-        made: torch.nn.Module = original(model, **options)
+        made: torch.nn.Module = with_peft(model, **options)
         draw_([own for own in made.parameters() if own.requires_grad], "other")
         with torch.no_grad():
             for own in trained(made):

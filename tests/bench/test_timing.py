@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidepath.bench import timing
 from sidepath.bench.timing import Clock, Spread, interleaved, pinned_threads, quotients, ratios
 
 
@@ -19,7 +19,7 @@ class FakeTime:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
     def taking(self, seconds: float, log: list[str], name: str) -> Callable[[], None]:
         def run() -> None:

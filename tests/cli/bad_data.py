@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from .conftest import write_rows
 from .place import Case, Place, merge_command
@@ -16,7 +17,11 @@ def broken_line_7(place: Place) -> list[str]:
 
 
 def mixed_labels(place: Place) -> list[str]:
-    rows = [{"text": "a b", "label": 1}, {"text": "c d"}, {"text": "e f", "label": [2]}]
+    rows: list[dict[str, Any]] = [
+        {"text": "a b", "label": 1},
+        {"text": "c d"},
+        {"text": "e f", "label": [2]},
+    ]
     return place.train(data=write_rows(place.here / "d.jsonl", rows))
 
 
@@ -51,11 +56,15 @@ def truncated_parquet(place: Place) -> list[str]:
 
 
 def mixed_schemas(place: Place) -> list[str]:
-    rows = [{"prompt": "a", "completion": "b"}, {"text": "c"}, {"messages": []}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "completion": "b"},
+        {"text": "c"},
+        {"messages": []},
+    ]
     return place.train(data=write_rows(place.here / "d.jsonl", rows))
 
 
-def with_second(place: Place, *flags: object, rows: list[dict[str, object]]) -> list[str]:
+def with_second(place: Place, *flags: object, rows: list[dict[str, Any]]) -> list[str]:
     return place.train("--data", write_rows(place.here / "second.jsonl", rows), *flags)
 
 
@@ -80,7 +89,7 @@ def template_that_fails(place: Place, template: str) -> list[str]:
     return place.train("--base", base_with_template(place, template), data=data)
 
 
-GOOD = [{"prompt": "a", "completion": "b"}]
+GOOD: list[dict[str, Any]] = [{"prompt": "a", "completion": "b"}]
 
 
 def merge_on(place: Place, data: Path) -> list[str]:

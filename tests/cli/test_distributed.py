@@ -19,6 +19,8 @@ from sidepath.store.adapter import load
 from .conftest import Run, write_rows
 
 SECONDS = 300
+QUICKLY = "--no-forgetting"
+"""Where runs are killed and compared, what they forgot is not asked."""
 
 
 def launch(*flags: object, restarts: int = 0) -> subprocess.Popen[str]:
@@ -66,7 +68,11 @@ def same_adapter(one: Path, other: Path) -> None:
         torch.testing.assert_close(tensor, right[name], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("distributed", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    # A quick run of two in "ddp" is the next test's, and its numbers are training/test_processes'.
+    "distributed",
+    [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"],
+)
 def test_two_processes_give_the_adapter_of_one(
     run: Run, tiny_base: Path, rows: Path, tmp_path: Path, distributed: str
 ) -> None:
@@ -89,19 +95,20 @@ def test_two_processes_give_the_adapter_of_one(
 def test_a_killed_process_is_started_anew_and_resumes(
     run: Run, tiny_base: Path, rows: Path, tmp_path: Path
 ) -> None:
-    more = {"steps": 150, "dropout": 0.1, "checkpoint-every": 1, "distributed": "ddp"}
-    whole = launch(*flags_of(tiny_base, rows, tmp_path / "whole", **more))
+    more = {"steps": 60, "dropout": 0.1, "checkpoint-every": 1, "distributed": "ddp"}
+    seldom = more | {"checkpoint-every": 60}
+    whole = launch(*flags_of(tiny_base, rows, tmp_path / "whole", **seldom), QUICKLY)
     out, err = whole.communicate(timeout=SECONDS)
     assert whole.returncode == 0, err
     output = tmp_path / "out"
-    process = launch(*flags_of(tiny_base, rows, output, **more), restarts=2)
+    process = launch(*flags_of(tiny_base, rows, output, **more), QUICKLY, restarts=2)
     checkpoints = tmp_path / "out.checkpoints"
-    until(lambda: any(checkpoints.glob("step-0000002*")), process)
+    until(lambda: any(checkpoints.glob("step-*")), process)
     os.kill(worker(output, rank=1), signal.SIGKILL)
     out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, err
     assert "resumed after step" in err
-    assert json.loads(out)["steps"] == 150
+    assert json.loads(out)["steps"] == 60
     one, other = (path / "adapter_model.safetensors" for path in (tmp_path / "whole", output))
     assert one.read_bytes() == other.read_bytes(), "the unbroken run's bits"
 
@@ -146,17 +153,17 @@ def test_flags_and_launcher_must_fit(
 def test_sigterm_saves_and_the_same_command_goes_on(
     run: Run, tiny_base: Path, rows: Path, tmp_path: Path
 ) -> None:
-    more = {"steps": 400, "dropout": 0.1}
-    whole = run("train", *flags_of(tiny_base, rows, tmp_path / "whole", **more))
+    more = {"steps": 120, "dropout": 0.1}
+    whole = run("train", *flags_of(tiny_base, rows, tmp_path / "whole", **more), QUICKLY)
     assert whole.code == 0, whole.err
-    flags = flags_of(tiny_base, rows, tmp_path / "out", **more)
+    flags = [*flags_of(tiny_base, rows, tmp_path / "out", **more), QUICKLY]
     command = [sys.executable, "-m", "sidepath", "train", *map(str, flags)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
     )
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("step 1/400"):
+        if line.startswith("step 1/120"):
             break
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=SECONDS)

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -24,6 +19,7 @@ from sidepath.cli.encoding import encodes
 from tests.conftest import randomise, tiny_bert
 
 from .conftest import Run, write_tokenizer
+from .serving import serving
 
 
 def write_encoder(folder: Path) -> Path:
@@ -55,26 +51,9 @@ def write_encoder(folder: Path) -> Path:
 @contextmanager
 def served(*flags: object) -> Iterator[str]:
     """The address of a server that runs within the block and ends well."""
-    words = [sys.executable, "-m", "sidepath", "serve", "--json", "--port", "0"]
-    process = subprocess.Popen(
-        [*words, *map(str, flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        assert process.stderr is not None
-        said = process.stderr.readline()
-        found = re.search(r"at (http://127\.0\.0\.1:\d+/v1)\n", said)
-        assert found is not None, said + process.stderr.read()
-        yield found[1]
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
-        assert (process.returncode, err) == (0, "")
-    finally:
-        process.kill()
-        process.communicate()
+    with serving(*flags) as server:
+        yield server.url
+        server.end()
 
 
 def ask(url: str, body: dict[str, Any]) -> Any:

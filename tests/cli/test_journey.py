@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sidepath.store.parity import Parity
+from sidepath.training.report import StepReport
 
 from .conftest import Run, write_rows
 
@@ -88,7 +89,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 
     assert run(*flags("unbroken")).code == 0
 
-    def killed(report: following.StepReport) -> str:
+    def killed(report: StepReport) -> str:
         if report.number == 5:
             raise KeyboardInterrupt
         return ""

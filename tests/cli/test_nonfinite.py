@@ -20,8 +20,8 @@ def test_a_row_whose_loss_is_not_a_number(run: Run, tiny_base: Path, tmp_path: P
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     rows = [{"prompt": f"{'Q' if n == 8 else 'q'}{n}:", "completion": f" {n}"} for n in range(12)]
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    flags = ("train", "--base", base, "--output", tmp_path / "out", "--r", 2, "--targets", "q_proj")
-    flags += ("--steps", 12, "--batch-size", 1, "--checkpoint-every", 1, "--data")
+    flags = ["train", "--base", base, "--output", tmp_path / "out", "--r", 2, "--targets", "q_proj"]
+    flags += ["--steps", 12, "--batch-size", 1, "--checkpoint-every", 1, "--data"]
     stopped = run(*flags, data)
     assert stopped.code == 2
     assert "Traceback" not in stopped.err

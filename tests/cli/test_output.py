@@ -6,6 +6,7 @@ import io
 import json
 import math
 import sys
+import time
 
 import pytest
 
@@ -62,7 +63,7 @@ def test_progress_in_a_pipe_is_a_line_now_and_then_and_one_at_the_end(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter(float(second) for second in range(100))
-    monkeypatch.setattr(output.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(output, "SECONDS_BETWEEN_LINES", 4.0)
     with progress("step") as advance:
         for number in range(1, 11):

@@ -42,8 +42,8 @@ def test_over_a_packed_base_and_over_the_plain_one(
         losses[flags] = ran.document["metrics"]["loss"]
     assert len(set(losses.values())) == 3, "each computes in its own way"
     assert max(losses.values()) - min(losses.values()) < 0.1
-    words = ("--base", tiny_base, "--adapter", packed_adapter, "--prompt", "count 3:")
-    ran = run("generate", *words, "--json", "--max-new-tokens", 4, *NF4)
+    prompt = ("--base", tiny_base, "--adapter", packed_adapter, "--prompt", "count 3:")
+    ran = run("generate", *prompt, "--json", "--max-new-tokens", 4, *NF4)
     assert ran.code == 0, ran.err
     assert len(ran.document["outputs"]) == 1
 

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,6 +16,7 @@ from typing import Any
 import pytest
 
 from .conftest import Run
+from .serving import serving
 
 
 def ask(url: str, model: str) -> Any:
@@ -43,40 +39,22 @@ def begun(url: str, model: str) -> Iterator[Iterator[bytes]]:
 
 def test_a_server_answers_and_ends_on_sigterm(tiny_base: Path, trained: Path) -> None:
     """What was begun by then is answered to its end."""
-    flags = f"--port 0 --name tiny-base --base {tiny_base} --adapters {trained.parent}"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sidepath", "serve", "--json", *flags.split()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        assert process.stderr is not None
-        said = process.stderr.readline()
-        found = re.fullmatch(
-            r"serving tiny-base and 1 adapters at (http://127\.0\.0\.1:\d+/v1)\n", said
-        )
-        assert found is not None, said + process.stderr.read()
-        url = found[1]
-        assert ask(url, "tiny-base")["model"] == "tiny-base"
-        assert ask(url, trained.name)["usage"]["completion_tokens"] >= 1
+    flags = ("--name", "tiny-base", "--base", tiny_base, "--adapters", trained.parent)
+    with serving(*flags) as server:
+        assert server.said.startswith("serving tiny-base and 1 adapters at ")
+        assert ask(server.url, "tiny-base")["model"] == "tiny-base"
+        assert ask(server.url, trained.name)["usage"]["completion_tokens"] >= 1
         with pytest.raises(urllib.error.HTTPError) as error:
-            ask(url, "other")
+            ask(server.url, "other")
         assert error.value.code == 404
         error.value.close()
-        with begun(url, "tiny-base") as lines:
-            process.send_signal(signal.SIGTERM)
+        with begun(server.url, "tiny-base") as lines:
+            server.end()
             events = [line for line in lines if line.strip()]
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.communicate()
-    assert (process.returncode, err) == (0, "")
     assert events[-1] == b"data: [DONE]\n"
     finishes = [json.loads(line[6:])["choices"][0]["finish_reason"] for line in events[:-1]]
     assert len([finish for finish in finishes if finish]) == 8
-    assert sum(json.loads(out)["ended"].values()) == 2 + 8
+    assert sum(json.loads(server.out)["ended"].values()) == 2 + 8
 
 
 def test_what_cannot_be_served(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import sidepath
 from sidepath.core.views import view_of
@@ -18,14 +18,12 @@ from tests.conftest import outputs, tiny_llama
 IDS = torch.tensor([[5, 6, 7, 9, 11], [3, 4, 8, 8, 2]])
 
 
-def doubled(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+def doubled(make: Callable[[], Any]) -> Callable[[], Any]:
     """The model in float64."""
     return lambda: make().double()
 
 
-def saved(
-    folder: Path, seed: int, make: Callable[[], nn.Module] = tiny_llama, **settings: Any
-) -> Path:
+def saved(folder: Path, seed: int, make: Callable[[], Any] = tiny_llama, **settings: Any) -> Path:
     """An adapter whose every tensor has moved, as training would, with the folder's name."""
     adapter = inject(make(), LoRA(**settings), folder.name)
     generator = torch.Generator().manual_seed(seed)
@@ -37,7 +35,7 @@ def saved(
     return folder
 
 
-def updates(folder: Path, make: Callable[[], nn.Module] = tiny_llama) -> dict[str, Tensor]:
+def updates(folder: Path, make: Callable[[], Any] = tiny_llama) -> dict[str, Tensor]:
     """Slow reference: each `ΔW` (O, I) in float64, as the model that loaded the adapter has it."""
     model = make()
     adapter = sidepath.load(model, folder, "read")
@@ -52,7 +50,7 @@ def updates(folder: Path, make: Callable[[], nn.Module] = tiny_llama) -> dict[st
 def weighted(
     folders: Sequence[Path],
     weights: Sequence[float],
-    make: Callable[[], nn.Module] = tiny_llama,
+    make: Callable[[], Any] = tiny_llama,
 ) -> dict[str, Tensor]:
     """`Σ w_i ΔW_i` by module path."""
     total: dict[str, Tensor] = {}
@@ -62,7 +60,7 @@ def weighted(
     return total
 
 
-def added(make: Callable[[], nn.Module], changes: Mapping[str, Tensor]) -> nn.Module:
+def added(make: Callable[[], Any], changes: Mapping[str, Tensor]) -> Any:
     """The model with `W + ΔW` in the place of `W`, by plain addition."""
     model = make()
     with torch.no_grad():
@@ -75,7 +73,7 @@ def added(make: Callable[[], nn.Module], changes: Mapping[str, Tensor]) -> nn.Mo
     return model
 
 
-def logits(make: Callable[[], nn.Module], folder: Path) -> Tensor:
+def logits(make: Callable[[], Any], folder: Path) -> Tensor:
     """What the model gives with an adapter's folder loaded."""
     model = make()
     sidepath.load(model, folder, "it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_the_ranks_add_up_and_the_last_pattern_wins(tmp_path: Path) -> None:
 def test_on_the_embedded_base_in_float32(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    def make() -> torch.nn.Module:
+    def make() -> Any:
         base = sidepath.embedded_base()
         return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
 
@@ -149,7 +150,7 @@ def test_common_scalings_stay_and_16_bit_factors_are_not_rounded_again(tmp_path:
     first, second = (load_file(one / "adapter_model.safetensors") for one in folders)
 
     def read(name: str) -> dict[str, torch.Tensor]:
-        return load_file(tmp_path / name / "adapter_model.safetensors")
+        return dict(load_file(tmp_path / name / "adapter_model.safetensors"))
 
     combine(folders, tmp_path / "same", Combination(weights=(1, -1)))
     for key, tensor in read("same").items():

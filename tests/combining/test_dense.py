@@ -22,7 +22,8 @@ def matrix(rows: int, columns: int, sigma: Tensor, seed: int) -> Tensor:
         torch.linalg.qr(torch.randn(n, len(sigma), generator=generator, dtype=torch.float64)).Q
         for n in (rows, columns)
     ]
-    return (sides[0] * sigma) @ sides[1].T
+    product: Tensor = (sides[0] * sigma) @ sides[1].T
+    return product
 
 
 def optimal(M: Tensor, r: int) -> float:

@@ -17,10 +17,11 @@ from sidepath import Extraction, extract
 from sidepath.combining import checkpoints
 from sidepath.errors import SidepathError, StoreError, TargetNotFound, WrongBase
 from sidepath.store import stored
+from sidepath.store.loading import load_tensors
 from tests.combining.kit import IDS, added, logits, saved, updates
 from tests.conftest import outputs, tiny_bert, tiny_gpt2, tiny_llama
 
-Make = Callable[[], nn.Module]
+Make = Callable[[], Any]
 
 
 def folder_of(model: nn.Module, folder: Path, **options: Any) -> Path:
@@ -97,7 +98,9 @@ def test_the_error_is_the_distance_to_the_tuned_weights(tmp_path: Path) -> None:
 
 
 def test_sharded_bfloat16_checkpoints(tmp_path: Path) -> None:
-    make = lambda: tiny_llama().bfloat16()  # noqa: E731
+    def make() -> Any:
+        return tiny_llama().bfloat16()
+
     source = saved(tmp_path / "planted", 1, r=4, alpha=64)
     base = folder_of(make(), tmp_path / "base", max_shard_size="20KB")
     tuned = folder_of(added(make, updates(source)), tmp_path / "tuned", max_shard_size="30KB")
@@ -114,7 +117,7 @@ def tiny_llama_of(folder: Path) -> dict[str, Tensor]:
     return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
 
 
-def tuned_everywhere(make: Make) -> nn.Module:
+def tuned_everywhere(make: Make) -> Any:
     """Every parameter moved: low-rank matrices are not all there is."""
     model = make()
     torch.manual_seed(5)
@@ -204,10 +207,12 @@ def test_only_its_own_base_takes_it(tmp_path: Path) -> None:
 def test_one_pair_of_tensors_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, tuned, _ = planted(tmp_path, tiny_llama, r=2)
     asked: list[int] = []
-    read = stored.load_tensors
-    monkeypatch.setattr(
-        stored, "load_tensors", lambda path, header: asked.append(len(header)) or read(path, header)
-    )
+
+    def counted(path: Path, header: Any) -> Any:
+        asked.append(len(header))
+        return load_tensors(path, header)
+
+    monkeypatch.setattr(stored, "load_tensors", counted)
     extract(base, tuned, tmp_path / "out", Extraction(r=2))
     assert set(asked) == {1}
     assert len(asked) == 2 * len(tiny_llama().state_dict()), "each tensor once"

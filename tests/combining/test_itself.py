@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 import sidepath
 from sidepath import Combination, combine
@@ -17,10 +16,10 @@ from sidepath.errors import StoreError
 from tests.combining.kit import IDS, contents, logits, saved
 from tests.conftest import MODELS, outputs, tiny_bert, tiny_gpt2, tiny_llama
 
-Make = Callable[[], nn.Module]
+Make = Callable[[], Any]
 
 
-def vision() -> nn.Module:
+def vision() -> Any:
     """Convolutions, one of them grouped: the same ones each time."""
     torch.manual_seed(7)
     return MODELS["vision"][0]()

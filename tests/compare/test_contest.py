@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,7 +116,7 @@ def test_a_seed_that_failed_is_left_out_of_the_values(tmp_path: Path) -> None:
 
 
 def test_the_best_rate() -> None:
-    sweep = {
+    sweep: dict[float, dict[str, Any]] = {
         1e-3: {"value": 0.8, "loss": 0.5},
         3e-3: {"value": 0.9, "loss": 0.4},
         1e-2: {"value": 0.9, "loss": 0.3},

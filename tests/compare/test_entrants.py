@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 from sidepath.compare.entrants import entrants_of
 from sidepath.methods.lora import LoRA
@@ -24,7 +25,7 @@ def test_a_grid_is_every_combination() -> None:
 
 
 def test_all_faults_at_once() -> None:
-    tables = [
+    tables: list[dict[str, Any]] = [
         {"name": "lorra"},
         {"name": "lora", "r": 0, "learning_rates": [1e-3, -1]},
         {"name": "lora", "rank": 3},
@@ -48,7 +49,11 @@ def test_all_faults_at_once() -> None:
 
 
 def test_the_sweep_is_as_wide_for_all_and_labels_are_apart() -> None:
-    tables = [{"name": "lora"}, {"name": "probe", "learning_rates": [1e-3]}, {"name": "lora"}]
+    tables: list[dict[str, Any]] = [
+        {"name": "lora"},
+        {"name": "probe", "learning_rates": [1e-3]},
+        {"name": "lora"},
+    ]
     _, faults = entrants_of(tables, [1e-3, 1e-2])
     assert "found lora 2, probe 1" in faults[0]
     assert 'two entrants are called "lora"' in faults[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
@@ -19,7 +20,7 @@ from tests.conftest import Vision, tiny_bert, tiny_gpt2, tiny_llama
 from .kit import TinyBases
 
 
-def square() -> nn.Module:
+def square() -> Any:
     """Attention without groups: every matrix as large as the others, as in the paper."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -63,7 +64,7 @@ def test_square_matrices_get_the_papers_ranks(shared: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bert, TinyBases().causal])
-def test_every_choice_has_one_budget(make: Callable[[], nn.Module]) -> None:
+def test_every_choice_has_one_budget(make: Callable[[], Any]) -> None:
     counts = trained(make())
     assert len(counts) == len(MATRICES)
     budget = next(iter(counts.values()))
@@ -71,7 +72,7 @@ def test_every_choice_has_one_budget(make: Callable[[], nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-def test_presets_are_entrants(make: Callable[[], nn.Module]) -> None:
+def test_presets_are_entrants(make: Callable[[], Any]) -> None:
     for name, tables in PRESETS.items():
         found, faults = entrants_of(tables(make()), [1e-3, 1e-2])
         assert not faults, name

@@ -95,7 +95,8 @@ def test_the_picture_shows_the_seeds_however_long_their_interval_is() -> None:
     assert 0.8 < high < 0.9
     assert drawn(document(standing(0, [0.5, 0.5], 10))).axes[0].get_ylim()[0] < 0.5
     found["intrinsic"] = {"target": 0.55}
-    assert any(set(line.get_ydata()) == {0.55} for line in drawn(found).axes[0].get_lines())
+    lines: list[Any] = drawn(found).axes[0].get_lines()
+    assert any(set(line.get_ydata()) == {0.55} for line in lines)
 
 
 def test_entrants_of_one_budget_stand_side_by_side() -> None:

@@ -16,6 +16,7 @@ from sidepath.compare.setting import Trial, code_version
 from sidepath.compare.trial import facts_of, fresh, run_trial
 from sidepath.compare.workers import Workers
 from sidepath.config import TrainConfig
+from sidepath.data.dataset import Data
 from sidepath.errors import ConfigError, DataError, MissingExtra
 from sidepath.store.plan import plan
 from sidepath.training.loop import train
@@ -44,8 +45,13 @@ def test_a_trial_follows_from_its_seed() -> None:
 
 def test_a_probes_seconds_hold_what_its_features_took(monkeypatch: pytest.MonkeyPatch) -> None:
     """Made early in the run, they are not in the median step's time, which is left out here."""
-    runs = []
-    monkeypatch.setattr(trials, "train", lambda *a, **k: runs.append(train(*a, **k)) or runs[-1])
+    runs: list[Any] = []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        runs.append(train(*arguments, **options))
+        return runs[-1]
+
+    monkeypatch.setattr(trials, "train", watched)
     monkeypatch.setattr("statistics.median", lambda _: 0.0)
     thrice = setting(train=TrainConfig(epochs=3, batch_size=4))
     found = [run_trial(thrice, Trial(one, 1e-2, 0, "sweep")) for one in entrants()]
@@ -95,7 +101,7 @@ def test_validation_rows_come_from_training_and_test_rows_from_elsewhere() -> No
 
 
 def test_sweep_trials_are_judged_on_validation(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Any, Any]] = []
+    seen: list[Data] = []
     material = material_of(setting())
 
     def judged(model: nn.Module, rows: Any, **options: Any) -> dict[str, float]:

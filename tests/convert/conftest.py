@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
 
 from sidepath.convert.portable import Base
 
 from .made import save_base
 
 
-def biased_llama() -> nn.Module:
+def biased_llama() -> Any:
     """Two blocks, grouped queries, a bias on every attention matrix."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

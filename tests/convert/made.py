@@ -53,7 +53,7 @@ def randomise(adapter: Any) -> None:
             parameter.copy_(parameter + noise.to(parameter.dtype))
 
 
-def made(make: Callable[[], nn.Module], folder: Path, **settings: Any) -> tuple[Path, nn.Module]:
+def made(make: Callable[[], Any], folder: Path, **settings: Any) -> tuple[Path, nn.Module]:
     """An adapter's folder, and the adapted model that it was saved from."""
     model = make()
     adapter = inject(model, LoRA(**settings), "made")

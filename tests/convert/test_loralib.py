@@ -26,7 +26,8 @@ IDS = torch.tensor([[1, 5, 9, 33, 7, 2, 60, 11]])
 
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(IDS).logits
+        found: torch.Tensor = model.eval()(IDS).logits
+        return found
 
 
 def alphas_of(path: Path) -> dict[str, float]:
@@ -39,7 +40,7 @@ def with_loralib(model: nn.Module, path: Path, enabled: dict[str, list[bool]]) -
     loralib: Any = pytest.importorskip("loralib", reason="loralib is not installed")
     state, alphas = load_file(path), alphas_of(path)
     for name in {key.removesuffix(".lora_A") for key in state if key.endswith(".lora_A")}:
-        old = model.get_submodule(name)
+        old: Any = model.get_submodule(name)
         r = state[f"{name}.lora_B"].shape[1]
         settings = {"r": r, "lora_alpha": alphas[name]}
         last = name.rpartition(".")[2]
@@ -72,7 +73,7 @@ def test_logits_in_loralib(kind: str, tmp_path: Path) -> None:
     assert (answer - logits(model)).abs().max() < 1e-4 * effect
 
 
-def quiet_gpt2() -> nn.Module:
+def quiet_gpt2() -> Any:
     """Without dropout, so that it may stand in training mode."""
     model = tiny_gpt2()
     for module in model.modules():
@@ -129,7 +130,7 @@ def test_from_loralib_needs_the_base_and_alpha(llama: Base, tmp_path: Path) -> N
 def test_unequal_parts_are_refused(tmp_path: Path) -> None:
     from transformers import Phi3Config, Phi3ForCausalLM
 
-    def phi() -> nn.Module:
+    def phi() -> Any:
         torch.manual_seed(1)
         config = Phi3Config(
             hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,

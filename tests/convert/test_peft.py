@@ -44,7 +44,8 @@ PEFT: dict[str, dict[str, Any]] = {
 
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(IDS).logits
+        found: torch.Tensor = model.eval()(IDS).logits
+        return found
 
 
 @pytest.mark.parametrize("kind", PEFT)

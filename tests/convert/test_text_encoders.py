@@ -36,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def clip() -> nn.Module:
+def clip() -> Any:
     """A text encoder of two layers."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -64,7 +64,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 def answer(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(IDS).last_hidden_state
+        found: torch.Tensor = model.eval()(IDS).last_hidden_state
+        return found
 
 
 def in_diffusers(path: Path, prefix: str = "text_encoder") -> torch.Tensor:
@@ -72,7 +73,7 @@ def in_diffusers(path: Path, prefix: str = "text_encoder") -> torch.Tensor:
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of diffusers' own imports
-        from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
+        from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin as Loader
 
         state, alphas, metadata = Loader.lora_state_dict(
             str(path.parent),
@@ -221,7 +222,12 @@ def test_all_faults_at_once(name: str, encoder: Base, tmp_path: Path) -> None:
         tensors[f"{start}self_attn_k_proj.lora_down.weight"] = torch.zeros(3, 16)
         tensors[f"{start}mlp_fc2.alpha"] = torch.tensor(-1.0)
         tensors[f"{start}mlp_fc2.dora_scale"] = torch.zeros(16, 1)
-        words = ("lora_up is missing", "no two factors", "expected a number above 0", "dora_scale")
+        words: tuple[str, ...] = (
+            "lora_up is missing",
+            "no two factors",
+            "expected a number above 0",
+            "dora_scale",
+        )
         more = {}
     else:
         start = "text_encoder.text_model.encoder.layers.0."

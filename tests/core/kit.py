@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ FAMILIES = {
 """Which blocks of two layers are computed in one piece, by the name of the class that does."""
 
 
-def tiny(family: str = "Llama", **options: Any) -> nn.Module:
+def tiny(family: str = "Llama", **options: Any) -> Any:
     """A random model of a family: two layers, 32 wide, grouped-query attention where there is."""
     torch.manual_seed(7)
     sizes: dict[str, Any] = {
@@ -63,7 +64,7 @@ def tiny(family: str = "Llama", **options: Any) -> nn.Module:
     return model.train()  # type: ignore[no-any-return]
 
 
-def put(model: nn.Module, name: str = "x", *, trained: bool = True, **settings: Any) -> nn.Module:
+def put(model: Any, name: str = "x", *, trained: bool = True, **settings: Any) -> Any:
     config = LoRA(**{"r": 3, **settings})
     installed = put_in(model, config, name, resolve(model, config))
     if trained:
@@ -123,7 +124,7 @@ def assert_steps_equal(
         largest = float(wanted.abs().max())
         assert largest > 0, name
         torch.testing.assert_close(
-            gradient, wanted, rtol=0, atol=tolerance * largest, msg=lambda m, n=name: f"{n}: {m}"
+            gradient, wanted, rtol=0, atol=tolerance * largest, msg=partial("{}: {}".format, name)
         )
 
 

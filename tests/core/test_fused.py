@@ -219,7 +219,7 @@ def test_nothing_of_a_step_stays_behind_even_when_it_fails() -> None:
     handle.remove()
 
     class Failing(nn.Linear):
-        forward = fail
+        forward = fail  # type: ignore[assignment]
 
     own = attention.v_proj.__class__
     attention.v_proj.__class__ = Failing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def nf4_levels() -> Tensor:
     probability from the outermost one to 1/2, and one zero for both.
     """
     outermost = ((1 - 1 / 30) + (1 - 1 / 32)) / 2
-    probit = torch.distributions.Normal(
+    probit: Callable[[Tensor], Tensor] = torch.distributions.Normal(
         torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     ).icdf
     positive = probit(torch.linspace(outermost, 0.5, 9, dtype=torch.float64)[:-1])
@@ -155,7 +156,7 @@ def test_packing_and_its_inverse(source: type) -> None:
     torch.testing.assert_close(made(x), back(x), atol=1e-6, rtol=1e-6)
     assert torch.equal(back.bias, layer.bias)  # type: ignore[arg-type]
     assert 0 < (back(x) - layer(x)).abs().max() < 0.5
-    assert torch.equal(packed_linear(back, double=False).weight.data, made.weight.data)  # type: ignore[union-attr, operator]
+    assert torch.equal(packed_linear(back, double=False).weight.data, made.weight.data)  # type: ignore[union-attr, operator, arg-type]
 
 
 def test_an_unpacked_layer_is_refused() -> None:
@@ -199,7 +200,7 @@ def test_a_delta_equals_the_merged_layer(
     layer = packed_linear(nn.Linear(width, out), dtype=compute, double=double)
     view = view_of(layer)
     assert isinstance(view, PackedView)
-    delta = LoRA(r=rank, dtype="base").dense_delta(Site("l", "dense"), view)
+    delta: Any = LoRA(r=rank, dtype="base").dense_delta(Site("l", "dense"), view)
     x = torch.randn(5, width).to(compute)
     base = view(x)
     assert torch.equal(delta(x, view), base), "a fresh delta changes no bit"
@@ -217,7 +218,7 @@ def test_gradients_reach_the_delta_and_the_input_and_never_the_base() -> None:
     layer = packed(dtype=torch.float32)
     view = view_of(layer)
     assert isinstance(view, PackedView)
-    delta = LoRA(r=4).dense_delta(Site("l", "dense"), view)
+    delta: Any = LoRA(r=4).dense_delta(Site("l", "dense"), view)
     with torch.no_grad():
         delta.B.normal_()
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}

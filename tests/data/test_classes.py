@@ -4,11 +4,16 @@ import pytest
 
 from sidepath.data.classes import LARGEST, Classes
 from sidepath.data.sources import Row, Source
+from sidepath.data.tables import Items
 from sidepath.errors import DataError
 
 
+def nothing() -> Items:
+    yield from ()
+
+
 def source() -> Source:
-    return Source("a.csv", "line", lambda: (item for item in ()))
+    return Source("a.csv", "line", nothing)
 
 
 def rows(*labels: object) -> list[Row]:

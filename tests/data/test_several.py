@@ -174,7 +174,7 @@ def test_impossible_weights(
 
 def test_impossible_lists(tokenizer: Any, files: list[Path]) -> None:
     with pytest.raises(DataError, match="not both in one list"):
-        load_data([files[0], {"text": "a"}], tokenizer)  # type: ignore[list-item]
+        load_data([files[0], {"text": "a"}], tokenizer)  # type: ignore[list-item, arg-type]
     with pytest.raises(DataError, match="named twice"):
         load_data([files[0], files[0]], tokenizer)
     with pytest.raises(DataError, match="there are no rows"):

@@ -32,7 +32,7 @@ TALK = [
 ]
 WEATHER = {"name": "weather", "parameters": {"type": "object"}}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"at": "Rome"}}}
-CALLED = [
+CALLED: list[dict[str, Any]] = [
     {"role": "user", "content": "rain?"},
     {
         "role": "assistant",
@@ -139,7 +139,7 @@ def test_the_usual_forms_of_a_tool_call_are_one(chatty: Any, call: dict[str, Any
 
 def test_a_tokenizer_may_have_a_template_for_tools_apart(chatty: Any) -> None:
     chatty.chat_template = {"default": MARKED, "tool_use": TOOLS}
-    rows = [{"messages": TALK}, {"messages": CALLED, "tools": [WEATHER]}]
+    rows: list[dict[str, Any]] = [{"messages": TALK}, {"messages": CALLED, "tools": [WEATHER]}]
     data = load_data(rows, chatty)
     assert supervised_text(data, 0) == "yo<|im_end|>so long<|im_end|>"
     assert supervised_text(data, 1).endswith("</tool_call><|im_end|>\nNo.<|im_end|>\n")

@@ -17,9 +17,9 @@ from sidepath.demo.tasks import Task, make_tasks
 
 
 def short_tasks(seed: int = 0) -> list[Task]:
-    """The demo's tasks with 48 training rows, 6 test rows and 3 steps."""
+    """The demo's tasks with 48 training rows, 3 test rows and 3 steps."""
     return [
-        dataclasses.replace(task, steps=3, train=task.train[:48], test=task.test[:6])
+        dataclasses.replace(task, steps=3, train=task.train[:48], test=task.test[:3])
         for task in make_tasks(seed=seed)
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,9 @@ def _sentiment_key(row: dict[str, str]) -> str:
     [("restaurant", _restaurant_key), ("sql", _sql_key), ("sentiment", _sentiment_key)],
 )
 @pytest.mark.parametrize("seed", [0, 1, 7])
-def test_train_and_test_share_no_combination(name: str, key, seed: int) -> None:
+def test_train_and_test_share_no_combination(
+    name: str, key: Callable[[dict[str, str]], str], seed: int
+) -> None:
     task = next(task for task in make_tasks(seed, 800, 200) if task.name == name)
     assert {key(row) for row in task.train}.isdisjoint(key(row) for row in task.test)
 
@@ -113,10 +116,13 @@ def test_every_given_name_stands_in_the_sentence(made: dict[str, Task]) -> None:
 
 def test_sql_uses_only_the_columns_and_values_of_its_prompt(made: dict[str, Task]) -> None:
     for row in made["sql"].test:
-        table, columns = re.match(r"table: (\w+) \(([^)]*)\)", row["prompt"]).groups()
+        prompt = re.match(r"table: (\w+) \(([^)]*)\)", row["prompt"])
         statement = re.fullmatch(
             r" SELECT (?:[A-Z]+\()?([\w*]+)\)? FROM (\w+) WHERE (.+)", row["completion"]
         )
+        assert prompt is not None
+        assert statement is not None
+        table, columns = prompt.groups()
         selected, source, where = statement.groups()
         assert source == table
         assert selected in [*columns.split(", "), "*"]

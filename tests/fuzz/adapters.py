@@ -179,8 +179,11 @@ def ingredient_says(folder: Path) -> Any:
     paths = [name[17:-14] for name in tensors if name.endswith(".lora_A.weight")]
     if not (folder / MANIFEST).exists():
         return tensors, saved(values), {path: scaling_at(values, path) for path in paths}
-    config = json.loads((folder / MANIFEST).read_bytes())["config"]
-    said = LoRA(**{key: tuple(v) if isinstance(v, list) else v for key, v in config.items()})
+    config: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())["config"]
+    settings: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in config.items()
+    }
+    said = LoRA(**settings)
     return tensors, saved(values), {path: said.scaling_of(path) for path in paths}
 
 

@@ -14,9 +14,10 @@ from sidepath.cli.bases import base_folder
 from sidepath.combining.checkpoints import Pair
 from sidepath.merging.base import load_base
 from sidepath.store.configs import model_without_weights, quiet
+from sidepath.store.peft_format import WEIGHTS
 from sidepath.store.tensors import FLOATING
 from tests.conftest import tiny_llama
-from tests.fuzz.adapters import WEIGHTS, peft_files
+from tests.fuzz.adapters import peft_files
 from tests.fuzz.reader import Files, Reader, Refused, plain, tensors_in
 
 MODEL = "model.safetensors"

@@ -22,9 +22,10 @@ import sidepath
 from sidepath import LoRA
 from sidepath.convert.formats import convert, read
 from sidepath.convert.portable import Base, Options, Portable
+from sidepath.store.peft_format import CONFIG, WEIGHTS
 from sidepath.store.tensors import FLOATING
 from tests.conftest import randomise, tiny_llama
-from tests.fuzz.adapters import CONFIG, MANIFEST, WEIGHTS, model, own_files, resign_manifest
+from tests.fuzz.adapters import MANIFEST, model, own_files, resign_manifest
 from tests.fuzz.adapters import scaling_at as peft_scaling
 from tests.fuzz.gguf import PASSPORT, numbers_in, put_together, taken_apart
 from tests.fuzz.headers import joined, split

@@ -119,4 +119,4 @@ def _replace(rng: random.Random, draft: Draft, name: str) -> None:
         del draft.files[name]
     else:
         draft.files[name] = what
-    draft.done.append(f"{name}: {what}")
+    draft.done.append(f"{name}: {what!r}")

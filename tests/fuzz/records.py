@@ -143,7 +143,7 @@ SECTIONS: dict[str, type] = {"run": TrainRun, "lora": LoRA, "train": TrainConfig
 def read_settings(folder: Path) -> Any:
     path = str(folder / "run.toml")
     settings = Settings(SECTIONS, read_file(path, SECTIONS, ()), {}, path)
-    built = {name: settings.build(name, cls) for name, cls in SECTIONS.items()}
+    built: dict[str, Any] = {name: settings.build(name, cls) for name, cls in SECTIONS.items()}
     return saved({name: as_dict(one) for name, one in built.items()})
 
 
@@ -197,7 +197,7 @@ def base_files() -> Files:
 
 def read_base(folder: Path) -> Any:
     place = base_folder(str(folder))
-    found = {}
+    found: dict[str, Any] = {}
     for path in checkpoint_files(place):
         found |= plain(load_tensors(path, read_header(path)))
     shapes = {name: sample.shape for name, sample in fingerprint(place).samples.items()}

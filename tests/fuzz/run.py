@@ -28,7 +28,8 @@ from typing import Any
 
 from sidepath.errors import SidepathError
 from tests.fuzz.mutate import Draft, mutate
-from tests.fuzz.readers import READERS, Reader
+from tests.fuzz.reader import Reader
+from tests.fuzz.readers import READERS
 
 MEMORY = 512 * 2**20
 HANGS = 60

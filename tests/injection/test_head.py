@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from sidepath.injection.head import BODIES, frozen_body, fused_head
 from sidepath.injection.merging import merge
 from sidepath.injection.registry import require_registry
 from sidepath.injection.surgery import remove, route
+from sidepath.kernels.head import head_loss
 from sidepath.training.batching import Batch, collate, collate_packed
 from sidepath.training.loss import batch_loss
 from tests.conftest import tiny_llama
@@ -98,11 +100,10 @@ def test_a_batch_without_targets_has_no_loss() -> None:
 def test_the_logits_are_those_of_targets_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The head is asked for rows that are followed by a target, and never for logits of all."""
     seen: list[torch.Size] = []
-    loss_of = head_module.head_loss
 
     def watched(hidden_ND: Tensor, *args: Any, **kw: Any) -> Tensor:
         seen.append(hidden_ND.shape)
-        return loss_of(hidden_ND, *args, **kw)
+        return head_loss(hidden_ND, *args, **kw)
 
     monkeypatch.setattr(head_module, "head_loss", watched)
     model = put(tiny())
@@ -115,7 +116,11 @@ def hooked(model: nn.Module, path: str, kind: str) -> nn.Module:
     return model
 
 
-def shadowed(path: str) -> nn.Module:
+def on_fresh(path: str, kind: str) -> nn.Module:
+    return hooked(put(tiny()), path, kind)
+
+
+def shadowed(path: str) -> Any:
     model = put(tiny())
     module = model.get_submodule(path)
     own = module.forward
@@ -123,13 +128,13 @@ def shadowed(path: str) -> nn.Module:
     return model
 
 
-def thawed() -> nn.Module:
+def thawed() -> Any:
     model = put(tiny())
     model.lm_head.weight.requires_grad_()
     return model
 
 
-def exchanged() -> nn.Module:
+def exchanged() -> Any:
     class Scaled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
@@ -139,25 +144,25 @@ def exchanged() -> nn.Module:
     return model
 
 
-def off() -> nn.Module:
+def off() -> Any:
     model = put(tiny())
     require_registry(model).routing.fused = False
     return model
 
 
-def inherited() -> nn.Module:
+def inherited() -> Any:
     model = tiny()
     model.__class__ = type("Own", (type(model),), {"__module__": __name__})
     return put(model)
 
 
-def removed() -> nn.Module:
+def removed() -> Any:
     model = put(tiny())
     remove(model, "x")
     return model
 
 
-REFUSED: dict[str, Callable[[], nn.Module]] = {
+REFUSED: dict[str, Callable[[], Any]] = {
     "no adapter": tiny,
     "removed": removed,
     "head adapted": lambda: put(tiny(), targets=("lm_head", "q_proj")),
@@ -169,9 +174,7 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "forward shadowed": lambda: shadowed(""),
     "head's forward shadowed": lambda: shadowed("lm_head"),
     **{
-        f"{kind} hook on {path or 'model'}": lambda path=path, kind=kind: hooked(
-            put(tiny()), path, kind
-        )
+        f"{kind} hook on {path or 'model'}": partial(on_fresh, path, kind)
         for path in ("", "lm_head")
         for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre")
     },

@@ -93,7 +93,7 @@ def test_a_merged_model_calls_the_bases_operators_one_by_one() -> None:
 
     class Operators(TorchDispatchMode):
         def __init__(self) -> None:
-            super().__init__()
+            super().__init__()  # type: ignore[no-untyped-call]
             self.seen: list[str] = []
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -103,7 +103,8 @@ def test_a_merged_model_calls_the_bases_operators_one_by_one() -> None:
     model, x = tiny_llama(), torch.randint(3, 64, (2, 5))
 
     def operators() -> list[str]:
-        with Operators() as mode:
+        mode = Operators()
+        with mode:
             outputs(model, x)
         return mode.seen
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -38,7 +38,7 @@ def packed_paths(model: nn.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("make", MAKES.values(), ids=list(MAKES))
-def test_the_body_is_packed_and_the_rest_is_not(make: Callable[[], nn.Module]) -> None:
+def test_the_body_is_packed_and_the_rest_is_not(make: Callable[[], Any]) -> None:
     model, plain = make(), make()
     names = [name for name, _ in model.named_parameters()]
     paths = quantise_(model, dtype=torch.float32)
@@ -54,7 +54,7 @@ def test_the_body_is_packed_and_the_rest_is_not(make: Callable[[], nn.Module]) -
 
 
 @pytest.mark.parametrize("make", MAKES.values(), ids=list(MAKES))
-def test_dequantising_is_the_same_model(make: Callable[[], nn.Module]) -> None:
+def test_dequantising_is_the_same_model(make: Callable[[], Any]) -> None:
     model, plain = make(), make()
     quantise_(model, dtype=torch.float32)
     before = outputs(model, IDS)
@@ -68,7 +68,7 @@ def test_dequantising_is_the_same_model(make: Callable[[], nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("make", MAKES.values(), ids=list(MAKES))
-def test_the_base_is_never_changed(make: Callable[[], nn.Module]) -> None:
+def test_the_base_is_never_changed(make: Callable[[], Any]) -> None:
     """Inject, train, save a state dict, merge, unmerge, remove: the same bytes all along."""
     model = make()
     quantise_(model)
@@ -102,16 +102,17 @@ def test_the_base_is_never_changed(make: Callable[[], nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_bert])
-def test_merging_goes_to_plain_weights_and_back(make: Callable[[], nn.Module]) -> None:
+def test_merging_goes_to_plain_weights_and_back(make: Callable[[], Any]) -> None:
     model = make()
     quantise_(model, dtype=torch.float32)
-    bias = "lora" if make is tiny_bert else "none"
+    bias: Any = "lora" if make is tiny_bert else "none"
     adapter = sidepath.inject(model, LoRA(r=2, bias=bias), "x")
     randomise(adapter.parameters())
     base = {path: model.get_submodule(path).weight for path in adapter.deltas}
+    deltas: Mapping[str, Any] = adapter.deltas
     expected = {
         path: delta.merged(model.get_submodule(path).sidepath.view.matrix())
-        for path, delta in adapter.deltas.items()
+        for path, delta in deltas.items()
     }
     unmerged = outputs(model, IDS)
     sidepath.merge(model, "x")
@@ -157,7 +158,8 @@ def test_rows_are_routed_over_a_packed_base() -> None:
 
 def test_a_users_own_layer_is_held_while_adapters_are_on_it() -> None:
     bnb: Any = require_bitsandbytes()
-    model = nn.Sequential(bnb.nn.Linear4bit(96, 32, quant_type="nf4", compute_dtype=torch.float32))
+    options = {"quant_type": "nf4", "compute_dtype": torch.float32}
+    model: Any = nn.Sequential(bnb.nn.Linear4bit(96, 32, **options))
     model.to("cpu")
     before = dict(vars(model[0]))
     sidepath.inject(model, LoRA(r=2, targets=("0",)), "x")

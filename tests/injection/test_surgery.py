@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -264,6 +265,7 @@ def test_names_and_states_that_do_not_fit_are_refused() -> None:
     with pytest.raises(MergeError, match="no adapter is merged"):
         unmerge(model)
     merge(model, "sql")
+    refused: Callable[[], object]
     for refused in (
         lambda: merge(model, "sql"),
         lambda: merge(model, "pop"),

@@ -71,7 +71,7 @@ class Allocated(TorchDispatchMode):
     """The largest tensor that an operator made in memory of its own."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]

@@ -85,7 +85,7 @@ def test_a_layer_behind_a_norm_has_the_gradients_of_the_plain_form(write: bool) 
     if write:
         y.mul_(3).add_(1)
         wide = wide * 3 + 1
-    (out,) = SidePathLinears.apply(y, (layer,), None, layer.A_RI, layer.B_OR)
+    (out,) = SidePathLinears.apply(y, (layer,), None, layer.A_RI, layer.B_OR)  # type: ignore[no-untyped-call]
     wanted = [x, layer.A_RI, layer.B_OR]
     found = torch.autograd.grad(out, wanted, d)
     assert layer.W_OI is not None
@@ -98,7 +98,7 @@ def test_the_output_itself_is_not_kept() -> None:
     """Of norm and layer together the norm's input lives on, and the norm's output dies."""
     layer = side_path()
     _, y = normed()
-    (out,) = SidePathLinears.apply(y, (layer,), None, layer.A_RI, layer.B_OR)
+    (out,) = SidePathLinears.apply(y, (layer,), None, layer.A_RI, layer.B_OR)  # type: ignore[no-untyped-call]
     dead = weakref.ref(y)
     del y
     gc.collect()
@@ -111,7 +111,7 @@ def test_changing_the_norms_input_after_it_is_refused_by_torch() -> None:
     leaf = torch.randn(5, WIDE, requires_grad=True)
     x = leaf * 1
     y = rms_norm(x, torch.randn(WIDE), 1e-6)
-    (out,) = SidePathLinears.apply(y, (layer,), None, layer.A_RI, layer.B_OR)
+    (out,) = SidePathLinears.apply(y, (layer,), None, layer.A_RI, layer.B_OR)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         x.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from sidepath.kernels.dropout import Mask
 from sidepath.kernels.linear import FEW, Layer, SidePathLinears, beside, forth
 from tests.kernels.saved import address, saved_storages
 
-TOLERANCE = {
+TOLERANCE: dict[torch.dtype, Any] = {
     torch.float64: {"atol": 1e-11, "rtol": 1e-11},
     torch.float32: {"atol": 2e-5, "rtol": 2e-5},
     # `s A x`, `s dy B` and each sum are rounded to 8 bits once: some 2^-8 of the largest terms.
@@ -30,7 +30,7 @@ IN = 12
 
 def base(out: int, dtype: torch.dtype, *, bias: bool = True, conv1d: bool = False) -> LinearView:
     """A frozen layer, with its numbers as they are after rounding to `dtype`."""
-    module: nn.Module = Conv1D(out, IN) if conv1d else nn.Linear(IN, out, bias=bias)
+    module: Any = Conv1D(out, IN) if conv1d else nn.Linear(IN, out, bias=bias)
     if conv1d:
         nn.init.normal_(module.weight, std=0.3)
         nn.init.normal_(module.bias)
@@ -54,8 +54,8 @@ def layers_of(
     found = []
     for number, rank in enumerate(ranks):
         out = 5 + 4 * number
-        own = factors(out, rank, factor_dtype or dtype) if rank else (None, None)
-        layer = base(out, dtype, **options).layer(*own, (0.5, 2.0, -1.5)[number])
+        A_RI, B_OR = factors(out, rank, factor_dtype or dtype) if rank else (None, None)
+        layer = base(out, dtype, **options).layer(A_RI, B_OR, (0.5, 2.0, -1.5)[number])
         assert layer is not None
         found.append(layer)
     return found
@@ -66,7 +66,9 @@ def flat_factors(layers: Sequence[Layer]) -> list[Tensor | None]:
 
 
 def fused(x: Tensor, layers: Sequence[Layer], mask: Mask | None = None) -> tuple[Tensor, ...]:
-    result: tuple[Tensor, ...] = SidePathLinears.apply(x, layers, mask, *flat_factors(layers))
+    result: tuple[Tensor, ...] = SidePathLinears.apply(  # type: ignore[no-untyped-call]
+        x, layers, mask, *flat_factors(layers)
+    )
     return result
 
 
@@ -115,7 +117,7 @@ def assert_equal_to_plain(x: Tensor, layers: Sequence[Layer]) -> None:
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"conv1d": True}], ids=str)
 @pytest.mark.parametrize("ranks", [[3], [0], [2, 4], [0, 3], [3, 1, 2], [2, 0, 3]], ids=str)
 def test_outputs_and_gradients_are_the_plain_forms(
-    ranks: list[int], options: dict[str, bool], dtype: torch.dtype
+    ranks: list[int], options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     layers = layers_of(ranks, dtype, **options)
     for shape in ((7, IN), (2, 3, IN), (IN,)):
@@ -134,7 +136,8 @@ def test_strided_inputs(dtype: torch.dtype) -> None:
 def test_gradients_of_the_outputs_may_be_strided_or_absent() -> None:
     layers = layers_of([3, 2], torch.float32)
     x = torch.randn(4, 6, IN, requires_grad=True)
-    wanted = [x, layers[0].A_RI, layers[0].B_OR]
+    wanted: Any = [x, layers[0].A_RI, layers[0].B_OR]
+    pick: Callable[[tuple[Tensor, ...]], Tensor]
     for pick in (lambda ys: ys[0].transpose(0, 1)[1:].sum(), lambda ys: ys[0].mean((0, 1))[0]):
         found = torch.autograd.grad(pick(fused(x, layers)), wanted)
         expected = torch.autograd.grad(pick(plain(x, layers)), wanted)
@@ -285,7 +288,7 @@ def test_a_zero_B_leaves_the_bases_bits(
     options: dict[str, bool], shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     for width, out in ((IN, 7), (64, 48), (96, 256)):
-        module: nn.Module = nn.Linear(width, out, bias=options.get("bias", True))
+        module: Any = nn.Linear(width, out, bias=options.get("bias", True))
         if "conv1d" in options:
             module = Conv1D(out, width)
             nn.init.normal_(module.bias)

@@ -28,16 +28,16 @@ NAMES = {LlamaMLP: GATED, PhiMLP: ("fc1", "fc2"), GPT2MLP: ("c_fc", "c_proj")}
 ACTS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new")
 
 
-def llama(act: str) -> nn.Module:
+def llama(act: str) -> Any:
     sizes = {"hidden_size": WIDE, "intermediate_size": INNER, "num_attention_heads": 2}
     return LlamaMLP(LlamaConfig(**sizes, hidden_act=act, mlp_bias=True))
 
 
-def phi(act: str) -> nn.Module:
+def phi(act: str) -> Any:
     return PhiMLP(PhiConfig(hidden_size=WIDE, intermediate_size=INNER, hidden_act=act))
 
 
-def gpt2(act: str) -> nn.Module:
+def gpt2(act: str) -> Any:
     config = GPT2Config(n_embd=WIDE, activation_function=act, resid_pdrop=0.0)
     return GPT2MLP(INNER, config)
 
@@ -53,11 +53,12 @@ def layers_of(module: nn.Module, dtype: torch.dtype, ranks: Sequence[int]) -> li
         view = view_of(module.get_submodule(name).to(dtype).requires_grad_(False))
         assert isinstance(view, LinearView)
         rows, columns = view.shape
-        own: Any = (None, None)
+        A_RI: Tensor | None = None
+        B_OR: Tensor | None = None
         if rank:
-            A_RI, B_OR = torch.randn(rank, columns) / columns**0.5, torch.randn(rows, rank) / rank
-            own = (A_RI.to(dtype).requires_grad_(), B_OR.to(dtype).requires_grad_())
-        layer = view.layer(*own, 1.5)
+            A_RI = (torch.randn(rank, columns) / columns**0.5).to(dtype).requires_grad_()
+            B_OR = (torch.randn(rows, rank) / rank).to(dtype).requires_grad_()
+        layer = view.layer(A_RI, B_OR, 1.5)
         assert layer is not None
         found.append(layer)
     return found
@@ -65,8 +66,10 @@ def layers_of(module: nn.Module, dtype: torch.dtype, ranks: Sequence[int]) -> li
 
 def fused(x: Tensor, layers: Sequence[Layer], act: Activation) -> Tensor:
     if len(layers) == 3:
-        return gated_mlp(x, *layers, act)
-    return plain_mlp(x, *layers, act)
+        gate, up, down = layers
+        return gated_mlp(x, gate, up, down, act)
+    up, down = layers
+    return plain_mlp(x, up, down, act)
 
 
 def merged(module: nn.Module, x: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -140,8 +143,8 @@ def test_bfloat16_gradients_are_near_those_in_float32(make: Callable[[str], nn.M
     x = torch.randn(8, 6, WIDE).bfloat16().requires_grad_()
     wide = []
     for layer in layers:
-        W_OI, A_RI, B_OR = (tensor.float() for tensor in (layer.W_OI, layer.A_RI, layer.B_OR))
-        wide.append(layer._replace(W_OI=W_OI, A_RI=A_RI, B_OR=B_OR))
+        tensors: dict[str, Any] = {name: getattr(layer, name) for name in ("W_OI", "A_RI", "B_OR")}
+        wide.append(layer._replace(**{name: one.float() for name, one in tensors.items()}))
     weights = torch.randn(8, 6, WIDE)
     narrow = [x, *(t for layer in layers for t in (layer.A_RI, layer.B_OR) if t is not None)]
     found = torch.autograd.grad(fused(x, layers, activation("silu")), narrow, weights.bfloat16())

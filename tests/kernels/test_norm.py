@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -41,7 +43,7 @@ def inputs(dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cls", MODULES)
 def test_the_output_has_the_modules_bits(cls: type[nn.Module], dtype: torch.dtype) -> None:
-    module = cls(24, eps=EPS)
+    module: Any = cls(24, eps=EPS)
     module.weight.data.normal_()
     module = module.to(dtype).requires_grad_(False)
     for x in inputs(dtype):

@@ -25,7 +25,7 @@ from sidepath.kernels.routed import (
 from sidepath.kernels.rowforms import Masked, RowPlan, Slices, Tiles
 from sidepath.kernels.rowplan import plan_rows
 
-TOLERANCE = {
+TOLERANCE: dict[torch.dtype, Any] = {
     torch.float64: {"atol": 1e-10, "rtol": 1e-10},
     torch.float32: {"atol": 1e-4, "rtol": 1e-4},
     # Factors, `A x` and the sum are each rounded to 8 bits once.
@@ -176,7 +176,7 @@ def test_gradients(form: str, slots: list[int], ranks: tuple[int, ...]) -> None:
         assert stack is not None
         return add_stack(y.clone(), x, stack, plan_of(slots, stack, y, x, 2))
 
-    torch.testing.assert_close(product(*leaves), row_by_row(*leaves[:2], factors, slots))
+    torch.testing.assert_close(product(*leaves), row_by_row(leaves[0], leaves[1], factors, slots))
     assert torch.autograd.gradcheck(product, leaves)
 
 
@@ -214,7 +214,7 @@ class Counted(TorchDispatchMode):
     """Counts the operators that do arithmetic or copy."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -229,7 +229,8 @@ def calls(many: int, tokens: int, ranks: Sequence[int], shuffled: bool) -> int:
     slots = slots if shuffled else sorted(slots)
     y, x = torch.randn(len(slots), tokens, 48), torch.randn(len(slots), tokens, 64)
     plan = plan_rows(slots, stack.starts, like=y, tokens=tokens, width=1536)
-    with Counted() as counted:
+    counted = Counted()
+    with counted:
         add_stack_(y, x, stack, plan)
     return counted.calls
 

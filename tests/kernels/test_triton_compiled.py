@@ -35,7 +35,8 @@ def compiled(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constexprs, attributes = {}, {}, {}
+    signature, constexprs = {}, {}
+    attributes: dict[Any, Any] = {}
     for at, name in enumerate(kernel.arg_names):
         kind = types.get(name, "i32")
         if name in constants or kind == "one":

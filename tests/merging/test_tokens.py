@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from sidepath.errors import MergeError
 from sidepath.merging.merge import merge_folder
@@ -48,7 +47,7 @@ def adapter(base: Path, folder: Path, tokens: dict[str, int], config: LoRA) -> P
     return made.save(folder)
 
 
-BASES: dict[str, Callable[[], nn.Module]] = {
+BASES: dict[str, Callable[[], Any]] = {
     "untied": lambda: tiny_llama(SIZE),
     "tied": lambda: tiny_llama(SIZE, tied=True),
     "padded": lambda: tiny_llama(SIZE + 6, tied=True),

@@ -22,7 +22,7 @@ SIZES: dict[str, Any] = {
 }
 
 
-def _causal(family: str, **more: Any) -> Callable[[], nn.Module]:
+def _causal(family: str, **more: Any) -> Callable[[], Any]:
     def make() -> nn.Module:
         torch.manual_seed(7)
         config = getattr(transformers, f"{family}Config")(**SIZES | more)
@@ -32,7 +32,7 @@ def _causal(family: str, **more: Any) -> Callable[[], nn.Module]:
     return make
 
 
-def _classifier(family: str, **more: Any) -> Callable[[], nn.Module]:
+def _classifier(family: str, **more: Any) -> Callable[[], Any]:
     def make() -> nn.Module:
         torch.manual_seed(7)
         config = getattr(transformers, f"{family}Config")(**SIZES | {"num_labels": 3} | more)
@@ -43,7 +43,7 @@ def _classifier(family: str, **more: Any) -> Callable[[], nn.Module]:
     return make
 
 
-def _gpt2() -> nn.Module:
+def _gpt2() -> Any:
     torch.manual_seed(7)
     config = transformers.GPT2Config(
         n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64, bos_token_id=1,
@@ -52,7 +52,7 @@ def _gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(config).eval()
 
 
-def _opt() -> nn.Module:
+def _opt() -> Any:
     torch.manual_seed(7)
     config = transformers.OPTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, vocab_size=64,
@@ -61,7 +61,7 @@ def _opt() -> nn.Module:
     return transformers.OPTForCausalLM(config).eval()
 
 
-def _t5() -> nn.Module:
+def _t5() -> Any:
     torch.manual_seed(7)
     config = transformers.T5Config(
         d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=64,
@@ -70,7 +70,7 @@ def _t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(config).eval()
 
 
-ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
+ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "llama": _causal("Llama", num_key_value_heads=2),
     "qwen2": _causal("Qwen2", num_key_value_heads=2),
     "mistral": _causal("Mistral", num_key_value_heads=2),

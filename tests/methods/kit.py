@@ -21,7 +21,7 @@ from sidepath.store.adapter import inject
 from sidepath.training.batching import Batch, collate
 from sidepath.training.loss import batch_loss
 
-TOLERANCE = {
+TOLERANCE: dict[torch.dtype, Any] = {
     torch.float64: 1e-12,
     torch.float32: 1e-5,
     torch.bfloat16: 5e-2,

@@ -13,7 +13,7 @@ from torch import Tensor
 from sidepath.errors import ConfigError, MergeError, TargetNotFound, UnsupportedModule
 from sidepath.injection.merging import merge
 from sidepath.injection.quantising import quantise_
-from sidepath.injection.registry import registry_of
+from sidepath.injection.registry import registry_of, require_registry
 from sidepath.injection.surgery import activate, remove, route
 from sidepath.methods.base import Method
 from sidepath.methods.bottleneck import Bottleneck
@@ -58,7 +58,7 @@ def test_each_variant_is_the_formula(variant: str, name: str) -> None:
     config = Bottleneck(size=3, **settings)
     deltas = inject(model, config, "a").deltas
     assert len(deltas) == (4 if variant == "houlsby" else 2)
-    randomise(registry_of(model).adapter("a").parameters())
+    randomise(require_registry(model).adapter("a").parameters())
     for path, delta in deltas.items():
         seen: dict[str, Any] = {}
         module = model.get_submodule(path)
@@ -68,7 +68,7 @@ def test_each_variant_is_the_formula(variant: str, name: str) -> None:
         with torch.no_grad():
             logits_of(model, inputs)
         hook.remove()
-        side: Any = registry_of(model).sides[path]
+        side: Any = require_registry(model).sides[path]
         with torch.no_grad():
             y = side.view(seen["x"])
             read = seen["x"] if config.parallel else y
@@ -87,10 +87,10 @@ def test_rows_are_routed_to_their_own(name: str, grad: bool) -> None:
         ("c", LoRA(r=2, targets=("attention",))),
     ):
         inject(model, config, label)
-        randomise(registry_of(model).adapter(label).parameters(), std=0.2)
+        randomise(require_registry(model).adapter(label).parameters(), std=0.2)
     expected = []
-    for row, label in enumerate(("b", None, "a")):
-        activate(model, label)
+    for row, answering in enumerate(("b", None, "a")):
+        activate(model, answering)
         with torch.no_grad():
             expected.append(logits_of(model, inputs)[row])
     activate(model, None)
@@ -137,12 +137,12 @@ def test_near_identity_starts_as_small_as_the_papers_say() -> None:
 
 
 def test_adapters_in_float32_over_a_bfloat16_base_and_checkpointing() -> None:
-    def gradients(checkpointing: bool) -> dict[str, Tensor]:
+    def gradients(checkpointing: bool) -> dict[str, Any]:
         model = ARCHITECTURES["llama"]().to(torch.bfloat16).train()
         torch.manual_seed(3)
         for label, config in (("a", Bottleneck(size=3)), ("b", VersatileLM(size=3))):
             deltas = inject(model, config, label).deltas
-            randomise(registry_of(model).adapter(label).parameters())
+            randomise(require_registry(model).adapter(label).parameters())
         if checkpointing:
             switch_checkpointing(model, on=True)
         logits = model(**inputs_of("llama"), use_cache=False).logits
@@ -251,7 +251,9 @@ def test_over_a_quantised_base(config: Method) -> None:
         assert torch.equal(logits_of(model, inputs), plain)
     randomise(adapter.parameters())
     logits_of(model, inputs).square().sum().backward()
-    assert all(parameter.grad.any() for parameter in adapter.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.any() for parameter in adapter.parameters()
+    )
 
 
 def test_it_learns_and_generates_with_a_cache() -> None:

@@ -48,7 +48,7 @@ def test_a_fresh_delta_changes_no_bit(kind: str, dtype: torch.dtype) -> None:
     layer, x = KINDS[kind].layer(12, 10).to(dtype), KINDS[kind].inputs(12).to(dtype)
     delta, view = made(layer, r=4, dtype="base")
     assert torch.equal(delta(x, view), layer(x))
-    assert torch.equal(delta.folded(view)["weight"], layer.weight)
+    assert torch.equal(delta.folded(view)["weight"], layer.get_parameter("weight"))
     norms = view.matrix().double().norm(dim=1)
     torch.testing.assert_close(delta.magnitude.double(), norms, atol=1e-6, rtol=1e-6)
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from sidepath.errors import SidepathError
-from sidepath.injection.registry import registry_of
+from sidepath.injection.registry import registry_of, require_registry
 from sidepath.injection.surgery import disabled, remove
 from sidepath.methods import METHODS
 from sidepath.methods.base import Method
@@ -58,7 +57,7 @@ def settings_of(method: str) -> Method:
     return METHODS[method](**OPTIONS.get(method, {}))
 
 
-def injected(method: str, name: str) -> nn.Module:
+def injected(method: str, name: str) -> Any:
     """The model with a fresh adapter, or the test ends here with the error that is expected."""
     model = ARCHITECTURES[name]()
     if (method, name) in IMPOSSIBLE:
@@ -82,7 +81,7 @@ def test_fresh_it_changes_nothing_and_removed_it_leaves_nothing(method: str, nam
             assert torch.equal(logits_of(model, inputs), expected)
         with disabled(model):
             assert torch.equal(logits_of(model, inputs), expected)
-    randomise(registry_of(model).adapter("a").parameters())
+    randomise(require_registry(model).adapter("a").parameters())
     with torch.no_grad():
         assert not torch.allclose(logits_of(model, inputs), expected, atol=1e-4)
     remove(model, "a")
@@ -100,7 +99,7 @@ def test_gradients_reach_every_trained_parameter_and_no_other(
     method: str, name: str, train: bool
 ) -> None:
     model = injected(method, name).train(train)
-    installed = registry_of(model).adapter("a")
+    installed = require_registry(model).adapter("a")
     randomise(installed.parameters())
     logits_of(model, inputs_of(name)).square().sum().backward()
     trained = {f"{path}.{n}": p for path, d in installed.deltas.items()
@@ -123,7 +122,7 @@ def _untouched(method: str, name: str, key: str) -> bool:
 @pytest.mark.parametrize(("method", "name"), PAIRS)
 def test_saved_and_loaded_it_answers_alike(method: str, name: str, tmp_path: Path) -> None:
     model, inputs = injected(method, name), inputs_of(name)
-    installed = registry_of(model).adapter("a")
+    installed = require_registry(model).adapter("a")
     randomise(installed.parameters())
     with torch.no_grad():
         expected = logits_of(model, inputs)

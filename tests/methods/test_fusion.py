@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from sidepath.errors import AdapterError, ConfigError, DamagedAdapter, UnknownAdapter, WrongBase
-from sidepath.injection.registry import registry_of
+from sidepath.injection.registry import registry_of, require_registry
 from sidepath.injection.surgery import activate, remove, route
 from sidepath.methods.bottleneck import AdapterLayer, Bottleneck
 from sidepath.methods.fusion import AdapterFusion, Fusion
@@ -25,7 +26,7 @@ from tests.methods.architectures import ARCHITECTURES, inputs_of, logits_of
 PFEIFFER = Bottleneck("pfeiffer", size=4)
 
 
-def with_adapters(name: str, *labels: str, config: Bottleneck = PFEIFFER) -> nn.Module:
+def with_adapters(name: str, *labels: str, config: Bottleneck = PFEIFFER) -> Any:
     """The model with trained adapters of these names on it."""
     model = ARCHITECTURES[name]()
     for seed, label in enumerate(labels):
@@ -58,7 +59,7 @@ def written_out(fusion: Fusion, h_D: Tensor, z_ND: list[Tensor]) -> Tensor:
 def test_a_fusion_is_the_formula(name: str) -> None:
     model = with_adapters(name, "a", "b", "c")
     deltas = fused(model, "a", "b", "c").deltas
-    randomise(registry_of(model).adapter("f").parameters(), std=0.05)
+    randomise(require_registry(model).adapter("f").parameters(), std=0.05)
     assert [len(deltas), *map(type, deltas.values())][1:] == [Fusion] * len(deltas)
     for path, fusion in deltas.items():
         assert isinstance(fusion, Fusion)
@@ -68,7 +69,7 @@ def test_a_fusion_is_the_formula(name: str) -> None:
         )
         answer(model, name)
         hook.remove()
-        side: Any = registry_of(model).sides[path]
+        side: Any = require_registry(model).sides[path]
         with torch.no_grad():
             y = side.view(seen["x"])
             zs = [side.get(label).update(y) for label in "abc"]
@@ -80,13 +81,13 @@ def test_a_fusion_is_the_formula(name: str) -> None:
 def test_one_adapter_gives_v_z_and_the_residual() -> None:
     model = with_adapters("llama", "a")
     alone = answer(model, "llama", "a")
-    fusions = fused(model, "a").deltas.values()
+    fusions: list[Any] = list(fused(model, "a").deltas.values())
     with torch.no_grad():
         for fusion in fusions:
             fusion.value.copy_(torch.eye(32))
             randomise(iter((fusion.query, fusion.key)))
     assert torch.allclose(answer(model, "llama"), alone, atol=1e-5), "V = 1: the adapter itself"
-    fusion, h, z = next(iter(fusions)), torch.randn(5, 32), torch.randn(5, 1, 32)
+    fusion, h, z = fusions[0], torch.randn(5, 32), torch.randn(5, 1, 32)
     randomise(fusion.parameters())
     assert torch.allclose(fusion.composition(h, z), z[:, 0] @ fusion.value.T, atol=1e-6)
 
@@ -127,7 +128,8 @@ def test_gradients_reach_the_fusion_and_not_its_adapters(name: str) -> None:
     own = {id(parameter) for parameter in adapter.parameters()}
     for path, delta in adapter.deltas.items():
         for local, parameter in delta.named_parameters():
-            assert local == "key_bias" or parameter.grad.any(), (path, local)
+            moved = parameter.grad is not None and parameter.grad.any()
+            assert local == "key_bias" or moved, (path, local)
     assert all(p.grad is None for p in model.parameters() if id(p) not in own)
 
 
@@ -177,7 +179,7 @@ def test_loaded_beside_others_of_the_same_names_it_is_refused(tmp_path: Path) ->
         fault.startswith('"b"') and "is not the one that was composed" in fault
         for fault in caught.value.faults
     )
-    assert list(registry_of(model).adapters) == ["a", "b"]
+    assert list(require_registry(model).adapters) == ["a", "b"]
 
 
 def test_one_bit_of_an_adapter_is_enough(tmp_path: Path) -> None:
@@ -227,7 +229,7 @@ def test_every_adapter_that_is_amiss_is_named_at_once() -> None:
     assert text.count('"absent"') == text.count('"dropped"') == 1
     assert text.count("LowRank") == 2
     assert '"a"' not in text
-    assert "f" not in registry_of(model).adapters
+    assert "f" not in require_registry(model).adapters
     fused(model, "a", "dropped", drop=1)
 
 
@@ -253,7 +255,8 @@ def test_parallel_adapters_are_composed_where_they_stand() -> None:
     config = Bottleneck("pfeiffer", size=4, parallel=True)
     model = with_adapters("gpt2", "a", config=config)
     alone = answer(model, "gpt2", "a")
-    for fusion in fused(model, "a", targets=("mlp-module",)).deltas.values():
+    fusions: Iterable[Any] = fused(model, "a", targets=("mlp-module",)).deltas.values()
+    for fusion in fusions:
         with torch.no_grad():
             fusion.value.copy_(torch.eye(32))
     assert torch.allclose(answer(model, "gpt2"), alone, atol=1e-5)
@@ -279,7 +282,7 @@ def test_without_names_and_without_bottlenecks_it_says_so() -> None:
     with pytest.raises(AdapterError, match="no bottleneck adapter stands") as caught:
         fused(model)
     assert "mlp-output" in str(caught.value)
-    assert list(registry_of(model).adapters) == ["lora"]
+    assert list(require_registry(model).adapters) == ["lora"]
 
 
 @pytest.mark.parametrize(

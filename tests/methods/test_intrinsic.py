@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sidepath import IntrinsicDimension, merge, plan, remove, unmerge
 from sidepath.core.views import View
 from sidepath.errors import ConfigError
-from sidepath.injection.registry import registry_of
+from sidepath.injection.registry import registry_of, require_registry
 from sidepath.injection.targets import resolve
 from sidepath.kernels.hadamard import Fastfood
 from sidepath.kernels.hashed import seed_of
@@ -166,7 +166,7 @@ def test_merged_it_answers_alike_and_unmerged_the_base_is_back(
 def test_what_is_kept_without_gradients_follows_every_change() -> None:
     model, ids = tiny_llama(), torch.randint(3, 64, (2, 6))
     adapter = inject(model, IntrinsicDimension(d=20), "a")
-    deltas: Any = list(registry_of(model).adapter("a").deltas.values())
+    deltas: Any = list(require_registry(model).adapter("a").deltas.values())
     for _ in range(2):
         randomise(adapter.parameters())
         fresh = output_of(model, ids).detach()

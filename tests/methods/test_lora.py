@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def trained(delta: LowRank) -> LowRank:
     return delta
 
 
-def reference(layer: nn.Module, delta: LowRank, x: Tensor) -> Tensor:
+def reference(layer: Any, delta: LowRank, x: Tensor) -> Tensor:
     """A copy of the layer whose weight is W0 + s B A, summed in float64 and cast once."""
     view = view_of(layer)
     assert view is not None
@@ -71,7 +72,7 @@ def test_a_fresh_delta_changes_no_bit(kind: str, start: str, dtype: torch.dtype)
     x = x.to(dtype) if x.is_floating_point() else x
     delta, view = made(layer, r=4, start=start)
     assert torch.equal(delta(x, view), layer(x))
-    assert torch.equal(delta.folded(view)["weight"], layer.weight)
+    assert torch.equal(delta.folded(view)["weight"], layer.get_parameter("weight"))
     assert (delta.A.abs().sum() > 0) != (delta.B.abs().sum() > 0), "exactly one factor is random"
 
 
@@ -102,7 +103,7 @@ def test_parts_of_a_fused_projection(sizes: list[int], data: st.DataObject) -> N
     layer = nn.Linear(6, rows).double()
     view = view_of(layer)
     assert view is not None
-    delta = LoRA(r=2, dtype="base").dense_delta(Site("c", "dense", tuple(sorted(parts))), view)
+    delta: Any = LoRA(r=2, dtype="base").dense_delta(Site("c", "dense", tuple(sorted(parts))), view)
     x = torch.randn(3, 4, 6, dtype=torch.float64)
     assert torch.equal(delta(x, view), layer(x))
     trained(delta)
@@ -160,7 +161,8 @@ def test_dropout_acts_while_training_only() -> None:
     layer = nn.Linear(16, 8).requires_grad_(False)
     view = view_of(layer)
     assert view is not None
-    delta = trained(LoRA(dropout=0.5).dense_delta(Site("l", "dense"), view))
+    fresh: Any = LoRA(dropout=0.5).dense_delta(Site("l", "dense"), view)
+    delta = trained(fresh)
     x = torch.randn(4, 16)
     assert not torch.equal(delta.train()(x, view), delta(x, view))
     assert torch.equal(delta.eval()(x, view), delta(x, view))

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from sidepath.errors import ConfigError, MergeError, RoutingError, TrainError
 from sidepath.injection.merging import merge
-from sidepath.injection.registry import registry_of
+from sidepath.injection.registry import registry_of, require_registry
 from sidepath.injection.surgery import disabled, route
 from sidepath.methods.lora import LoRA
 from sidepath.methods.prefix import Prefix, PrefixTuning
@@ -241,7 +241,7 @@ def test_a_base_of_less_precision_is_given_its_own_dtype(name: str) -> None:
         torch.testing.assert_close(found.float(), exact, rtol=0.05, atol=0.05)
         half = ARCHITECTURES[name]().to(torch.bfloat16)
         inject(half, PrefixTuning(tokens=COUNT, hidden=None), "p")
-        (own,) = registry_of(half).adapter("p").deltas.values()
+        (own,) = require_registry(half).adapter("p").deltas.values()
         own.take_(delta.tensors())
         out = half(**left_padded(), use_cache=True)
     assert all(parameter.dtype == torch.float32 for parameter in own.parameters())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from sidepath.errors import ConfigError, MergeError, RoutingError, UnsupportedModule
 from sidepath.injection.merging import merge
@@ -27,7 +27,7 @@ ENCODERS = ["bert", "roberta"]
 COUNT = 4
 
 
-def prompted(name: str, count: int = COUNT) -> tuple[nn.Module, nn.Module, Tensor]:
+def prompted(name: str, count: int = COUNT) -> tuple[Any, Any, Tensor]:
     """The plain model, one with a prompt, and the prompt's embeddings."""
     plain, model = ARCHITECTURES[name](), ARCHITECTURES[name]()
     adapter = inject(model, PromptTuning(tokens=count), "p")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_a_delta_starts_at_a_matrix(parts: tuple[tuple[int, int], ...], scaling:
     view = view_of(layer)
     assert view is not None
     config = LoRA(r=3, alpha=5, scaling=scaling, dtype="base", start="loftq")  # type: ignore[arg-type]
-    delta = config.dense_delta(Site("c", "dense", parts), view)
+    delta: Any = config.dense_delta(Site("c", "dense", parts), view)
     M = torch.randn(24, 20, dtype=torch.float64)
     delta.start_at_(M)
     found = delta.matrix(24, torch.float64)
@@ -126,7 +127,7 @@ def test_such_a_start_changes_no_bit_and_is_a_low_rank_delta_of_2r(
     tensors = delta.tensors()
     assert tensors["A"].shape[0] == tensors["B"].shape[1] == 6
     close = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 8e-2, torch.float16: 1e-2}
-    folded = copy.deepcopy(layer)
+    folded: Any = copy.deepcopy(layer)
     folded.weight.data = delta.folded(view)["weight"]
     torch.testing.assert_close(delta(x, view), folded(x), atol=close[dtype], rtol=close[dtype])
     W = view.matrix().double() + delta.scaling * (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sidepath
 from sidepath import BitFit, LoRA
 from sidepath.errors import ConfigError, MergeError, UnsupportedModule
-from sidepath.injection.registry import registry_of
+from sidepath.injection.registry import registry_of, require_registry
 from sidepath.store.adapter import inject
 from sidepath.store.sums import add_up
 from tests.conftest import outputs, randomise, tiny_gpt2, tiny_llama
@@ -22,7 +22,7 @@ from tests.conftest import outputs, randomise, tiny_gpt2, tiny_llama
 SIZE = 64
 
 
-def tiny_phi() -> nn.Module:
+def tiny_phi() -> Any:
     """A random Phi: its head has a bias, and is not tied."""
     from transformers import PhiConfig, PhiForCausalLM
 
@@ -36,7 +36,7 @@ def tiny_phi() -> nn.Module:
     return model
 
 
-def tiny_gemma() -> nn.Module:
+def tiny_gemma() -> Any:
     """A random Gemma 3: tied, and what is looked up is multiplied by a number."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -49,7 +49,7 @@ def tiny_gemma() -> nn.Module:
     return Gemma3ForCausalLM(config).eval()
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
+MODELS: dict[str, Callable[[], Any]] = {
     "untied": lambda: tiny_llama(layers=1),
     "tied": lambda: tiny_llama(layers=1, tied=True),
     "gpt2": tiny_gpt2,
@@ -62,7 +62,7 @@ CASES = [*((name, "both") for name in MODELS), ("tied", "named"), ("untied", "ad
 PLAIN = torch.tensor([[3, 9, 5, 7, 9], [1, 2, 40, 5, 63]])
 
 
-def injected(name: str, ids: tuple[int, ...]) -> nn.Module:
+def injected(name: str, ids: tuple[int, ...]) -> Any:
     model = MODELS[name]()
     known = "c_attn" if name == "gpt2" else "q_proj"
     inject(model, LoRA(r=2, targets=(known,), token_rows=ids), "a")
@@ -76,20 +76,20 @@ def with_new(ids: tuple[int, ...]) -> Tensor:
 
 def rows_of(model: nn.Module) -> dict[str, Tensor]:
     """The trained rows by the module they stand at, tied ones once."""
-    deltas = registry_of(model).adapter("a").deltas
+    deltas: Mapping[str, Any] = require_registry(model).adapter("a").deltas
     return {
         path: delta.rows.detach() for path, delta in deltas.items() if "rows" in delta._parameters
     }
 
 
-def resized(model: Any, ids: tuple[int, ...]) -> nn.Module:
+def resized(model: Any, ids: tuple[int, ...]) -> Any:
     """A plain model with these rows in its own tables, and the same low-rank update folded in."""
     own = rows_of(model)
     plain = copy.deepcopy(model)
-    deltas = registry_of(plain).adapter("a").deltas
+    deltas = require_registry(plain).adapter("a").deltas
     kept = {path: one for path, one in deltas.items() if "A" in one.tensors()}
     weights = {
-        path: one.folded(registry_of(plain).sides[path].view)["weight"]
+        path: one.folded(require_registry(plain).sides[path].view)["weight"]
         for path, one in kept.items()
     }
     sidepath.remove(plain, "a")
@@ -126,7 +126,7 @@ def test_fresh_it_changes_nothing_and_removed_it_leaves_nothing(
     assert torch.equal(found[..., :SIZE], expected)
     with sidepath.disabled(model):
         assert torch.equal(outputs(model, PLAIN), expected)
-    randomise(registry_of(model).adapter("a").parameters())
+    randomise(require_registry(model).adapter("a").parameters())
     assert not torch.allclose(outputs(model, PLAIN)[..., :SIZE], expected)
     sidepath.remove(model, "a")
     assert [type(module) for module in model.modules()] == classes
@@ -140,7 +140,7 @@ def test_fresh_it_changes_nothing_and_removed_it_leaves_nothing(
 def test_it_is_the_model_whose_own_table_has_these_rows(name: str, kind: str) -> None:
     ids = IDS[kind]
     model = injected(name, ids)
-    randomise(registry_of(model).adapter("a").parameters(), 0.3)
+    randomise(require_registry(model).adapter("a").parameters(), 0.3)
     expected = outputs(resized(model, ids), with_new(ids))
     torch.testing.assert_close(outputs(model, with_new(ids)), expected, rtol=1e-4, atol=1e-5)
     tied = name not in ("untied", "bias")
@@ -156,17 +156,17 @@ def test_it_is_the_model_whose_own_table_has_these_rows(name: str, kind: str) ->
 def test_gradients_are_those_of_the_longer_table(name: str) -> None:
     ids = IDS["both"]
     model = injected(name, ids)
-    randomise(registry_of(model).adapter("a").parameters(), 0.3)
+    randomise(require_registry(model).adapter("a").parameters(), 0.3)
     plain = resized(model, ids).requires_grad_(True)
     labels = with_new(ids)
     for each in (model, plain):
         # transformers' own loss: it shapes the logits by the config's number of tokens.
         each(labels, labels=labels).loss.backward()
-    for path, delta in registry_of(model).adapter("a").deltas.items():
+    for path, delta in require_registry(model).adapter("a").deltas.items():
         if "rows" in delta._parameters:
             expected = plain.get_submodule(path).weight.grad[list(ids)]
             torch.testing.assert_close(delta.rows.grad, expected, rtol=1e-4, atol=1e-6)
-    own = {id(parameter) for parameter in registry_of(model).adapter("a").parameters()}
+    own = {id(parameter) for parameter in require_registry(model).adapter("a").parameters()}
     assert all(p.grad is None for p in model.parameters() if id(p) not in own)
 
 
@@ -188,15 +188,15 @@ def test_each_row_has_the_tokens_of_its_own_adapter(
     known = {"a": [3, 64, 5], "b": [65, 64, 7], "c": [3, 4, 5], None: [3, 4, 5]}
     rows = torch.tensor([known[name] for name in order])
     alone = []
-    for name, row in zip(order, rows, strict=True):
-        sidepath.activate(model, name)
+    for answering, row in zip(order, rows, strict=True):
+        sidepath.activate(model, answering)
         alone.append(outputs(model, row[None])[0])
     with sidepath.route(model, order), torch.set_grad_enabled(gradients):
         found = model(rows).logits.detach()
     assert found.shape[-1] == 66
-    for name, row, expected in zip(order, found, alone, strict=True):
+    for answering, row, expected in zip(order, found, alone, strict=True):
         size = expected.shape[-1]
-        close = torch.equal if name is None and not gradients else torch.allclose
+        close = torch.equal if answering is None and not gradients else torch.allclose
         assert close(row[:, :size], expected) or torch.allclose(row[:, :size], expected, atol=1e-5)
         assert torch.equal(row[:, size:], torch.full_like(row[:, size:], -math.inf))
     sidepath.activate(model, "a")
@@ -226,8 +226,8 @@ def test_what_cannot_be_is_refused() -> None:
 def test_a_copied_model_trains_rows_of_its_own() -> None:
     model = injected("tied", (64,))
     twin = copy.deepcopy(model)
-    randomise(registry_of(twin).adapter("a").parameters())
-    deltas = registry_of(twin).adapter("a").deltas
+    randomise(require_registry(twin).adapter("a").parameters())
+    deltas = require_registry(twin).adapter("a").deltas
     assert deltas["lm_head"].rows is deltas["model.embed_tokens"].rows
     assert not torch.equal(
         rows_of(model)["model.embed_tokens"], rows_of(twin)["model.embed_tokens"]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+from torch.func import functional_call
 
 from sidepath.core.views import DenseView, view_of
 from sidepath.errors import ConfigError
@@ -40,7 +41,7 @@ def test_fresh_it_changes_no_bit_and_merged_it_is_the_same(kind: str, dtype: tor
     x = x.to(dtype) if x.is_floating_point() else x
     delta, view = made(layer, r=5)
     assert torch.equal(delta(x, view), layer(x))
-    assert torch.equal(delta.folded(view)["weight"], layer.weight)
+    assert torch.equal(delta.folded(view)["weight"], layer.get_parameter("weight"))
     randomise(delta.parameters(), 0.3)
     folded = copy.deepcopy(layer)
     folded.weight.data = delta.folded(view)["weight"]
@@ -67,7 +68,8 @@ def test_values_and_gradients_are_those_of_the_formula() -> None:
         torch.testing.assert_close(one, other)
 
     def of(d: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(delta, {"d": d, "b": b}, (x.detach(), view))
+        found: torch.Tensor = functional_call(delta, {"d": d, "b": b}, (x.detach(), view))
+        return found
 
     assert torch.autograd.gradcheck(of, (d, b))
 

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from sidepath.errors import ConfigError, TargetNotFound
-from sidepath.injection.registry import registry_of
+from sidepath.injection.registry import registry_of, require_registry
 from sidepath.methods.bottleneck import AdapterLayer
 from sidepath.methods.versatile import TaskEmbedding, VersatileLM
 from sidepath.store.adapter import inject
@@ -28,7 +28,7 @@ def test_versatile_lm_is_the_formula_on_whole_blocks(name: str) -> None:
     inputs = inputs_of(name)
     model = ARCHITECTURES[name]()
     deltas = inject(model, VersatileLM(size=3), "a").deltas
-    randomise(registry_of(model).adapter("a").parameters())
+    randomise(require_registry(model).adapter("a").parameters())
     with torch.no_grad():
         found = logits_of(model, inputs)
     plain = ARCHITECTURES[name]()

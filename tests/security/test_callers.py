@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from sidepath.serve.gate import OPEN
@@ -100,7 +102,7 @@ def test_pages_of_other_origins(server: Server) -> None:
     for origin in ("https://evil.example", "null", f"http://localhost:{server.port}"):
         headers = {"Origin": origin, "Content-Type": "text/plain"}
         for path in (*CHANGING, *ASKING, *READING, *OPEN):
-            sent = None if path in OPEN | READING else {}
+            sent: dict[str, Any] | None = None if path in OPEN | READING else {}
             reply = ask(server.port, path, sent, key=server.operator, headers=headers)
             assert reply.status == 403
             assert not [name for name in reply.headers if name.startswith("access-control")]

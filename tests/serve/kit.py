@@ -15,7 +15,7 @@ from sidepath import LoRA
 from sidepath.cli.serving import HOST
 from sidepath.serve.engine import Engine
 from sidepath.serve.http import application
-from tests.conftest import randomise, tiny_llama
+from tests.conftest import randomise, tiny_bert, tiny_llama
 from tests.serve import sockets
 
 GROUPED = {
@@ -33,7 +33,7 @@ GROUPED = {
 }
 
 
-def tiny_gemma3() -> nn.Module:
+def tiny_gemma3() -> Any:
     """A random Gemma 3: grouped queries, and layers with a window of 8 and without in turn."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -43,7 +43,7 @@ def tiny_gemma3() -> nn.Module:
     return Gemma3ForCausalLM(config).eval()
 
 
-def tiny_gemma2() -> nn.Module:
+def tiny_gemma2() -> Any:
     """A random Gemma 2: the same, with caps on scores, so that its attention is the eager one."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -51,7 +51,7 @@ def tiny_gemma2() -> nn.Module:
     return Gemma2ForCausalLM(Gemma2Config(num_hidden_layers=2, **GROUPED)).eval()
 
 
-def tiny_mistral() -> nn.Module:
+def tiny_mistral() -> Any:
     """A random Mistral: every layer has the same window of 8."""
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -65,6 +65,24 @@ def embedded() -> nn.Module:
 
     model: nn.Module = AutoModelForCausalLM.from_pretrained(sidepath.embedded_base())
     return model.eval()
+
+
+class Letters:
+    """A tokenizer: a token a letter."""
+
+    pad_token_id = 0
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [3 + ord(letter) % 60 for letter in text]}
+
+
+def tiny_encoder() -> nn.Module:
+    """A random BERT without a head."""
+    from transformers import BertModel
+
+    torch.manual_seed(7)
+    model: nn.Module = BertModel(tiny_bert().config).eval()
+    return model
 
 
 BASES = {

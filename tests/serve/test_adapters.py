@@ -16,6 +16,7 @@ from sidepath.errors import DamagedAdapter, RequestRefused, ServeError, UnknownA
 from sidepath.injection.registry import registry_of
 from sidepath.serve import adapters as module
 from sidepath.serve.engine import Engine
+from sidepath.serve.reading import read
 from sidepath.serve.requests import Handle, Request
 from sidepath.serve.scheduler import Limits
 from sidepath.serve.tiers import Memory
@@ -135,12 +136,11 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.open = threading.Event(), threading.Event()
-        own = module.read
 
         def slow(*args: Any) -> Any:
             self.begun.set()
             assert self.open.wait(60)
-            return own(*args)
+            return read(*args)
 
         monkeypatch.setattr(module, "read", slow)
 

@@ -400,5 +400,5 @@ def test_any_method_beside_layers_can_be_served(tmp_path: Path) -> None:
         engine.adapters.load(f"adapter-{number}", folder)
     handles = [engine.submit(Request((5, 6, 7), name_of(n), 5)) for n in (0, None, 1, 0)]
     run(engine)
-    for handle, number in zip(handles, (0, None, 1, 0), strict=True):
-        assert handle.result().tokens == alone.tokens(number, (5, 6, 7), 5)
+    for handle, answering in zip(handles, (0, None, 1, 0), strict=True):
+        assert handle.result().tokens == alone.tokens(answering, (5, 6, 7), 5)

@@ -51,7 +51,8 @@ def client(gate: Gate, told: list[int] | None = None) -> TestClient:
         Route("/change", change, methods=["POST"]),
         Route("/healthz", healthy),
     ]
-    guard = Middleware(Guard, gate=gate, told=[].append if told is None else told.append)
+    heard: list[int] = [] if told is None else told
+    guard = Middleware(Guard, gate=gate, told=heard.append)
     made = Starlette(routes=routes, middleware=[guard], exception_handlers=HANDLERS)
     return TestClient(made, base_url="http://127.0.0.1:8000")
 

@@ -49,7 +49,7 @@ def test_it_names_every_route_and_no_other(client: TestClient) -> None:
         (route.path, method.lower())
         for route in application.routes
         if isinstance(route, Route)
-        for method in (route.methods or ()) - {"HEAD"}
+        for method in (route.methods or set()) - {"HEAD"}
     }
     assert {(path, method) for path, does in PATHS.items() for method in does} == routes
 
@@ -122,7 +122,7 @@ def fits(value: Any, schema: Any) -> bool:
         return value in schema.get("enum", [schema.get("const")])
     if "anyOf" in schema:
         return any(fits(value, each) for each in schema["anyOf"])
-    kinds = {
+    kinds: dict[str, Any] = {
         "string": str,
         "integer": int,
         "number": (int, float),

@@ -56,7 +56,8 @@ def processed(logits_V: Tensor, turn: Turn) -> Tensor:
             scores = TopPLogitsWarper(sampling.top_p)(ids, scores)
         if sampling.min_p:
             scores = MinPLogitsWarper(sampling.min_p)(ids, scores)
-    return scores[0]
+    kept: Tensor = scores[0]
+    return kept
 
 
 def expected(logits_V: Tensor, turn: Turn) -> int:

@@ -274,7 +274,7 @@ def test_an_adapter_that_is_coming_holds_up_nobody_and_its_requests_keep_their_p
     scheduler.submit(0, "cold", 4, 1)
     for number in range(1, 9):
         scheduler.submit(number, "warm", 4, 1)
-    ended = []
+    ended: list[int] = []
     while len(ended) < 8:
         batch = scheduler.next()
         assert batch is not None

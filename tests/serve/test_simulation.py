@@ -21,8 +21,8 @@ def test_one_request_by_hand() -> None:
     )
     assert found.steps == 5
     assert found.tokens == 12
-    assert found.first_token == (pytest.approx(3 * 1.6 + 0.10),)
-    assert found.last_token == (pytest.approx(5 * 1.6 + 0.12),)
+    assert found.first_token == pytest.approx((3 * 1.6 + 0.10,))
+    assert found.last_token == pytest.approx((5 * 1.6 + 0.12,))
     assert found.seconds == pytest.approx(found.last_token[0])
     assert found.requests_per_second == pytest.approx(1 / found.seconds)
 

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 
-def _gpt2(width: int, layers: int, heads: int, context: int = 1024) -> Callable[[], nn.Module]:
+def _gpt2(width: int, layers: int, heads: int, context: int = 1024) -> Callable[[], Any]:
     numbers = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": context}
     return lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**numbers))
 
@@ -36,7 +36,7 @@ def _bert(kind: str, width: int, layers: int, model: str = "Model", **more: Any)
     return lambda: getattr(transformers, f"{kind}{model}")(config, **options)
 
 
-def _deberta(model: str = "Model", **more: Any) -> Callable[[], nn.Module]:
+def _deberta(model: str = "Model", **more: Any) -> Callable[[], Any]:
     config = transformers.DebertaV2Config(
         hidden_size=1536,
         num_hidden_layers=48,
@@ -58,7 +58,7 @@ def _deberta(model: str = "Model", **more: Any) -> Callable[[], nn.Module]:
     return lambda: getattr(transformers, f"DebertaV2{model}")(config)
 
 
-def _llama(width: int, layers: int, inner: int, heads: int, **more: Any) -> Callable[[], nn.Module]:
+def _llama(width: int, layers: int, inner: int, heads: int, **more: Any) -> Callable[[], Any]:
     config = transformers.LlamaConfig(
         hidden_size=width,
         num_hidden_layers=layers,
@@ -69,7 +69,7 @@ def _llama(width: int, layers: int, inner: int, heads: int, **more: Any) -> Call
     return lambda: transformers.LlamaForCausalLM(config)
 
 
-def _opt_175b() -> nn.Module:
+def _opt_175b() -> Any:
     config = transformers.OPTConfig(
         hidden_size=12288, num_hidden_layers=96, num_attention_heads=96, ffn_dim=49152,
         word_embed_proj_dim=12288, max_position_embeddings=2048,
@@ -77,7 +77,7 @@ def _opt_175b() -> nn.Module:
     return transformers.OPTForCausalLM(config)
 
 
-def _t5_xxl() -> nn.Module:
+def _t5_xxl() -> Any:
     config = transformers.T5Config(
         d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128,
         feed_forward_proj="gated-gelu", tie_word_embeddings=False,
@@ -96,9 +96,9 @@ def _lenet() -> nn.Module:
     )  # fmt: skip
 
 
-MNLI = {"model": "ForSequenceClassification", "num_labels": 3}
+MNLI: dict[str, Any] = {"model": "ForSequenceClassification", "num_labels": 3}
 LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8}
-BASES: dict[str, Callable[[], nn.Module]] = {
+BASES: dict[str, Callable[[], Any]] = {
     "gpt3-175b": _gpt2(12288, 96, 96, context=2048),
     "gpt3-175b, q and v apart": _opt_175b,
     "gpt2-medium": _gpt2(1024, 24, 16),
@@ -124,7 +124,7 @@ BASES: dict[str, Callable[[], nn.Module]] = {
 
 
 @cache
-def base(name: str) -> nn.Module:
+def base(name: str) -> Any:
     """The base of that name on the meta device; plans change nothing, so that it is shared."""
     with torch.device("meta"):
         model = BASES[name]()

@@ -19,16 +19,15 @@ from torch import nn
 from sidepath.errors import DamagedAdapter, StoreError
 from sidepath.injection.merging import merge
 from sidepath.methods.lora import LoRA
-from sidepath.store import fingerprint as module
 from sidepath.store.adapter import inject
 from sidepath.store.fingerprint import (
     Fingerprint,
     Sample,
     checkpoint_files,
     fingerprint,
-    positions,
     same_base,
 )
+from sidepath.store.sampling import positions
 from tests.conftest import randomise, tiny_bert, tiny_gpt2, tiny_llama
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -140,7 +139,7 @@ def test_a_large_folder_is_hardly_read(tmp_path: Path, monkeypatch: pytest.Monke
         reads.append(size)
         return pread(handle, size, at)
 
-    monkeypatch.setattr(module.os, "pread", counted)
+    monkeypatch.setattr(os, "pread", counted)
     found = fingerprint(tmp_path)
     assert at > 13.4e9
     assert len(found.samples) == 290

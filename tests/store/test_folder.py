@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -37,7 +38,7 @@ def state(target: Path) -> str | None:
     """The text all files agree on; None when there is no folder. Anything else fails."""
     if not target.exists():
         return None
-    texts = {
+    texts: set[str] = {
         (target / "weights").read_text(),
         (target / "inner" / "more").read_text(),
         json.loads((target / "sidepath.json").read_text())["text"],
@@ -131,7 +132,7 @@ def test_no_permission_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def refuse(path: Path, mode: int = 0o777) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(folders.os, "mkdir", refuse)
+    monkeypatch.setattr(os, "mkdir", refuse)
     with pytest.raises(WriteFailed, match="Permission denied"):
         write(tmp_path / "a", "new")
 
@@ -203,7 +204,7 @@ def test_each_operation_may_fail(
         failing = Failing(number)
         with monkeypatch.context() as patch:
             for name in OPERATIONS:
-                patch.setattr(folders.os, name, failing.wrap(getattr(os, name)))
+                patch.setattr(os, name, failing.wrap(getattr(os, name)))
             if exchange:
                 patch.setattr(folders, "_exchange", failing.wrap(folders._exchange))
             else:
@@ -306,7 +307,7 @@ def test_a_leftover_is_held_while_it_is_deleted(
         finally:
             os.close(handle)
 
-    monkeypatch.setattr(aside.shutil, "rmtree", watched)
+    monkeypatch.setattr(shutil, "rmtree", watched)
     aside.clear_leftovers(tmp_path, re.compile("a"))
     assert held == [".a.sidepath-00000000.new"]
 
@@ -325,7 +326,7 @@ def test_what_a_living_swap_has_set_aside_is_left_alone(
             aside.clear_leftovers(tmp_path, re.compile("a"))
             seen.append(Path(target).exists())
 
-    monkeypatch.setattr(folders.os, "rename", watched)
+    monkeypatch.setattr(os, "rename", watched)
     write(tmp_path / "a", "new")
     assert seen == [True]
     assert state(tmp_path / "a") == "new"
@@ -358,7 +359,7 @@ def test_discarding_never_shows_half_a_folder(
         raise OSError(errno.EIO, "injected")
 
     with monkeypatch.context() as patch:
-        patch.setattr(aside.shutil, "rmtree", broken)
+        patch.setattr(shutil, "rmtree", broken)
         aside.discard(tmp_path / "a")
     (left,) = os.listdir(tmp_path)
     assert left.startswith(".a.sidepath-")
@@ -376,7 +377,7 @@ def test_new_parents_are_brought_to_the_disk(
         synced.append(os.fstat(handle).st_ino)
         fsync(handle)
 
-    monkeypatch.setattr(folders.os, "fsync", watched)
+    monkeypatch.setattr(os, "fsync", watched)
     write(tmp_path / "one" / "two" / "a", "new")
     for path in (tmp_path, tmp_path / "one", tmp_path / "one" / "two"):
         assert path.stat().st_ino in synced, path
@@ -388,7 +389,7 @@ def test_parents_are_removed_again_when_one_cannot_be_brought_to_the_disk(
     def broken(handle: int) -> None:
         raise OSError(errno.EIO, "injected")
 
-    monkeypatch.setattr(folders.os, "fsync", broken)
+    monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(WriteFailed):
         write(tmp_path / "one" / "two" / "a", "new")
     assert os.listdir(tmp_path) == []

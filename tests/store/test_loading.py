@@ -22,6 +22,7 @@ from sidepath.injection.surgery import remove
 from sidepath.methods.lora import LoRA
 from sidepath.store import loading, manifest
 from sidepath.store.adapter import inject, load
+from sidepath.store.folder import sha256_file
 from sidepath.store.loading import load_tensors
 from sidepath.store.loralib_format import load_loralib
 from sidepath.store.tensors import FLOATING, read_head, read_header
@@ -163,11 +164,13 @@ def test_loading_reads_every_byte_of_the_weights_once(
             return size
 
     digested: list[str] = []
-    plainly = manifest.sha256_file
+
+    def noted(path: Path) -> str:
+        digested.append(Path(path).name)
+        return sha256_file(path)
+
     monkeypatch.setattr(loading, "open", lambda path, *a, **k: Counted(path, "rb"), raising=False)
-    monkeypatch.setattr(
-        manifest, "sha256_file", lambda path: digested.append(Path(path).name) or plainly(path)
-    )
+    monkeypatch.setattr(manifest, "sha256_file", noted)
     load(tiny_llama(), folder)
     _, head = read_head(folder / WEIGHTS)
     at = len(head)

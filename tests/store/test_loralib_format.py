@@ -41,7 +41,7 @@ def merged_linear_reference(
 
 
 def test_linear_with_bias() -> None:
-    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    model: Any = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
     A, B, b = torch.randn(R, 5), torch.randn(4, R), torch.randn(4)
     x = torch.randn(7, 5)
     W = model[0].weight.detach()
@@ -101,7 +101,7 @@ def test_conv2d(kernel: int, groups: int) -> None:
 
 
 def test_several_ranks_and_a_bias_elsewhere() -> None:
-    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3), nn.LayerNorm(3))
+    model: Any = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3), nn.LayerNorm(3))
     factors = [(torch.randn(2, 5), torch.randn(4, 2)), (torch.randn(3, 4), torch.randn(3, 3))]
     bias = torch.randn(3)
     x = torch.randn(7, 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sidepath.injection.quantising import quantise_
 from sidepath.injection.registry import registry_of, require_registry
 from sidepath.store import stored as module
 from sidepath.store.adapter import inject
+from sidepath.store.loading import load_tensors
 from tests.conftest import outputs, randomise, tiny_gpt2, tiny_llama
 from tests.store.quantised import packed, plain, stored
 
@@ -28,8 +30,9 @@ def errors(model: nn.Module, originals: dict[str, Tensor]) -> dict[str, tuple[fl
     """For each adapted layer `|Q - W|` and `|Q + s B A - W|`."""
     registry = require_registry(model)
     found = {}
-    for path, delta in registry.adapter("x").deltas.items():
-        view = registry.sides[path].view
+    deltas: Mapping[str, Any] = registry.adapter("x").deltas
+    for path, delta in deltas.items():
+        view: Any = registry.sides[path].view
         W, Q = originals[path].detach(), view.matrix()
         found[path] = (float((Q - W).norm()), float((delta.merged(Q) - W).norm()))
     return found
@@ -85,10 +88,12 @@ def test_one_weight_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
     base = stored(tiny_llama(), tmp_path / "base")
     model = packed(base)
     asked: list[int] = []
-    read = module.load_tensors
-    monkeypatch.setattr(
-        module, "load_tensors", lambda path, header: asked.append(len(header)) or read(path, header)
-    )
+
+    def counted(path: Path, header: Any) -> Any:
+        asked.append(len(header))
+        return load_tensors(path, header)
+
+    monkeypatch.setattr(module, "load_tensors", counted)
     adapter = inject(model, LOFTQ, "x")
     assert asked == [1] * len(adapter.deltas)
 
@@ -114,6 +119,7 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs the unquantised weights"):
         inject(nowhere, LOFTQ, "x")
     name = "model.layers.0.mlp.up_proj.weight"
+    change: Callable[[Tensor], Tensor]
     for change, said in (
         (lambda weight: weight[:1], "up_proj.weight: shape"),
         (lambda weight: weight.where(weight < weight.max(), torch.nan), "not finite"),

@@ -21,14 +21,14 @@ from tests.conftest import tiny_llama
 BLOCKS = 7
 
 
-def gpt2() -> nn.Module:
+def gpt2() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(n_embd=32, n_layer=BLOCKS, n_head=2, vocab_size=64, n_positions=64)
     return GPT2LMHeadModel(config).eval()
 
 
-def bert() -> nn.Module:
+def bert() -> Any:
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
@@ -38,11 +38,11 @@ def bert() -> nn.Module:
     return BertForSequenceClassification(config).eval()
 
 
-def llama() -> nn.Module:
+def llama() -> Any:
     return tiny_llama(layers=BLOCKS)
 
 
-CASES: list[tuple[Callable[[], nn.Module], Method]] = [
+CASES: list[tuple[Callable[[], Any], Method]] = [
     (llama, LoRA(r=4)),
     (llama, LoRA(r=2, targets=("q_proj", "v_proj", "lm_head"))),
     (llama, FullFineTuning()),
@@ -55,7 +55,7 @@ CASES: list[tuple[Callable[[], nn.Module], Method]] = [
 
 @pytest.mark.parametrize(("make", "config"), CASES, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_it_is_that_of_all_blocks(
-    make: Callable[[], nn.Module],
+    make: Callable[[], Any],
     config: Method,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

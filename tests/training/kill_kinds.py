@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from sidepath.errors import WriteFailed
@@ -64,7 +65,7 @@ def in_a_row(setting: str = PLAIN, series: Iterable[Iterable[int]] = SERIES) -> 
 def _killed_at(row: Row, steps: Iterable[int]) -> None:
     with run_folder() as folder:
         for step in steps:
-            code = forked(lambda step=step: play(row.setting, folder, at_step=_exit_at(step)))
+            code = forked(partial(play, row.setting, folder, at_step=_exit_at(step)))
             if code == KILLED:
                 row.kills += 1
             elif code != 0:  # 0: the run was already past that step, and ended
@@ -132,7 +133,7 @@ def in_rust(mode: str, setting: str = PLAIN, steps: Iterable[int] = range(1, STE
     expected = FAILED if mode == "error" else -signal.SIGXFSZ
     for step in steps:
         with run_folder() as folder:
-            code = forked(lambda step=step, folder=folder: _limited(row, folder, step, mode))
+            code = forked(partial(_limited, row, folder, step, mode))
             row.kills += code == expected
             if code != expected:
                 row.exceptions.append(f"step {step}: code {code}")
@@ -218,8 +219,8 @@ def quick() -> list[Row]:
     return [
         each_step(steps=(1, 10, 20)),
         in_a_row(series=([5, 5], [2, 9, 17])),
-        each_operation("kill", every=9, first=2),
-        each_operation("ENOSPC", every=18, first=1),
+        each_operation("kill", every=14, first=2),
+        each_operation("ENOSPC", every=28, first=1),
         in_rust("error", steps=(3,)),
         in_rust("kill", steps=(9,)),
         at_random(5),

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,7 @@ def test_every_kind_of_damage_to_the_state_is_seen(data: Data, tmp_path: Path) -
     run(fresh(), data, tmp_path, stop=1, keep_checkpoints=1)
     path = tmp_path / "step-00000001" / "checkpoint.json"
     whole = json.loads(path.read_text())
+    broken: Any
     for broken in ([], {}, {**whole, "step": 2}, {**whole, "format": 9}, {**whole, "files": {}}):
         path.write_text(json.dumps(broken))
         with pytest.raises(ResumeError, match="can be trusted"):
@@ -238,7 +240,7 @@ JSON_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "step is text": (lambda path: rewritten(path, step="2"), "step"),
     "another step": (lambda path: rewritten(path, step=9), "the step in it, 9"),
     **{
-        f"without {key}": (lambda path, key=key: rewritten(path, drop=key), key)
+        f"without {key}": (partial(rewritten, drop=key), key)
         for key in ("format", "step", "progress", "identity", "files")
     },
 }
@@ -347,7 +349,7 @@ def test_a_listing_that_holds_neither_of_two_checkpoints_is_looked_at_again(
 ) -> None:
     """As one is pruned and the next appears, a folder may be listed without either of them."""
     save(tmp_path, state(5), keep=2)
-    numbered, missed = checkpoint._numbered, iter([[], [], []])
+    numbered, missed = checkpoint._numbered, iter(range(3))
     monkeypatch.setattr(
         checkpoint,
         "_numbered",

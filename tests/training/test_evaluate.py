@@ -60,7 +60,7 @@ def test_sampling_repeats_with_its_seed_and_leaves_the_callers_state(tokenizer: 
     torch.manual_seed(11)
     expected = torch.rand(2)
     torch.manual_seed(11)
-    options = {"max_new_tokens": 12, "temperature": 1.0}
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0}
     one = generate(model, tokenizer, ["ab"], seed=1, **options)
     assert torch.equal(torch.rand(2), expected)
     assert one == generate(model, tokenizer, ["ab"], seed=1, **options)

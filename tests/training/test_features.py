@@ -221,7 +221,7 @@ def test_the_files_go_with_the_run(
     elif ending == "break":
         steps.close()
     else:
-        head = steps.model.lm_head  # type: ignore[attr-defined]
+        head: Any = steps.model.lm_head  # type: ignore[attr-defined]
         head.register_forward_hook(lambda *_: (_ for _ in ()).throw(OSError("stop")))
         with pytest.raises(OSError, match="stop"):
             next(steps)

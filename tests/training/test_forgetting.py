@@ -134,7 +134,7 @@ def test_nothing_is_disturbed(tokenizer: Any) -> None:
     model.train()
     model.lm_head.eval()
     modes = [module.training for module in model.modules()]
-    state, numpy = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    state, numpy = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].tolist()
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     sidepath.activate(model, None)
     with sidepath.route(model, ["b"]), sidepath.disabled(model):
@@ -142,7 +142,7 @@ def test_nothing_is_disturbed(tokenizer: Any) -> None:
     assert first == forgetting(model, tokenizer, adapter="a", rows=3, tokens=8)
     assert modes == [module.training for module in model.modules()]
     assert torch.equal(state, torch.get_rng_state())
-    assert numpy == np.random.get_state()[1].tolist()
+    assert numpy == np.random.get_state(legacy=False)["state"]["key"].tolist()
     after = model.state_dict()
     assert all(torch.equal(tensors[name], after[name]) for name in tensors)
     with pytest.raises(UnknownAdapter):

@@ -14,6 +14,7 @@ from sidepath.data.dataset import load_data
 from sidepath.store.live import LiveBytes, held_tensors, storage_bytes
 from sidepath.training.loop import train
 from sidepath.training.measured import Peak, peak_bytes, watched
+from sidepath.training.report import StepReport
 from tests.training.kit import llama, with_lora
 
 
@@ -48,7 +49,7 @@ def test_watched_steps_are_the_same_steps(tokenizer: Any, pairs: list[dict[str, 
 
     def losses(watching: bool) -> tuple[list[float], Peak]:
         model, peak = with_lora(llama(), dropout=0.2), Peak()
-        steps = train(model, data, config)
+        steps: Iterator[StepReport] = train(model, data, config)
         if watching:
             steps = watched(steps, model, peak)
         return [step.loss for step in steps], peak

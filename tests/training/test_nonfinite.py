@@ -74,7 +74,7 @@ def poisoned(kind: str, tokenizer: Any) -> Any:
     """A model for which a row with the letter Q has a loss, or a gradient, that is not finite."""
     model = with_lora(llama(), dropout=0.2, r=3)
     letter, answer = (tokenizer(text).input_ids[-1] for text in "Qz")
-    wrong = []
+    wrong: list[bool] = []
 
     def look(module: Any, arguments: Any, named: dict[str, Any]) -> None:
         wrong[:] = [bool((named["input_ids"] == letter).any())]
@@ -83,7 +83,8 @@ def poisoned(kind: str, tokenizer: Any) -> Any:
         if not wrong[0]:
             return logits
         if kind == "gradient":
-            return Poison.apply(logits)
+            spoiled: torch.Tensor = Poison.apply(logits)  # type: ignore[no-untyped-call]
+            return spoiled
         bad = torch.zeros(logits.shape[-1])
         bad[answer] = float("nan") if kind == "NaN" else -float("inf")
         return logits + bad

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def test_epochs_and_seeds_differ() -> None:
 def test_rows_of_a_step_have_like_lengths() -> None:
     lengths = [(37 * row) % 101 + 1 for row in range(256)]
 
-    def padding(steps: list[list[tuple[int, ...]]]) -> int:
+    def padding(steps: Sequence[Sequence[tuple[int, ...]]]) -> int:
         longest = [max(lengths[row] for (row,) in step) * len(step) for step in steps]
         return sum(longest) - sum(lengths)
 

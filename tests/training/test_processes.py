@@ -107,19 +107,19 @@ def test_gradients_are_added(tmp_path: Path, dtype: torch.dtype) -> None:
     assert in_processes(2, tmp_path, work) == [expected, expected]
 
 
+def trained_in(count: int, data: Data, folder: Path, **changes: Any) -> list[Any]:
+    return in_processes(
+        count, folder / f"meet{count}", lambda _: trained(data, folder / f"of{count}", **changes)
+    )
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_number_of_processes_changes_nothing_but_rounding(
     data: Data, tmp_path: Path, packing: bool
 ) -> None:
     alone = trained(data, tmp_path / "alone", dropout=0.0, packing=packing)
     for count in (2, 3):
-        found = in_processes(
-            count,
-            tmp_path / f"meet{count}",
-            lambda processes, count=count: trained(
-                data, tmp_path / f"of{count}", dropout=0.0, packing=packing
-            ),
-        )
+        found = trained_in(count, data, tmp_path, dropout=0.0, packing=packing)
         assert all(one == found[0] for one in found), "every process holds the same bits"
         assert floats(found[0]["losses"]) == pytest.approx(floats(alone["losses"]), rel=1e-4)
         assert floats(found[0]["held_out"]) == pytest.approx(floats(alone["held_out"]), rel=1e-4)
@@ -155,9 +155,10 @@ def test_another_number_of_processes_goes_on_and_says_so(data: Data, tmp_path: P
 
 def test_more_processes_than_rows(data: Data, tmp_path: Path) -> None:
     few = data.subset(range(3))
-    changes = {"batch_size": 1, "accumulate": 1, "eval_share": 0.0, "eval_every": 0, "dropout": 0.0}
+    changes: dict[str, Any] = {"batch_size": 1, "accumulate": 1, "dropout": 0.0}
+    changes |= {"eval_share": 0.0, "eval_every": 0}
     alone = trained(few, tmp_path / "alone", **changes)
-    found = in_processes(2, tmp_path / "meet", lambda _: trained(few, tmp_path / "two", **changes))
+    found = trained_in(2, few, tmp_path, **changes)
     assert floats(found[0]["losses"]) == pytest.approx(floats(alone["losses"]), rel=1e-5)
 
 
@@ -187,6 +188,13 @@ def test_different_adapters_are_refused(data: Data, tmp_path: Path) -> None:
     assert in_processes(2, tmp_path, work) == [True, True]
 
 
+def evaluated_in(count: int, model: Any, rows: Data, names: Any, folder: Path) -> list[Any]:
+    def work(processes: Processes) -> Any:
+        return evaluate(model, rows, metrics=names, batch_size=4, processes=processes)
+
+    return in_processes(count, folder, work)
+
+
 def test_evaluation_is_shared_out(tokenizer: Any, data: Data, tmp_path: Path) -> None:
     labelled = load_data(
         [{"text": "ab" * (at % 7) + str(at), "label": at % 2} for at in range(31)], tokenizer
@@ -194,13 +202,7 @@ def test_evaluation_is_shared_out(tokenizer: Any, data: Data, tmp_path: Path) ->
     for model, rows in ((llama(), data), (bert(), labelled)):
         names = ["loss"] if rows is data else None
         alone = evaluate(model, rows, metrics=names, batch_size=4)
-        found = in_processes(
-            2,
-            tmp_path / rows.task,
-            lambda processes, model=model, rows=rows, names=names: evaluate(
-                model, rows, metrics=names, batch_size=4, processes=processes
-            ),
-        )
+        found = evaluated_in(2, model, rows, names, tmp_path / rows.task)
         assert found[0] == found[1]
         assert found[0] == pytest.approx(alone, rel=1e-6)
 

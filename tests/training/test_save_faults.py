@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_each_operation_of_a_checkpoint(
             save(folder, checkpoint(1), keep=2)
             save(folder, checkpoint(2), keep=2)
         reached, failed = attempt(
-            lambda folder=folder: save(folder, checkpoint(3), keep=2),
+            partial(save, folder, checkpoint(3), keep=2),
             folder,
             number,
             {**end, "exchange": exchange},
@@ -127,7 +128,7 @@ def test_each_operation_of_replacing_a_damaged_checkpoint(
         path = save(folder, checkpoint(2), keep=3)
         (path / "checkpoint.json").write_bytes(b"")
         reached, failed = attempt(
-            lambda folder=folder: save(folder, checkpoint(2), keep=3),
+            partial(save, folder, checkpoint(2), keep=3),
             folder,
             number,
             {**end, "exchange": exchange},
@@ -153,7 +154,7 @@ def test_each_operation_of_saving_an_adapter(
         parent = tmp_path / str(number)
         adapter.save(parent / "a", record={"turn": "old"})
         reached, failed = attempt(
-            lambda parent=parent: adapter.save(parent / "a", record={"turn": "new"}),
+            partial(adapter.save, parent / "a", record={"turn": "new"}),
             parent,
             number,
             end,

@@ -16,11 +16,9 @@ from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
 from sidepath.store.loading import load_tensors
 from sidepath.store.peft_config import read_settings
-from sidepath.store.peft_format import CONFIG, ENDINGS, PREFIX, WEIGHTS
+from sidepath.store.peft_format import CONFIG, PAIRS, PREFIX, WEIGHTS
 from sidepath.store.tensors import file_inside, read_header, read_json
 
-_A_THEN_B = (ENDINGS[0:2], ENDINGS[2:4])
-"""The endings of a pair's names: of linear layers and convolutions, of embeddings."""
 _LORALIB = (".lora_A", ".lora_B")
 
 
@@ -58,7 +56,7 @@ def updates_in(
     They share the tensors' storage. Errors: `DamagedAdapter` where A and B do not fit together,
     `StoreError` when there is none.
     """
-    pairs = _pairs(tensors, _A_THEN_B, path)
+    pairs = _pairs(tensors, PAIRS, path)
     found: dict[str, Factors] = {}
     faults = []
     for start, (A, B) in pairs.items():
@@ -145,9 +143,7 @@ def _refuse_dora(dora: bool, folder: Path) -> None:
 
 def _scalings(folder: Path) -> Callable[[str], float]:
     if (folder / manifests.NAME).exists():
-        manifest, faults = manifests.read_manifest(folder)
-        if manifest is None or faults:
-            raise DamagedAdapter("the adapter cannot be trusted", where=folder, faults=faults)
+        manifest = manifests.trusted_manifest(folder)
         if not isinstance(manifest.config, LoRA):
             raise StoreError(f"{manifest.config.method} has no low-rank updates", where=folder)
         _refuse_dora(manifest.config.dora, folder)

@@ -15,6 +15,7 @@ from sidepath.bench.setting import Bench
 from sidepath.bench.step import FLOOR, Loss, Step, losses_of
 from sidepath.store.live import LiveBytes, held_tensors
 from sidepath.store.memory import switch_checkpointing
+from sidepath.training.trained import device_of
 
 Counted = Literal["saved", "peak"]
 PLAIN_PEER = f"{PEER} without"
@@ -36,9 +37,10 @@ class Memory:
     tokens: int
     targets: Targets = field(default_factory=dict)
     checkpointing: bool = False
+    full: bool = True
 
     def __call__(self, name: str, bench: Bench) -> Figure:
-        step = Step(self.shape, self.dtype, self.rows, self.tokens)
+        step = Step(self.shape, self.dtype, self.rows, self.tokens, full=self.full)
         losses, models = losses_of(step, bench)
         bytes_of = saved_bytes if self.counted == "saved" else peak_bytes
         samples, kept = {}, []
@@ -94,10 +96,10 @@ def saved_bytes(model: nn.Module, loss: Loss) -> int:
 
 def alive_between(model: nn.Module, loss: Loss) -> int:
     """Bytes that the forward pass left alive for the backward pass, by whatever means."""
-    if _device(model).type == "cuda":
-        before = torch.cuda.memory_allocated(_device(model))
+    if device_of(model).type == "cuda":
+        before = torch.cuda.memory_allocated(device_of(model))
         made = loss()
-        found = torch.cuda.memory_allocated(_device(model)) - before
+        found = torch.cuda.memory_allocated(device_of(model)) - before
     else:
         with LiveBytes(held_tensors(model)) as count:
             before = count.live
@@ -113,8 +115,8 @@ def peak_bytes(model: nn.Module, loss: Loss) -> int:
     On CUDA by the allocator's own mark; on a CPU by the storages of every operator's results
     (`LiveBytes`), which does not see buffers inside an operator.
     """
-    if _device(model).type == "cuda":
-        found = _peak_on_gpu(_device(model), lambda: _backward(loss))
+    if device_of(model).type == "cuda":
+        found = _peak_on_gpu(device_of(model), lambda: _backward(loss))
     else:
         with LiveBytes(held_tensors(model)) as count:
             before = count.live
@@ -135,7 +137,3 @@ def _peak_on_gpu(device: torch.device, run: Callable[[], None]) -> int:
 
 def _backward(loss: Loss) -> None:
     loss().backward()  # type: ignore[no-untyped-call]
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

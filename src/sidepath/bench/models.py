@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sidepath.data.example import Example
 from sidepath.training.batching import Batch, collate
 
-Shape = Literal["llama", "gpt2", "linears"]
+Shape = Literal["llama", "gpt2", "linears", "llama-7b"]
 DType = Literal["float32", "bfloat16"]
 
 SHAPES: dict[Shape, dict[str, Any]] = {
@@ -37,9 +37,16 @@ SHAPES: dict[Shape, dict[str, Any]] = {
         "vocab_size": 256,
         "tie_word_embeddings": True,
     },
+    "llama-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32_000,
+    },
 }
 """A Llama of 100M parameters; GPT-2 small, 124M; a Llama of 224 linear layers, whose adapter of
-rank 8 is a file of 10 MB."""
+rank 8 is a file of 10 MB; Llama 2's 6.7 billion, for GPUs (`benchmarks/gpu.py`)."""
 
 TINY: dict[Shape, dict[str, Any]] = {
     "llama": {
@@ -60,6 +67,7 @@ TINY: dict[Shape, dict[str, Any]] = {
         "vocab_size": 64,
     },
 }
+TINY["llama-7b"] = TINY["llama"]
 """The same, tiny: what `--quick` runs."""
 
 
@@ -80,7 +88,8 @@ def make(shape: Shape, dtype: DType, device: torch.device, *, quick: bool = Fals
     from transformers import AutoModelForCausalLM
 
     config = config_of(shape, quick=quick)
-    with torch.random.fork_rng([]):
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), device:  # made where it is to be: 7B is slow on a CPU
         torch.manual_seed(0)
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     return model.to(device).train().requires_grad_(False)

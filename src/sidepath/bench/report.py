@@ -10,10 +10,10 @@ from typing import Any
 from sidepath.bench.figure import OURS, PEER, Comparison, Figure, Unit
 from sidepath.bench.picture import picture
 from sidepath.bench.timing import Spread
+from sidepath.page import has_matplotlib
 from sidepath.store.plan import readable
 
 HEAD = ("figure", "of", "median (min to max)", "to reach", "reached", "ours", "PEFT")
-PICTURE_MISSING = "no picture: pip install 'sidepath[report]'"
 
 
 def table_rows(figures: Sequence[Figure]) -> list[list[str]]:
@@ -103,12 +103,3 @@ def _replace(path: Path, content: bytes) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(content)
     part.replace(path)
-
-
-def has_matplotlib() -> bool:
-    """Whether pictures can be made."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    return matplotlib is not None

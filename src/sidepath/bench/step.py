@@ -40,6 +40,8 @@ class Step:
     """Factors in the base's dtype; else in float32, the default of ours and of PEFT."""
     optimizer: bool = False
     """Whether each way (but the floor, which trains nothing) moves its parameters as well."""
+    full: bool = True
+    """Whether full fine-tuning is measured: the base's bytes once more, and its gradients'."""
 
     def __call__(self, name: str, bench: Bench) -> Figure:
         losses, models = losses_of(self, bench)
@@ -88,7 +90,8 @@ def losses_of(step: Step, bench: Bench) -> tuple[dict[str, Loss], dict[str, nn.M
     models: dict[str, nn.Module] = {FLOOR: floor, OURS: with_ours(fresh(), as_base=step.as_base)}
     if has_peft():
         models[PEER] = with_peft(fresh(), as_base=step.as_base).train()
-    models[FULL] = fresh().requires_grad_(True)
+    if step.full:
+        models[FULL] = fresh().requires_grad_(True)
     ids_BT = token_ids(floor, bench.rows(step.rows), bench.tokens(step.tokens))
     losses = {way: labelled_loss(model, ids_BT) for way, model in models.items()}
     losses[OURS] = our_loss(models[OURS], ids_BT)

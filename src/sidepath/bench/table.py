@@ -117,7 +117,12 @@ def chosen(wanted: Sequence[str]) -> list[str]:
 
 
 def measured(
-    names: Sequence[str], bench: Bench, *, threads: int, progress: Progress | None = None
+    names: Sequence[str],
+    bench: Bench,
+    *,
+    threads: int,
+    progress: Progress | None = None,
+    figures: Mapping[str, Measure] = FIGURES,
 ) -> tuple[list[Figure], dict[str, Any]]:
     """The figures of these names, and the JSON document that holds them."""
     began, found = time.perf_counter(), []
@@ -126,7 +131,7 @@ def measured(
         warnings.simplefilter("ignore")
         where = machine(bench.device)
         for done, name in enumerate(names, start=1):
-            found.append(FIGURES[name](name, bench))
+            found.append(figures[name](name, bench))
             gc.collect()
             if progress is not None:
                 progress(done, len(names), f"{name} done")

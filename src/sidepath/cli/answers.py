@@ -20,7 +20,7 @@ from sidepath.cli.beside import load_beside, name_besides, require_use
 from sidepath.cli.output import Report, Table, note, progress
 from sidepath.cli.runs import BaseRun, EvalRun, GenerateRun
 from sidepath.cli.surface import Call
-from sidepath.errors import ConfigError, DamagedAdapter, DataError
+from sidepath.errors import ConfigError, DataError
 from sidepath.store import manifest as manifests
 
 if TYPE_CHECKING:
@@ -148,10 +148,8 @@ def labels_of(adapter: str | Path | None) -> tuple[str, ...] | None:
     folder = adapter_place(str(adapter))
     if not (folder / manifests.NAME).exists():
         return None
-    manifest, faults = manifests.read_manifest(folder)
-    if manifest is None or faults:
-        raise DamagedAdapter("the adapter cannot be trusted", where=folder, faults=faults)
-    return tuple(manifest.labels) if manifest.labels else None
+    labels = manifests.trusted_manifest(folder).labels
+    return tuple(labels) if labels else None
 
 
 def _prompts_of(run: GenerateRun) -> list[str]:

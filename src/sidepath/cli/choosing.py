@@ -21,9 +21,9 @@ from sidepath.errors import ConfigError, StoreError
 from sidepath.injection.surgery import remove
 from sidepath.store.adapter import load
 from sidepath.store.refactored import write_refactored
+from sidepath.training.metrics import LOWER_IS_BETTER
 
 NAME = "inspected"
-LOWER_IS_BETTER = ("loss", "perplexity")
 Told = list[Table | str]
 
 
@@ -108,14 +108,13 @@ def advised(
 class Measure:
     """The metric of an adapter's folder on the run's data; the base is loaded once."""
 
-    def __init__(self, name: str, model: nn.Module, of: Callable[[], float], other: bool) -> None:
+    def __init__(self, name: str, model: nn.Module, of: Callable[[], float]) -> None:
         self.name = name
         self._model = model
         self._of = of
-        self._other = other
 
     def __call__(self, folder: Path) -> float:
-        load(self._model, folder, NAME, allow_other_base=self._other)
+        load(self._model, folder, NAME)
         try:
             return self._of()
         finally:
@@ -141,7 +140,7 @@ def _measure(place: Path, run: InspectRun) -> Measure:
         )
         return found[name]
 
-    return Measure(name, model, of, other=False)
+    return Measure(name, model, of)
 
 
 def _cut(found: Mapping[str, Factors], keep: Keep, names: Sequence[str]) -> dict[str, Truncated]:

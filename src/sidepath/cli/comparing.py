@@ -30,8 +30,6 @@ from sidepath.compare.material import DEMO
 from sidepath.compare.presets import PRESETS, SHAPES
 from sidepath.compare.report import (
     HEAD,
-    PICTURE_MISSING,
-    has_matplotlib,
     notes,
     sections,
     table_rows,
@@ -41,6 +39,7 @@ from sidepath.compare.setting import Setting
 from sidepath.compare.workers import Workers
 from sidepath.config import TrainConfig
 from sidepath.errors import ConfigError
+from sidepath.page import PICTURE_MISSING, has_matplotlib
 from sidepath.store.configs import quiet
 from sidepath.store.fingerprint import fingerprint
 from sidepath.store.hub import PREFIX
@@ -149,23 +148,23 @@ def _read(call: Call) -> tuple[CompareRun, TrainConfig, list[Entrant]]:
     listed = isinstance(methods, list) and all(isinstance(one, dict) for one in methods)
     faults += [] if listed else ["method: expected tables [[method]]"]
     if run is not None:
-        ways = (bool(methods), run.preset != "none", run.intrinsic)
-        if sum(ways) != 1:
-            faults.append("entrants: give one of [[method]] tables, --preset and --intrinsic")
-        given = {
-            name for name, (_, where) in settings.values["compare"].items() if where != "default"
-        }
-        faults += [
-            f"[compare] {name}: {why}"
-            for name, why in _UNUSED[run.intrinsic].items()
-            if name in given
-        ]
+        faults += _what_does_not_go_together(run, settings, methods)
         methods = [{"name": "full"}] if run.intrinsic and not methods else methods
     entrants, wrong = entrants_of(methods if listed else [], rates)
     _require([*faults, *wrong], file)
     assert run is not None
     assert train is not None
     return run, train, entrants
+
+
+def _what_does_not_go_together(run: CompareRun, settings: Settings, methods: Any) -> list[str]:
+    faults = []
+    if sum((bool(methods), run.preset != "none", run.intrinsic)) != 1:
+        faults.append("entrants: give one of [[method]] tables, --preset and --intrinsic")
+    given = {name for name, (_, where) in settings.values["compare"].items() if where != "default"}
+    return faults + [
+        f"[compare] {name}: {why}" for name, why in _UNUSED[run.intrinsic].items() if name in given
+    ]
 
 
 def _several_seeds(table: dict[str, Any]) -> None:

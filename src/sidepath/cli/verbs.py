@@ -103,8 +103,6 @@ def bench(call: Call) -> Report:
     """Every figure, or those named, beside its peer and what it is to reach."""
     from sidepath.bench.report import (
         HEAD,
-        PICTURE_MISSING,
-        has_matplotlib,
         notes,
         table_rows,
         write,
@@ -113,6 +111,7 @@ def bench(call: Call) -> Report:
     from sidepath.bench.table import chosen, measured
     from sidepath.cli.bases import device_of
     from sidepath.cli.folders import require_place
+    from sidepath.page import PICTURE_MISSING, has_matplotlib
     from sidepath.store.configs import quiet
 
     run = call.settings.build("bench", BenchRun)

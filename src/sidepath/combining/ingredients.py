@@ -25,6 +25,7 @@ from sidepath.store.peft_format import (
     BASE_BIAS,
     CONFIG,
     ENDINGS,
+    LEFT_BY_PEFT,
     MAGNITUDE,
     PREFIX,
     TOKENS,
@@ -32,8 +33,6 @@ from sidepath.store.peft_format import (
 )
 from sidepath.store.tensors import file_inside, read_header, read_json
 
-_WITHIN_WHOLE = ("original_module.", "modules_to_save.")
-"""What PEFT leaves in the names of modules inside one that is trained whole: base's copies."""
 Place = tuple[str, str]
 """A module's path, and the name of a tensor in it."""
 
@@ -189,7 +188,7 @@ def _others(
         owner, _, local = name.rpartition(".")
         if root is not None:
             local = name.removeprefix(f"{root}.")
-            if not local.startswith(_WITHIN_WHOLE):
+            if not local.startswith(LEFT_BY_PEFT):
                 others[root, local] = tensor
         elif name.endswith((*ENDINGS[:4], MAGNITUDE)):
             continue

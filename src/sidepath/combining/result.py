@@ -17,7 +17,7 @@ from sidepath.methods.base import Dtype, Site
 from sidepath.methods.lora import LoRA, by_path
 from sidepath.store.fingerprint import Fingerprint
 from sidepath.store.manifest import Manifest
-from sidepath.store.peft_config import BIAS, PeftSettings, commonest, number
+from sidepath.store.peft_config import BIAS, commonest, number
 from sidepath.store.peft_format import BASE_BIAS, PREFIX
 from sidepath.store.refactored import formed, keys_at, settings_for
 
@@ -170,8 +170,3 @@ def _common(values: Sequence[Any]) -> Any:
 def biases_missing(layers: Mapping[str, Layer], others: Mapping[Place, Tensor]) -> list[str]:
     """The adapted modules for which no bias is held."""
     return [path for path in layers if (path, "bias") not in others]
-
-
-def is_peft(adapters: Sequence[Ingredient]) -> bool:
-    """Whether none of the adapters is one of ours."""
-    return all(isinstance(one.method, PeftSettings) for one in adapters)

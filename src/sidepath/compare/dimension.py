@@ -23,12 +23,13 @@ from sidepath.compare.outcome import Row, rows_of
 from sidepath.compare.report import write
 from sidepath.compare.run import document_of
 from sidepath.compare.runs import RunTable
-from sidepath.compare.setting import LOWER_IS_BETTER, Setting
+from sidepath.compare.setting import Setting
 from sidepath.compare.trial import facts_of, fresh
 from sidepath.compare.workers import Workers
 from sidepath.errors import ConfigError, SidepathError, TrainError, in_one_line
 from sidepath.methods.intrinsic import IntrinsicDimension
 from sidepath.training.evaluate import CAUSAL, CLASSIFY
+from sidepath.training.metrics import LOWER_IS_BETTER
 
 Kind = Literal["did", "said"]
 LEAST, COUNT = 100, 12

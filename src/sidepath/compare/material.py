@@ -6,10 +6,11 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from sidepath.compare.setting import LOWER_IS_BETTER, Setting
+from sidepath.compare.setting import Setting
 from sidepath.data.dataset import Data, load_data
 from sidepath.errors import ConfigError, DataError, meant
 from sidepath.training.evaluate import CAUSAL, CLASSIFY
+from sidepath.training.metrics import LOWER_IS_BETTER
 
 DEMO = "demo:"
 """Before the name of one of the demo's tasks, whose rows are made, not read."""
@@ -52,7 +53,7 @@ def material_of(setting: Setting) -> Material:
     """
     train, test, own = _demo(setting) if setting.data.startswith(DEMO) else _files(setting)
     fit, validation = train.split(setting.validation, seed=SPLIT_SEED)
-    train.audit.require_trainable(ends_expected=train.schema in ("completion", "messages"))
+    train.require_trainable()
     return Material(train, fit, validation, test, _metric(setting.metric or own, train, test))
 
 

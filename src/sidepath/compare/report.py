@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from sidepath.compare.picture import picture
 from sidepath.errors import in_one_line
+from sidepath.page import has_matplotlib
 
 Document = Mapping[str, Any]
 JSON, MARKDOWN, PICTURE = "compare.json", "compare.md", "pareto.png"
@@ -28,7 +28,6 @@ HEAD = (
 SWEEP_HEAD = ("method", "rate", "validation", "loss", "")
 LATENCY_HEAD = ("method", "form", "batch", "base ms", "ms", "ratio", "of", "operators", "base's")
 SEARCH_HEAD = ("d", "score", "95 % interval", "")
-PICTURE_MISSING = "no picture: pip install 'sidepath[report]'"
 
 
 def table_rows(document: Document) -> list[list[object]]:
@@ -222,8 +221,3 @@ def write(folder: Path, document: Document) -> list[str]:
         part.write_bytes(content)
         part.replace(path)
     return list(files)
-
-
-def has_matplotlib() -> bool:
-    """Whether the picture can be drawn."""
-    return importlib.util.find_spec("matplotlib") is not None

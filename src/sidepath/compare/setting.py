@@ -19,7 +19,6 @@ from sidepath.compare.entrants import Entrant
 from sidepath.config import TrainConfig, as_dict
 
 Phase = Literal["sweep", "final"]
-LOWER_IS_BETTER = ("loss", "perplexity")
 ROOMS = ("config.py", "kernels", "core", "methods", "injection", "data", "training")
 """Code that a trial's figures depend on."""
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from sidepath.convert.numbers import positive
 from sidepath.convert.passport import Passport, manifest_of, paths_of, restored
 from sidepath.convert.portable import (
-    PAIRS,
     Options,
     Portable,
     Update,
@@ -33,7 +32,14 @@ from sidepath.kernels.lowrank import Part
 from sidepath.methods.base import Site
 from sidepath.methods.lora import LoRA
 from sidepath.store.loralib_format import read_state
-from sidepath.store.peft_format import BASE_BIAS, PREFIX, gather_parts, in_peft_shapes, spread_parts
+from sidepath.store.peft_format import (
+    BASE_BIAS,
+    PAIRS,
+    PREFIX,
+    gather_parts,
+    in_peft_shapes,
+    spread_parts,
+)
 from sidepath.store.tensors import strict_json
 
 _ALPHA = "lora_alpha"

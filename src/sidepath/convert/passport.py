@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sidepath.convert.portable import PAIRS, Portable, Update
+from sidepath.convert.portable import Portable, Update
 from sidepath.errors import DamagedAdapter
 from sidepath.methods.lora import LoRA
 from sidepath.store.manifest import Manifest, as_values, from_values
 from sidepath.store.peft_config import read_settings
-from sidepath.store.peft_format import MAGNITUDE, PREFIX
+from sidepath.store.peft_format import MAGNITUDE, PAIRS, PREFIX
 from sidepath.store.tensors import DTYPE_NAMES, FLOATING, strict_json
 
 KEY = "sidepath"

@@ -25,12 +25,9 @@ from sidepath.store.peft_config import (
     read_settings,
     targets_for,
 )
-from sidepath.store.peft_format import CONFIG, ENDINGS, MAGNITUDE, PREFIX, TOKENS, WEIGHTS
+from sidepath.store.peft_format import CONFIG, MAGNITUDE, PAIRS, PREFIX, TOKENS, WEIGHTS
 from sidepath.store.peft_tokens import INDICES
 from sidepath.store.tensors import file_inside, read_header, read_json
-
-PAIRS = (ENDINGS[0:2], ENDINGS[2:4])
-"""The endings of A's and B's keys: of linear layers and convolutions, of embeddings."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -35,6 +36,10 @@ _HELD = "_sidepath_held"
 
 def require_bitsandbytes() -> Any:
     """The library, imported. Errors: `MissingExtra` with the install line."""
+    # Layers ask in every pass, and a change of a logger's level clears the caches of all loggers.
+    loaded = sys.modules.get("bitsandbytes")
+    if loaded is not None:
+        return loaded
     # It would advise a kernel for the repacking that `hold_still` keeps off.
     log = logging.getLogger("bitsandbytes")
     level = log.level

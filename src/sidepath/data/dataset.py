@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sidepath.data.audit import Audit
-from sidepath.data.encode import Dropped, Encoder, total
+from sidepath.data.encode import Dropped, Encoder, pad_id_of, total
 from sidepath.data.example import Example
 from sidepath.data.holdout import held_out
 from sidepath.data.mapped import MappedExamples, MappedWriter
@@ -115,9 +115,8 @@ class Data:
 
     @property
     def pad_id(self) -> int:
-        """The padding token: the tokenizer's, or its end token, or 0; masked in any case."""
-        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return int(next(token for token in candidates if token is not None))
+        """The token that fills up short rows; masked in any case."""
+        return pad_id_of(self.tokenizer)
 
     @functools.cached_property
     def lengths(self) -> array[int]:
@@ -145,6 +144,10 @@ class Data:
     def audit(self) -> Audit:
         """What the rows hold; see `Audit`."""
         return _audited(self)
+
+    def require_trainable(self) -> None:
+        """Errors: `DataError` where training on these rows teaches nothing, or never to stop."""
+        self.audit.require_trainable(ends_expected=self.schema in ("completion", "messages"))
 
     def prompts(self) -> list[list[int]]:
         """Token ids that generation starts from, one list an example (causal rows)."""

@@ -31,6 +31,12 @@ def total(parts: Sequence[Dropped]) -> Dropped:
     return Dropped(sum(one.empty for one in parts), sum(one.over_long for one in parts))
 
 
+def pad_id_of(tokenizer: Any) -> int:
+    """The padding token: the tokenizer's, or its end token, or 0."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(token for token in candidates if token is not None))
+
+
 @dataclass(frozen=True)
 class Encoder:
     """A tokenizer with the ids it starts and ends a text with, and the longest row allowed."""

@@ -42,7 +42,7 @@ def resolve(model: nn.Module, config: Method) -> list[Site]:
     if selection.bias != "none":
         sites |= _bias_sites(modules, selection, sites)
     if selection.tokens:
-        sites |= _token_sites(model, modules, sites)
+        sites |= _token_sites(model, sites)
     return [sites[path] for path in modules if path in sites]
 
 
@@ -194,9 +194,7 @@ def _bias_sites(
     return {path: Site(path, "bias", pattern="bias") for path in others}
 
 
-def _token_sites(
-    model: nn.Module, modules: Mapping[str, nn.Module], sites: Mapping[str, Site]
-) -> dict[str, Site]:
+def _token_sites(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, Site]:
     """Sites at the token embedding and the head, and at whatever else holds one of their tables."""
     places = token_tables(model)
     if not places:

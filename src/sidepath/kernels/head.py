@@ -20,8 +20,9 @@ from torch.autograd.function import once_differentiable
 
 ROWS = 512
 """Rows of one product with the head: enough for it to be efficient."""
-BLOCK_BYTES = 2 * 2**20
-"""Bytes of the float32 logits that are worked on at a time: they stay in a processor's cache."""
+BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 64 * 2**20}
+"""Bytes of the float32 logits that are worked on at a time: on a CPU they stay in its cache; on a
+GPU each operator is a launch, some 20 us of the host's, so that there are few of them."""
 
 
 def head_loss(
@@ -81,7 +82,8 @@ def _to_gradient_(logits_CV: Tensor, targets_C: Tensor, smoothing: float) -> Ten
     """The summed loss of some rows; `dL/dz` takes the place of the logits, a few rows at a time."""
     dtype = torch.promote_types(logits_CV.dtype, torch.float32)
     vocabulary = logits_CV.shape[1]
-    step = max(1, BLOCK_BYTES // (4 * vocabulary))
+    room = BLOCK_BYTES.get(logits_CV.device.type, BLOCK_BYTES["cuda"])
+    step = max(1, room // (4 * vocabulary))
     losses = []
     for start in range(0, len(logits_CV), step):
         block_KV, at_K1 = logits_CV[start : start + step], targets_C[start : start + step, None]

@@ -10,10 +10,10 @@ the CPU in Triton's interpreter: slow, and for tests.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from threading import Lock
 from typing import Any
 
@@ -29,6 +29,7 @@ PROGRAMS = 264
 _BINDING = Lock()
 
 
+@cache
 def installed() -> bool:
     """Whether Triton can be imported; does not import it."""
     return importlib.util.find_spec("triton") is not None
@@ -39,9 +40,9 @@ def bind(namespace: dict[str, Any], *kernels: str) -> None:
 
     Errors: `MissingExtra` with the install line.
     """
+    if namespace["tl"] is not None:  # set last of all
+        return
     with _BINDING:
-        if namespace["tl"] is not None:
-            return
         try:
             triton = importlib.import_module("triton")
         except ImportError as error:
@@ -53,6 +54,7 @@ def bind(namespace: dict[str, Any], *kernels: str) -> None:
         namespace.update(made, constexpr=triton.language.constexpr, tl=triton.language)
 
 
+@cache
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter. Loads Triton."""
     return bool(importlib.import_module("triton").knobs.runtime.interpret)
@@ -67,6 +69,7 @@ def dot_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.bfloat16 and interpreting() else dtype
 
 
+@cache
 def language_dtype(dtype: torch.dtype) -> Any:
     """Triton's name for a floating dtype. Loads Triton."""
     language = importlib.import_module("triton.language")
@@ -74,14 +77,11 @@ def language_dtype(dtype: torch.dtype) -> Any:
     return getattr(language, names[dtype])
 
 
-@contextlib.contextmanager
-def on(device: torch.device) -> Iterator[None]:
+def on(device: torch.device) -> AbstractContextManager[object]:
     """Launch on a device: Triton launches on the current one, wherever the tensors are."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            yield
-    else:
-        yield
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def runs_on(tensor: Tensor) -> bool:

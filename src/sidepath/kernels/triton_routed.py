@@ -86,13 +86,28 @@ def add_routed_(
     """
     if tiles is None:
         tiles = tiles_of(slot_N, starts, scalings, x_NI.device)
-    _check(y_NO, x_NI, A_SI, B_SO, tiles)
+    if not _fits(y_NO, x_NI, A_SI, B_SO, tiles):
+        _check(y_NO, x_NI, A_SI, B_SO, tiles)
     if not len(tiles.tiles_T4) or not min(x_NI.shape[1], y_NO.shape[1]):
         return
     bind(globals(), *KERNELS)
     with on(x_NI.device):
         hidden_PNR = _launch_shrink(x_NI, A_SI, tiles)
         _launch_expand(y_NO, hidden_PNR, B_SO, tiles)
+
+
+def _fits(y_NO: Tensor, x_NI: Tensor, A_SI: Tensor, B_SO: Tensor, tiles: Tiles) -> bool:
+    """Whether `_check` would find no fault: what a launch can afford to ask each time."""
+    tokens, ranks = len(tiles.order_N), tiles.stacked
+    return (
+        A_SI.dim() == B_SO.dim() == 2
+        and A_SI.shape[0] == B_SO.shape[0] == ranks
+        and y_NO.shape == (tokens, B_SO.shape[1])
+        and x_NI.shape == (tokens, A_SI.shape[1])
+        and supports(y_NO, x_NI, A_SI, B_SO)
+        and y_NO.device == x_NI.device == A_SI.device == B_SO.device == tiles.order_N.device
+        and not torch.is_grad_enabled()
+    )
 
 
 def _check(y_NO: Tensor, x_NI: Tensor, A_SI: Tensor, B_SO: Tensor, tiles: Tiles) -> None:

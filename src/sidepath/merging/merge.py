@@ -119,26 +119,10 @@ def merge_folder(
     _refuse_places(base, folders, output)
     reset_peak()
     ready = _prepare(base, folders, target, calibration, allow_other_base)
-    left = None
-    if requantise is not None:
-        found = survivals(ready.loaded.model, ready.name, requantise, ready.rounding.stored)
-        left = together(found)
+    left = None if requantise is None else _left(ready, requantise)
     measured = None
     with publish(output, manifests=(PARITY,)) as temporary, Digests() as digests:
-        stored = ready.rounding.stored
-        write_tensors(
-            ready.loaded,
-            ready.cls,
-            ready.name,
-            stored,
-            base,
-            temporary,
-            ready.carried,
-            digests.take,
-        )
-        write_settings(ready.loaded.model, ready.cls, stored, base, temporary)
-        adapter = require_registry(ready.loaded.model).adapter(ready.name)
-        write_tokens(adapter, base, temporary)
+        _write(ready, base, temporary, digests)
         peaks: dict[str, int | None] = {"merge": peak_bytes(), "parity": None}
         if skip_parity:
             warnings.warn(_UNCHECKED.format(output), SidepathNotice, stacklevel=2)
@@ -194,6 +178,19 @@ def _prepare(
     rounding, count = _rounding(held, target), len(held.quantised)
     loaded = Loaded(model, mapped)
     return _Ready(loaded, cls, options, name, identity, rounding, rows, count, carried)
+
+
+def _left(ready: _Ready, kind: str) -> dict[str, Any]:
+    """What packing the merged weights again would leave of the updates."""
+    return together(survivals(ready.loaded.model, ready.name, kind, ready.rounding.stored))
+
+
+def _write(ready: _Ready, base: Path, folder: Path, digests: Digests) -> None:
+    """The merged model's weights, settings and tokenizer, into a folder that nobody reads yet."""
+    loaded, cls, stored = ready.loaded, ready.cls, ready.rounding.stored
+    write_tensors(loaded, cls, ready.name, stored, base, folder, ready.carried, digests.take)
+    write_settings(loaded.model, cls, stored, base, folder)
+    write_tokens(require_registry(loaded.model).adapter(ready.name), base, folder)
 
 
 def _measured(ready: _Ready, folder: Path) -> Parity:

@@ -20,12 +20,10 @@ import torch
 from torch import Tensor
 
 from sidepath.merging.mapped import Place
+from sidepath.store.tensors import DTYPE_NAMES
 
 DTYPES: Mapping[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
+    **DTYPE_NAMES,
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
     torch.complex64: "C64",

@@ -10,34 +10,31 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as Incoming
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from sidepath.errors import UnknownAdapter
 from sidepath.serve import playground
+from sidepath.serve.about import About
 from sidepath.serve.begun import Begun, Numbered, unless_gone
 from sidepath.serve.bodies import Intake, Most, longest_text
 from sidepath.serve.changing import Changing
 from sidepath.serve.confined import Loading
 from sidepath.serve.engine import Engine
-from sidepath.serve.gate import Gate, Guard, caller_of, refuse_scoped
+from sidepath.serve.gate import Gate, caller_of
 from sidepath.serve.metrics import Metrics
 from sidepath.serve.names import Names
 from sidepath.serve.openapi import document
 from sidepath.serve.protocol import MOST_ANSWERS, Asked, parse
 from sidepath.serve.refusals import HANDLERS, error_document
 from sidepath.serve.replies import Reply
-
-HOSTS = ("127.0.0.1", "localhost")
 
 
 @dataclass(frozen=True)
@@ -57,35 +54,19 @@ def application(
 ) -> Starlette:
     """The server's application. `base` is the name that asks for the base alone; `more` are routes
     beside its own, which the same gate guards.
-
-    It answers callers of this machine that name it so: a page from elsewhere, whose own name was
-    made to point here, does not (`HOSTS`).
     """
     terms = terms if terms is not None else Terms()
     served = _Served(engine, Names(engine.adapters, base), terms.most, Metrics(engine))
     changing = Changing(engine.adapters, base, terms.loading, served.intake, terms.drain_seconds)
     routes = [
-        Route("/v1/models", served.models),
         *served.asking(),
         Route("/v1/load_lora_adapter", changing.load, methods=["POST"]),
         Route("/v1/unload_lora_adapter", changing.unload, methods=["POST"]),
-        Route("/healthz", served.healthy),
-        Route("/readyz", served.ready),
-        Route("/metrics", served.metrics),
-        Route("/openapi.json", _openapi),
         *playground.routes(engine.adapters, base, served.load, chat=chats(engine.tokenizer)),
         *more,
     ]
-    return guarded(routes, terms.gate, served.counted.responded)
-
-
-def guarded(routes: Sequence[BaseRoute], gate: Gate, told: Callable[[int], None]) -> Starlette:
-    """Routes behind a gate, under this machine's own names; `told` gets each response's status."""
-    own = [
-        Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
-        Middleware(Guard, gate=gate, told=told),
-    ]
-    return Starlette(routes=routes, exception_handlers=HANDLERS, middleware=own)
+    about = About(engine, served.names, served.counted, document())
+    return about.application(routes, terms.gate)
 
 
 def unguarded(engine: Engine, names: Names, most: Most, counted: Metrics) -> Starlette:
@@ -114,20 +95,6 @@ class _Served:
         """Requests, rows and slots just now, and tokens so far."""
         return load_of(self.engine)
 
-    async def models(self, incoming: Incoming) -> Response:
-        listed = self.names.listed(caller_of(incoming))
-        return JSONResponse({"object": "list", "data": listed})
-
-    async def healthy(self, incoming: Incoming) -> Response:
-        return _said(self.engine.alive, "ok", "the engine has ended")
-
-    async def ready(self, incoming: Incoming) -> Response:
-        return _said(self.engine.alive and not self.engine.closed, "ready", "not ready")
-
-    async def metrics(self, incoming: Incoming) -> Response:
-        refuse_scoped(incoming)
-        return PlainTextResponse(self.counted.text(), media_type=self.counted.media_type)
-
     async def completions(self, incoming: Incoming) -> Response:
         return await self._complete(incoming, chat=False)
 
@@ -140,7 +107,7 @@ class _Served:
             asked = await asyncio.to_thread(parse, raw, chat, tokenizer, self._most.check_text)
         self._most.check(asked)
         begun = self._begin(incoming, asked)
-        reply = Reply(asked, tokenizer)
+        reply = Reply(asked, tokenizer, begun.handles)
         try:
             if asked.stream:
                 first = await unless_gone(incoming, begun.first())
@@ -215,11 +182,3 @@ def load_of(engine: Engine) -> dict[str, int]:
         "steps": engine.steps,
         "answered": engine.new_tokens,
     }
-
-
-def _said(well: bool, yes: str, no: str) -> Response:
-    return PlainTextResponse(yes if well else no, 200 if well else 503)
-
-
-async def _openapi(incoming: Incoming) -> Response:
-    return JSONResponse(document())

@@ -25,12 +25,13 @@ from starlette.types import Message, Receive, Scope, Send
 
 from sidepath.errors import ReplicaLost, UnknownAdapter
 from sidepath.serve import playground
+from sidepath.serve.about import guarded
 from sidepath.serve.begun import unless_gone
 from sidepath.serve.bodies import Intake
 from sidepath.serve.changing import Changing
 from sidepath.serve.fleet_metrics import FleetMetrics
 from sidepath.serve.gate import Caller, caller_of, refuse_scoped
-from sidepath.serve.http import Terms, guarded
+from sidepath.serve.http import Terms
 from sidepath.serve.names import Names
 from sidepath.serve.openapi import document
 from sidepath.serve.protocol import answers_of, body_of

@@ -172,6 +172,17 @@ def read_manifest(
     return manifest, faults + ([] if manifest is None else _unlisted(manifest))
 
 
+def trusted_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder whose files are those that were saved.
+
+    Errors: `DamagedAdapter` with all faults.
+    """
+    manifest, faults = read_manifest(folder)
+    if manifest is None or faults:
+        raise DamagedAdapter("the adapter cannot be trusted", where=folder, faults=faults)
+    return manifest
+
+
 def _unlisted(manifest: Manifest) -> list[str]:
     """The files of an adapter that its manifest does not list: nobody knows their digests."""
     needed = (WEIGHTS, CONFIG) if isinstance(manifest.config, LoRA) else (WEIGHTS,)

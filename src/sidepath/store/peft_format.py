@@ -37,6 +37,10 @@ TOKENS = ".token_adapter.trainable_tokens_delta"
 FACTORS_A = (_FACTORS["A"], _EMBEDDING_FACTORS["A"])
 """Endings of the tensors whose first dimension is the rank."""
 ENDINGS = (*_FACTORS.values(), *_EMBEDDING_FACTORS.values(), BASE_BIAS, MAGNITUDE)
+PAIRS = (tuple(_FACTORS.values()), tuple(_EMBEDDING_FACTORS.values()))
+"""A's and B's endings: of linear layers and convolutions, of embeddings."""
+LEFT_BY_PEFT = ("original_module.", "modules_to_save.")
+"""Of modules inside one that is trained whole PEFT saves the base's copies too, named so."""
 
 
 @dataclass(frozen=True)

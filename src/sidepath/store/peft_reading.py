@@ -12,14 +12,13 @@ from sidepath.core.views import view_of
 from sidepath.methods.base import Site
 from sidepath.methods.lora import LoRA, name_matches
 from sidepath.store.peft_config import PeftSettings, commonest
-from sidepath.store.peft_format import ENDINGS, PREFIX, TOKENS, WEIGHTS, groups_of
+from sidepath.store.peft_format import ENDINGS, LEFT_BY_PEFT, PREFIX, TOKENS, WEIGHTS, groups_of
 from sidepath.store.peft_tokens import sites_at
 from sidepath.store.tensors import TensorInfo
 
 T = TypeVar("T", int, float)
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _COPY_OF_EMBEDDING = (".base_layer.weight", ".weight")
-_LEFT_BY_PEFT = ("original_module.", "modules_to_save.")
 
 
 def sites_of(
@@ -45,7 +44,7 @@ def sites_of(
         owner = name.rpartition(".")[0]
         embedding = _embedding_copied(modules, name)
         if root is not None:
-            if name.removeprefix(f"{root}.").startswith(_LEFT_BY_PEFT):
+            if name.removeprefix(f"{root}.").startswith(LEFT_BY_PEFT):
                 ignored.add(PREFIX + name)
         elif ending is not None:
             path = name.removesuffix(ending)

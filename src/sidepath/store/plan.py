@@ -23,13 +23,7 @@ from sidepath.methods.base import Method, Site
 from sidepath.store.flops import Flops, flops
 from sidepath.store.memory import Memory, Shape, Twin
 from sidepath.store.plain_format import slots_of
-
-_SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-}
+from sidepath.store.tensors import DTYPE_NAMES
 
 
 @dataclass(frozen=True)
@@ -181,7 +175,7 @@ def file_bytes(installed: Installed, modules: Mapping[str, nn.Module]) -> int:
     for slot in sorted(slots, key=lambda slot: (-tensors[slot].element_size(), slot.key)):
         tensor = tensors[slot]
         end = offset + torch.Size(slot.shape).numel() * tensor.element_size()
-        dtype = _SAFETENSORS_DTYPES.get(tensor.dtype, str(tensor.dtype))
+        dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
         header[slot.key] = {
             "dtype": dtype,
             "shape": list(slot.shape),

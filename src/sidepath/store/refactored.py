@@ -15,18 +15,17 @@ from typing import Any
 
 from torch import Tensor
 
-from sidepath.errors import DamagedAdapter, StoreError
+from sidepath.errors import StoreError
 from sidepath.methods.lora import LoRA, by_path
 from sidepath.store import manifest as manifests
 from sidepath.store.loading import load_tensors
-from sidepath.store.manifest import Manifest, read_manifest
+from sidepath.store.manifest import Manifest, trusted_manifest
 from sidepath.store.peft_config import anchored, commonest
-from sidepath.store.peft_format import CONFIG, ENDINGS, PREFIX, WEIGHTS, spread_groups
+from sidepath.store.peft_format import CONFIG, ENDINGS, PAIRS, PREFIX, WEIGHTS, spread_groups
 from sidepath.store.saving import merged_record, publish_adapter, saved_beside
 from sidepath.store.tensors import file_inside, read_header, read_json
 
 Pair = tuple[Tensor, Tensor]
-_PAIRS = (ENDINGS[0:2], ENDINGS[2:4])
 _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 """What narrows PEFT's targets further: nothing does where each module is named."""
 
@@ -79,7 +78,7 @@ def _tensors(old: Mapping[str, Tensor], factors: Mapping[str, Pair]) -> dict[str
 
 def keys_at(path: str, tensors: Container[str]) -> tuple[str, str] | None:
     """Under which keys of a file the A and B of a module are; None where it has none."""
-    for ends_A, ends_B in _PAIRS:
+    for ends_A, ends_B in PAIRS:
         if PREFIX + path + ends_A in tensors:
             return PREFIX + path + ends_A, PREFIX + path + ends_B
     return None
@@ -129,9 +128,7 @@ def _manifest(
 ) -> Manifest | None:
     if not (source / manifests.NAME).exists():
         return None
-    manifest, faults = read_manifest(source)
-    if manifest is None or faults:
-        raise DamagedAdapter("the adapter cannot be trusted", where=source, faults=faults)
+    manifest = trusted_manifest(source)
     assert isinstance(manifest.config, LoRA), "factors were read of it"
     dropped = [
         site.path for site in manifest.sites if site.kind == "dense" and site.path not in factors

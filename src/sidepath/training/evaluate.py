@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sidepath.data.dataset import Data
-from sidepath.data.encode import Encoder
+from sidepath.data.encode import Encoder, pad_id_of
 from sidepath.errors import DataError, meant
 from sidepath.training import metrics as scores
 from sidepath.training.batching import Batch, by_length, collate
@@ -244,14 +244,13 @@ def _generation_config(model: Any, tokenizer: Any, new: int, temperature: float)
 
     own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     return GenerationConfig(
         max_new_tokens=new,
         do_sample=temperature > 0,
         num_beams=1,
         eos_token_id=sorted(ends) or None,
-        pad_token_id=next(token for token in pads if token is not None),
+        pad_token_id=pad_id_of(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         use_cache=True,
         **sampling,

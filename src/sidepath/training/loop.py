@@ -65,7 +65,7 @@ def train(
     """
     config = config or TrainConfig()
     trained = trained_of(model, adapter)
-    data.audit.require_trainable(ends_expected=data.schema in ("completion", "messages"))
+    data.require_trainable()
     if held_out is None and config.eval_share > 0:
         data, held_out = data.split(config.eval_share, seed=config.seed)
     folder = None if checkpoints is None else Path(checkpoints)
@@ -89,7 +89,7 @@ def probe(
     every side path without a gradient.
     """
     config = config or TrainConfig()
-    data.audit.require_trainable(ends_expected=data.schema in ("completion", "messages"))
+    data.require_trainable()
     require_fit(model, data)
     run = Run(trained_of(model, adapter), data, None, config, None, Processes.of_this_run())
     return run.probe()

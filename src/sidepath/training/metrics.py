@@ -8,6 +8,9 @@ from itertools import zip_longest
 References = Sequence[Sequence[str]]
 """The references of each output; outputs may have different numbers of them."""
 
+LOWER_IS_BETTER = ("loss", "perplexity")
+"""Metrics of which less is more; of all others more is."""
+
 
 def exact_match(outputs: Sequence[str], references: References) -> float:
     """Share of outputs equal to one of their references, white space at the ends apart, 0-1."""

@@ -57,7 +57,7 @@ def train_together(
     processes = Processes.of_this_run()
     made = {}
     for name, (data, config) in runs.items():
-        data.audit.require_trainable(ends_expected=data.schema in ("completion", "messages"))
+        data.require_trainable()
         require_fit(model, data)
         folder = None if checkpoints is None else Path(checkpoints) / name
         made[name] = Run(trained_of(model, name), data, None, config, folder, processes)

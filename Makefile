@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow docs wheel coverage fuzz lint bench results format clean
+.PHONY: demo test test-slow test-gpu docs wheel coverage fuzz lint bench results format clean
 
 demo: $(INSTALLED)
 	$(BIN)/sidepath demo --output demo-output
@@ -15,6 +15,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow -q
+
+# Where torch sees a GPU; elsewhere all of tests/gpu is skipped, and the kernels are interpreted.
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -q tests/gpu tests/kernels
 
 # The code of every page, then the site, warnings as errors; it ends in site/.
 docs: $(INSTALLED)

@@ -75,6 +75,14 @@ class OnPaper:
             adapter=self.adapter_bytes / self.memory_bandwidth,
         )
 
+    def gigabytes(self, resident: int, limits: Limits) -> dict[str, float]:
+        """What has to have room: the base, keys and values of the running, the adapters."""
+        return {
+            "base": 2 * self.parameters / 1e9,
+            "cache": limits.cached_tokens * self.cache_bytes / 1e9,
+            "adapters": resident * self.adapter_bytes / 1e9,
+        }
+
     def seconds(self, link: float) -> float:
         """From asking for an adapter until it answers."""
         return self.placing + self.adapter_bytes / link
@@ -115,7 +123,7 @@ def told(found: Simulated, requests: int) -> list[str]:
 
 
 HEAD = ["hits", "requests/s", "first token, median ms", "99 % below", "turned away"]
-LIMITS = Limits(rows=256, slots=64, context=2048, cached_tokens=400_000, step_tokens=1024,
+LIMITS = Limits(rows=256, slots=64, context=2048, cached_tokens=65_536, step_tokens=1024,
                 queue=512)  # fmt: skip
 
 
@@ -130,7 +138,7 @@ def plan(options: argparse.Namespace) -> None:
 
     policies = [
         [policy, str(resident), *row(many, LIMITS, Shelf(resident, host, 4, policy), options.rate)]
-        for resident in (64, 256, 1024)
+        for resident in (64, 256, 512)
         for policy in POLICIES
     ]
     slots = [
@@ -175,6 +183,7 @@ def large(options: argparse.Namespace) -> None:
         "hits": found.hits / options.requests,
         "loads": found.loads,
         "steps": found.steps,
+        "gigabytes": paper.gigabytes(options.resident, LIMITS),
         "simulated_seconds": found.seconds,
         "real_seconds": time.perf_counter() - began,
         "turned_away": found.turned_away,
@@ -266,7 +275,7 @@ def main() -> None:
     planning.add_argument("--crowd", type=float, default=500.0)
     largest = ways.add_parser("large")
     largest.set_defaults(way=large, requests=1_000_000)
-    largest.add_argument("--resident", type=int, default=1024)
+    largest.add_argument("--resident", type=int, default=512)
     for one in (planning, largest):
         one.add_argument("--requests", type=int)
         one.add_argument("--adapters", type=int, default=10_000)

@@ -163,3 +163,6 @@ def test_all_faults_at_once_and_no_pickle(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="pickle files are never loaded"):
         convert(tmp_path / "state.pt", tmp_path / "b", "sidepath")
     assert not (tmp_path / "b").exists()
+    with pytest.raises(ConfigError, match="what is written is none"):
+        convert(folder, tmp_path / "out.pt", "loralib")
+    assert not (tmp_path / "out.pt").exists()

@@ -15,7 +15,7 @@ from sidepath import LoRA
 from sidepath.cli.serving import HOST
 from sidepath.serve.engine import Engine
 from sidepath.serve.http import application
-from tests.conftest import randomise, tiny_llama
+from tests.conftest import randomise, tiny_bert, tiny_llama
 from tests.serve import sockets
 
 GROUPED = {
@@ -65,6 +65,24 @@ def embedded() -> nn.Module:
 
     model: nn.Module = AutoModelForCausalLM.from_pretrained(sidepath.embedded_base())
     return model.eval()
+
+
+class Letters:
+    """A tokenizer: a token a letter."""
+
+    pad_token_id = 0
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [3 + ord(letter) % 60 for letter in text]}
+
+
+def tiny_encoder() -> nn.Module:
+    """A random BERT without a head."""
+    from transformers import BertModel
+
+    torch.manual_seed(7)
+    model: nn.Module = BertModel(tiny_bert().config).eval()
+    return model
 
 
 BASES = {

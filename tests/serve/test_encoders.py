@@ -12,38 +12,22 @@ from typing import Any
 import pytest
 import torch
 from starlette.testclient import TestClient
-from torch import Tensor, nn
+from torch import Tensor
 
 import sidepath
 from sidepath import LoRA
 from sidepath.errors import Overloaded, RequestRefused, ServeError, StoreError, UnknownAdapter
 from sidepath.serve.encoder_http import application, softmax
+from sidepath.serve.encoder_openapi import encoder_document
 from sidepath.serve.encoders import Encoder, Room
 from sidepath.serve.pooling import Pooling, pooling_of
 from sidepath.serve.tiers import Memory
 from tests.conftest import randomise, tiny_bert
+from tests.serve.kit import Letters, tiny_encoder
 
 TEXTS = [tuple(3 + (7 * n + row) % 60 for n in range(2 + 3 * row)) for row in range(6)]
 NAMES = ("one", "two", "three")
 LABELS = ["no", "yes"]
-
-
-class Letters:
-    """A tokenizer: a token a letter."""
-
-    pad_token_id = 0
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [3 + ord(letter) % 60 for letter in text]}
-
-
-def tiny_encoder() -> nn.Module:
-    """A random BERT without a head."""
-    from transformers import BertModel
-
-    torch.manual_seed(7)
-    model: nn.Module = BertModel(tiny_bert().config).eval()
-    return model
 
 
 def labelled() -> Any:
@@ -225,6 +209,27 @@ def test_embeddings_as_openais_clients_ask_for_them(client: TestClient, saved: l
     listed = client.get("/v1/models").json()["data"]
     assert [each["id"] for each in listed] == ["base", "one", "three", "two"]
     assert client.get("/healthz").status_code == 200
+
+
+def test_an_encoder_counts_and_says_what_it_takes(client: TestClient) -> None:
+    """As a language model's server does: every response, refused ones too."""
+    for model in ("one", "two", "nobody"):
+        client.post("/v1/embeddings", json={"model": model, "input": ["abc", "d"]})
+    text = client.get("/metrics").text
+    for line in (
+        'sidepath_responses_total{status="200"} 2.0',
+        'sidepath_responses_total{status="404"} 1.0',
+        "sidepath_texts_total 4.0",
+        "sidepath_waiting 0.0",
+        "sidepath_adapters 3.0",
+        "sidepath_adapters_resident 2.0",
+    ):
+        assert line in text.splitlines(), text
+    assert client.get("/readyz").text == "ready"
+    said = client.get("/openapi.json").json()
+    assert said == json.loads(json.dumps(encoder_document(pooled=True)))
+    application: Any = client.app
+    assert said["paths"].keys() == {route.path for route in application.routes}
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def test_each_model_answers_for_itself(
         "prompt_tokens": prompt,
         "completion_tokens": count,
         "total_tokens": prompt + count,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     streamed = client.post(
         "/v1/completions", json=body(model, stream=True, stream_options={"include_usage": True})
@@ -143,6 +144,22 @@ def test_a_stop_string_is_left_out(
     choice = client.post("/v1/completions", json=body("base", stop=[middle])).json()["choices"][0]
     assert choice["finish_reason"] == "stop"
     assert choice["text"] == text[: text.index(middle)]
+
+
+def test_a_reply_says_what_was_cached_and_which_load_answered(client: TestClient) -> None:
+    """Of two prompts, one of which begins like one before, each answered twice."""
+    known, new = [7] * 40, [9] * 40
+    generations = {m["id"]: m.get("generation") for m in client.get("/v1/models").json()["data"]}
+    for model in ("base", "adapter-1"):
+        client.post("/v1/completions", json=body(model, prompt=known))
+        asked = body(model, prompt=[[*known, 8], new], n=2)
+        reply = client.post("/v1/completions", json=asked).json()
+        assert [each["generation"] for each in reply["choices"]] == [generations[model]] * 4
+        assert reply["usage"]["prompt_tokens_details"] == {"cached_tokens": 40}
+        more = {"stream": True, "stream_options": {"include_usage": True}}
+        pieces = events(client.post("/v1/completions", json={**asked, **more}).text)
+        assert {p["choices"][0]["generation"] for p in pieces[:-1]} == {generations[model]}
+        assert pieces[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 40 + 39}
 
 
 def test_the_models(client: TestClient) -> None:

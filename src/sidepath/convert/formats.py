@@ -18,7 +18,7 @@ from sidepath.store.file import publish_file
 from sidepath.store.folder import lists_all_files, names_in, publish
 from sidepath.store.peft_format import CONFIG
 from sidepath.store.saving import OWN_NAMES, merged_record, plain_peft
-from sidepath.store.tensors import read_header, refuse_pickle
+from sidepath.store.tensors import PICKLES, read_header, refuse_pickle
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,12 @@ def convert(
     options = dataclasses.replace(options or Options(), name=target.name)
     if for_vllm and to != "peft":
         raise ConfigError("vLLM reads PEFT's folders", found=to, expected="peft")
+    if not chosen.folder and target.name.lower().endswith(PICKLES):
+        raise ConfigError(
+            "the output's name is a pickle's, and what is written is none",
+            where=target,
+            hint="end it with .gguf" if to == "gguf" else "end it with .safetensors",
+        )
     if source.resolve() == target.resolve():
         raise StoreError("an adapter is not written over the one it comes from", where=target)
     name, portable = read(source, options, source_format)

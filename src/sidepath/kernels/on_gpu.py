@@ -1,6 +1,6 @@
 """Where Triton's kernels take the place of the plain forms: on CUDA, once they agreed with them.
 
-Untested on a GPU so far; in Triton's interpreter the same code runs on a CPU.
+In Triton's interpreter the same code runs on a CPU.
 
 Dimensions: B rows, T tokens a row, N = B T, I in, O out.
 """

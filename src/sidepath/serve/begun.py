@@ -33,7 +33,8 @@ class Begun:
     ) -> None:
         self._queue: asyncio.Queue[Numbered] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        self._handles: list[Handle] = []
+        self.handles: list[Handle] = []
+        """Those of the answers, in the body's order."""
         self._caller, self._count = caller, len(asked.requests)
         caller.begin(self._count)
         self._open = True
@@ -41,7 +42,7 @@ class Begun:
             for index, request in enumerate(asked.requests):
                 request = dataclasses.replace(request, adapter=adapter, salt=caller.name)
                 listen = self._listener(index, counted.watch(asked.model))
-                self._handles.append(engine.submit(request, listen))
+                self.handles.append(engine.submit(request, listen))
         except BaseException:
             self.close()
             raise
@@ -75,7 +76,7 @@ class Begun:
 
     async def answers(self) -> list[list[Piece]]:
         """All pieces of each answer. Errors: that of the first that could not be given."""
-        found: list[list[Piece]] = [[] for _ in self._handles]
+        found: list[list[Piece]] = [[] for _ in self.handles]
         async for index, piece in self.pieces():
             if piece.error is not None:
                 raise piece.error
@@ -87,7 +88,7 @@ class Begun:
         if self._open:
             self._open = False
             self._caller.end(self._count)
-            for handle in self._handles:
+            for handle in self.handles:
                 handle.cancel()
 
 

@@ -17,20 +17,19 @@ from concurrent.futures import Future
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as Incoming
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from sidepath.errors import RequestRefused
+from sidepath.serve.about import About
 from sidepath.serve.bodies import Intake
+from sidepath.serve.encoder_openapi import encoder_document
 from sidepath.serve.encoders import Encoder
-from sidepath.serve.gate import Gate, Guard, caller_of
-from sidepath.serve.http import HOSTS
+from sidepath.serve.gate import Gate, caller_of
+from sidepath.serve.metrics import Counted, OfEncoder
 from sidepath.serve.names import Names
 from sidepath.serve.protocol import body_of
-from sidepath.serve.refusals import HANDLERS
 from sidepath.serve.versions import Version
 
 MOST_TEXTS = 2048
@@ -38,31 +37,20 @@ MOST_TEXTS = 2048
 _KNOWN = ("model", "input", "encoding_format", "dimensions", "user")
 
 
-def routes(encoder: Encoder, base: str) -> list[Route]:
-    """The routes of an encoder. `base` is the name that asks for the base alone."""
+def application(encoder: Encoder, base: str, gate: Gate | None = None) -> Starlette:
+    """The application of an encoder's server, behind the same gate as a language model's. `base` is
+    the name that asks for the base alone.
+    """
     served = _Served(encoder, base)
+    pooled = encoder.encoding.pooling is not None
     own = (
         Route("/v1/embeddings", served.embeddings, methods=["POST"])
-        if encoder.encoding.pooling is not None
+        if pooled
         else Route("/v1/classify", served.classify, methods=["POST"])
     )
-    return [
-        own,
-        Route("/v1/models", served.models),
-        Route("/healthz", served.healthy),
-        Route("/readyz", served.healthy),
-    ]
-
-
-def application(encoder: Encoder, base: str, gate: Gate | None = None) -> Starlette:
-    """The application of an encoder's server, behind the same gate as a language model's; it
-    answers callers of this machine alone.
-    """
-    own = [
-        Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
-        Middleware(Guard, gate=gate if gate is not None else Gate(), told=lambda status: None),
-    ]
-    return Starlette(routes=routes(encoder, base), exception_handlers=HANDLERS, middleware=own)
+    counted = Counted(OfEncoder(encoder))
+    about = About(encoder, served.names, counted, encoder_document(pooled=pooled))
+    return about.application([own], gate if gate is not None else Gate())
 
 
 class _Served:
@@ -71,14 +59,6 @@ class _Served:
         self.names = Names(encoder.adapters, base, encoder.alone)
         names: Mapping[int, str] = encoder.encoding.model.config.id2label
         self.labels = [names[number] for number in sorted(names)]
-
-    async def models(self, incoming: Incoming) -> Response:
-        listed = self.names.listed(caller_of(incoming))
-        return JSONResponse({"object": "list", "data": listed})
-
-    async def healthy(self, incoming: Incoming) -> Response:
-        well = self.encoder.alive and not self.encoder.closed
-        return PlainTextResponse("ok" if well else "the encoder has ended", 200 if well else 503)
 
     async def embeddings(self, incoming: Incoming) -> Response:
         body, rows, tokens, _ = await self._answered(incoming)

@@ -7,7 +7,6 @@ engine's do (`adapters.py`).
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -16,12 +15,11 @@ from typing import Any
 from torch import nn
 
 from sidepath.errors import Overloaded, ServeError, UnknownAdapter
-from sidepath.serve.adapters import Adapters
 from sidepath.serve.encoding import Encoding
-from sidepath.serve.errands import Errands
 from sidepath.serve.pooling import Pooling
 from sidepath.serve.tiers import Memory
 from sidepath.serve.versions import Version
+from sidepath.serve.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -48,12 +46,14 @@ class _Text:
         return None if self.version is None else self.version.internal
 
 
-class Encoder:
+class Encoder(Worker):
     """An encoder of `transformers`, in eval mode. `with Encoder(...) as encoder:` lets a thread
     answer; until `close` the model belongs to it.
 
     `pooling`: texts become vectors; None: the model classifies them, and its logits are given.
     """
+
+    called = "encoder"
 
     def __init__(
         self,
@@ -70,13 +70,9 @@ class Encoder:
         self.encoding = Encoding(model, tokenizer, pooling)
         self.room = room if room is not None else Room()
         self.calls = self.answered = 0
-        self.closed = False
-        self._lock, self._wake = threading.Lock(), threading.Event()
         self._waiting: dict[int, _Text] = {}
         self._numbers = 0
-        self._errands = Errands(self._wake.set)
-        self.adapters = Adapters(model, self._errands, _nothing, _nothing, self._rank, memory)
-        self._thread: threading.Thread | None = None
+        super().__init__(model, memory, _nothing, _nothing)
 
     def submit(
         self, adapter: str | None, texts: Sequence[tuple[int, ...]]
@@ -93,8 +89,7 @@ class Encoder:
         found: list[Future[list[float]]] = []
         version = None
         with self._lock:
-            if self.closed:
-                raise ServeError("the encoder is closed", hint="start another one")
+            self._refuse_closed()
             if len(self._waiting) + len(texts) > self.room.queue:
                 raise Overloaded("the queue is full", found=f"{len(self._waiting)} texts wait")
             for tokens in texts:
@@ -109,26 +104,39 @@ class Encoder:
         self._wake.set()
         return version, found
 
+    @property
+    def waiting(self) -> int:
+        """How many texts wait."""
+        return len(self._waiting)
+
     # --- calls, by one thread
 
-    def step(self) -> bool:
-        """One call: False when there was nothing to do. Waits for an adapter if nothing else can
-        be done.
-        """
-        self._wake.clear()
-        self._errands.run()
-        self.adapters.tidy()
-        with self._errands.turn:
-            self._bring()
-            self._end_failed()
-            texts = self._next()
-            if texts:
-                self._answer(texts)
-                return True
-            coming = self.adapters.busy
-        if coming:
-            self._wake.wait()
-        return coming
+    def _answer(self) -> bool:
+        texts = self._next()
+        if texts:
+            self._call(texts)
+        return bool(texts)
+
+    def _end_cancelled(self) -> None:
+        with self._lock:
+            cancelled = [text for text in self._waiting.values() if text.found.cancelled()]
+        for text in cancelled:
+            self._end(text, [])
+
+    def _waits(self) -> bool:
+        return bool(self._waiting)
+
+    def _wanted(self) -> list[str]:
+        versions = [text.version for text in self._waiting.values()]
+        away = [each for each in versions if each is not None and each.standing == "away"]
+        return list(dict.fromkeys(each.internal for each in away))
+
+    def _runs(self, version: Version) -> bool:
+        return False
+
+    def _since(self, version: Version) -> int | None:
+        waiting = self._waiting.values()
+        return next((text.number for text in waiting if text.version is version), None)
 
     def _next(self) -> list[_Text]:
         """The texts of the next call: the oldest whose adapters are there, as far as they fit."""
@@ -139,9 +147,6 @@ class Encoder:
         for text in waiting:
             if text.version is not None and text.version.standing != "here":
                 continue
-            if text.found.cancelled():
-                self._end(text, [])
-                continue
             longest = max(longest, len(text.tokens))
             if taken and longest * (len(taken) + 1) > self.room.tokens:
                 break
@@ -150,7 +155,7 @@ class Encoder:
                 break
         return taken
 
-    def _answer(self, texts: list[_Text]) -> None:
+    def _call(self, texts: list[_Text]) -> None:
         try:
             rows = self.encoding.rows(
                 [text.tokens for text in texts], [text.internal for text in texts]
@@ -159,7 +164,7 @@ class Encoder:
         except Exception as error:
             if len(texts) > 1:
                 for text in texts:
-                    self._answer([text])
+                    self._call([text])
             else:
                 self._end(texts[0], _failed(error))
             return
@@ -180,76 +185,14 @@ class Encoder:
         else:
             text.found.set_result(found)
 
-    def _bring(self) -> None:
+    def _give_up(self, version: Version, error: Exception) -> None:
         with self._lock:
-            versions = [text.version for text in self._waiting.values()]
-        away = [each for each in versions if each is not None and each.standing == "away"]
-        for internal in dict.fromkeys(each.internal for each in away):
-            if not self.adapters.bring(internal):
-                return
-
-    def _end_failed(self) -> None:
-        for version, error in self.adapters.failures():
-            with self._lock:
-                own = [text for text in self._waiting.values() if text.version is version]
-            for text in own:
-                self._end(text, _failed(error))
-
-    def _rank(self, version: Version, coming: Version) -> tuple[int, ...] | None:
-        """As the engine's: who waits longer than the one that comes stays."""
-        with self._lock:
-            waiting = list(self._waiting.values())
-        since, asked = (
-            next((text.number for text in waiting if text.version is each), None)
-            for each in (version, coming)
-        )
-        if since is None:
-            return (0, version.used)
-        return None if asked is None or since < asked else (1, -since)
-
-    # --- the thread
-
-    @property
-    def alive(self) -> bool:
-        """Whether its thread answers."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def __enter__(self) -> Encoder:
-        self._thread = threading.Thread(target=self._run, name="sidepath-encoder", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Refuse new texts, and answer those that wait."""
-        with self._lock:
-            self.closed = True
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join()
-        else:
-            while self.step():
-                pass
-
-    def _run(self) -> None:
-        self._errands.begin()
-        try:
-            while not (self.closed and not self._waiting):
-                if not self.step() and not self.closed:
-                    self._wake.wait()
-        except BaseException as error:
-            self._end_all(error)
-            raise
-        finally:
-            self._errands.end()
-            self.adapters.tidy()
+            own = [text for text in self._waiting.values() if text.version is version]
+        for text in own:
+            self._end(text, _failed(error))
 
     def _end_all(self, error: BaseException) -> None:
-        """The thread itself failed: nobody is left waiting."""
         with self._lock:
-            self.closed = True
             left = list(self._waiting.values())
             self._waiting.clear()
         for text in left:

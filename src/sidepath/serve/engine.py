@@ -12,27 +12,24 @@ An adapter that is asked for and not on the model is brought there by a thread o
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from sidepath.errors import ServeError
-from sidepath.serve.adapters import Adapters
 from sidepath.serve.answering import Answering, check, end_tokens
 from sidepath.serve.computing import Computing
-from sidepath.serve.errands import Errands
 from sidepath.serve.prefixes import Prefixes
 from sidepath.serve.requests import Handle, Listener, Piece, Request
 from sidepath.serve.runner import Runner
 from sidepath.serve.scheduler import Batch, Limits, Scheduler
 from sidepath.serve.tiers import Memory
 from sidepath.serve.versions import Version
+from sidepath.serve.worker import Worker
 
 
-class Engine:
+class Engine(Worker):
     """Continuous batching over a causal model of `transformers`, which is put into eval mode.
 
     `with Engine(model, tokenizer) as engine:` lets a thread step; without it, call `step`
@@ -44,6 +41,8 @@ class Engine:
 
     Errors: `UnsupportedModule` for a model whose rows cannot be kept apart.
     """
+
+    called = "engine"
 
     def __init__(
         self,
@@ -70,24 +69,8 @@ class Engine:
         self._computing = Computing(self._runner, self._answering)
         self._cancelled: set[int] = set()
         self._numbers = 0
-        self.closed = False
-        """Whether new requests are refused."""
-        self._lock = threading.Lock()
-        self._wake = threading.Event()
-        self._errands = Errands(self._wake.set)
-        self.adapters = Adapters(
-            model,
-            self._errands,
-            self._runner.forget,
-            self.prefixes.drop,
-            self._rank,
-            memory,
-            merged,
-        )
-        """Those that can be asked for by name: `register`, `load`, `unload`, `pin`, `versions`,
-        from any thread."""
+        super().__init__(model, memory, self._runner.forget, self.prefixes.drop, merged=merged)
         self._scheduler = Scheduler(self.limits, self.adapters.standing)
-        self._thread: threading.Thread | None = None
 
     # --- requests, from any thread
 
@@ -143,39 +126,20 @@ class Engine:
             now = self._scheduler
             return now.waiting, len(now.running), len(now.slots)
 
-    @property
-    def alive(self) -> bool:
-        """Whether its thread steps."""
-        return self._thread is not None and self._thread.is_alive()
-
     # --- steps, by one thread
 
-    def step(self) -> bool:
-        """One step: returns False when there was nothing to do. Not while a thread steps.
-
-        Where nothing can be computed before an adapter has come, it waits for that.
-        """
-        self._wake.clear()
-        self._errands.run()
-        self.adapters.tidy()
-        with self._errands.turn:
-            self._end_cancelled()
-            self._bring()
-            self._end_failed()
-            batch = self._next()
-            if batch is not None:
-                ended = self._computing.step(batch.rows)
-                self.steps += 1
-                self.computed_tokens += batch.tokens
-                with self._lock:
-                    self._scheduler.done(batch, ended)
-                for number in ended:
-                    self._forget(number)
-                return True
-            coming = self.adapters.busy
-        if coming:
-            self._wake.wait()
-        return coming
+    def _answer(self) -> bool:
+        batch = self._next()
+        if batch is None:
+            return False
+        ended = self._computing.step(batch.rows)
+        self.steps += 1
+        self.computed_tokens += batch.tokens
+        with self._lock:
+            self._scheduler.done(batch, ended)
+        for number in ended:
+            self._forget(number)
+        return True
 
     def _next(self) -> Batch | None:
         with self._lock:
@@ -189,28 +153,17 @@ class Engine:
                 self._scheduler.skip(each.handle.number, each.handle.reused)
             return self._scheduler.batch()
 
-    def _bring(self) -> None:
-        """Begin to bring the adapters that are asked for and not there, as far as there is room:
-        the oldest request's first, or it might never come.
-        """
-        with self._lock:
-            wanted = self._scheduler.wanted()
-        for internal in wanted:
-            if not self.adapters.bring(internal):
-                return
+    def _waits(self) -> bool:
+        return bool(self._answering)
 
-    def _rank(self, version: Version, coming: Version) -> tuple[int, ...] | None:
-        """Who leaves the model for one that comes: nobody who runs, or whose oldest request is
-        older. First those that nobody waits for, the longest unused of them.
-        """
-        with self._lock:
-            if self._scheduler.runs(version.internal):
-                return None
-            since = self._scheduler.since(version.internal)
-            asked = self._scheduler.since(coming.internal)
-        if since is None:
-            return (0, version.used)
-        return None if asked is None or since < asked else (1, -since)
+    def _wanted(self) -> list[str]:
+        return self._scheduler.wanted()
+
+    def _runs(self, version: Version) -> bool:
+        return self._scheduler.runs(version.internal)
+
+    def _since(self, version: Version) -> int | None:
+        return self._scheduler.since(version.internal)
 
     def _end_cancelled(self) -> None:
         with self._lock:
@@ -218,13 +171,11 @@ class Engine:
             numbers &= set(self._answering)
         self._end_early({number: Piece(None, finish="cancelled") for number in numbers})
 
-    def _end_failed(self) -> None:
-        """End the requests of adapters that could not be brought."""
-        for version, error in self.adapters.failures():
-            with self._lock:
-                every = list(self._answering.items())
-            own = [(number, each) for number, each in every if each.version is version]
-            self._end_early({number: each.broken(error) for number, each in own})
+    def _give_up(self, version: Version, error: Exception) -> None:
+        with self._lock:
+            every = list(self._answering.items())
+        own = [(number, each) for number, each in every if each.version is version]
+        self._end_early({number: each.broken(error) for number, each in own})
 
     def _end_early(self, pieces: Mapping[int, Piece]) -> None:
         with self._lock:
@@ -242,16 +193,6 @@ class Engine:
         if answering.version is not None:
             self.adapters.release(answering.version)
 
-    # --- the thread
-
-    def __enter__(self) -> Engine:
-        self._thread = threading.Thread(target=self._run, name="sidepath-engine", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
     def close(self, *, drain: bool = False) -> None:
         """Refuse new requests; end those there are, or with `drain` answer them first. The adapters
         stay on the model.
@@ -260,34 +201,10 @@ class Engine:
             self.closed = True
             if not drain:
                 self._cancelled |= set(self._answering)
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join()
-        else:
-            while self.step():
-                pass
-
-    def _refuse_closed(self) -> None:
-        if self.closed:
-            raise ServeError("the engine is closed", hint="start another one")
-
-    def _run(self) -> None:
-        self._errands.begin()
-        try:
-            while not (self.closed and not self._answering):
-                if not self.step() and not self.closed:
-                    self._wake.wait()
-        except BaseException as error:
-            self._end_all(error)
-            raise
-        finally:
-            self._errands.end()
-            self.adapters.tidy()
+        super().close()
 
     def _end_all(self, error: BaseException) -> None:
-        """The engine itself failed: nobody is left waiting."""
         with self._lock:
-            self.closed = True
             left = list(self._answering.values())
             self._answering.clear()
         for each in left:

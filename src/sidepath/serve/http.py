@@ -14,29 +14,26 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as Incoming
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from sidepath.errors import NotAllowed, UnknownAdapter
+from sidepath.errors import UnknownAdapter
 from sidepath.serve import playground
+from sidepath.serve.about import About
 from sidepath.serve.begun import Begun, Numbered, unless_gone
 from sidepath.serve.bodies import Intake, Most, longest_text
 from sidepath.serve.changing import Changing
 from sidepath.serve.confined import Loading
 from sidepath.serve.engine import Engine
-from sidepath.serve.gate import Gate, Guard, caller_of
+from sidepath.serve.gate import Gate, caller_of
 from sidepath.serve.metrics import Metrics
 from sidepath.serve.names import Names
 from sidepath.serve.openapi import document
 from sidepath.serve.protocol import MOST_ANSWERS, Asked, parse
-from sidepath.serve.refusals import HANDLERS, error_document
+from sidepath.serve.refusals import error_document
 from sidepath.serve.replies import Reply
-
-HOSTS = ("127.0.0.1", "localhost")
 
 
 @dataclass(frozen=True)
@@ -56,31 +53,20 @@ def application(
 ) -> Starlette:
     """The server's application. `base` is the name that asks for the base alone; `more` are routes
     beside its own, which the same gate guards.
-
-    It answers callers of this machine that name it so: a page from elsewhere, whose own name was
-    made to point here, does not (`HOSTS`).
     """
     terms = terms if terms is not None else Terms()
     served = _Served(engine, base, terms)
     changing = Changing(engine, base, terms.loading, served.intake, terms.drain_seconds)
     routes = [
-        Route("/v1/models", served.models),
         Route("/v1/completions", served.completions, methods=["POST"]),
         Route("/v1/chat/completions", served.chat, methods=["POST"]),
         Route("/v1/load_lora_adapter", changing.load, methods=["POST"]),
         Route("/v1/unload_lora_adapter", changing.unload, methods=["POST"]),
-        Route("/healthz", served.healthy),
-        Route("/readyz", served.ready),
-        Route("/metrics", served.metrics),
-        Route("/openapi.json", _openapi),
         *playground.routes(engine, base),
         *more,
     ]
-    own = [
-        Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
-        Middleware(Guard, gate=terms.gate, told=served.counted.responded),
-    ]
-    return Starlette(routes=routes, exception_handlers=HANDLERS, middleware=own)
+    about = About(engine, served.names, served.counted, document())
+    return about.application(routes, terms.gate)
 
 
 class _Served:
@@ -89,23 +75,6 @@ class _Served:
         self.counted, self.intake = Metrics(engine), Intake()
         longest = longest_text(engine.limits.context, MOST_ANSWERS, engine.tokenizer)
         self._most = dataclasses.replace(terms.most, characters=terms.most.characters or longest)
-
-    async def models(self, incoming: Incoming) -> Response:
-        listed = self.names.listed(caller_of(incoming))
-        return JSONResponse({"object": "list", "data": listed})
-
-    async def healthy(self, incoming: Incoming) -> Response:
-        return _said(self.engine.alive, "ok", "the engine has ended")
-
-    async def ready(self, incoming: Incoming) -> Response:
-        return _said(self.engine.alive and not self.engine.closed, "ready", "not ready")
-
-    async def metrics(self, incoming: Incoming) -> Response:
-        if caller_of(incoming).models is not None:
-            raise NotAllowed(
-                "the metrics name every model", expected="a key that may ask every model"
-            )
-        return PlainTextResponse(self.counted.text(), media_type=self.counted.media_type)
 
     async def completions(self, incoming: Incoming) -> Response:
         return await self._complete(incoming, chat=False)
@@ -119,7 +88,7 @@ class _Served:
             asked = await asyncio.to_thread(parse, raw, chat, tokenizer, self._most.check_text)
         self._most.check(asked)
         begun = self._begin(incoming, asked)
-        reply = Reply(asked, tokenizer)
+        reply = Reply(asked, tokenizer, begun.handles)
         try:
             if asked.stream:
                 first = await unless_gone(incoming, begun.first())
@@ -175,11 +144,3 @@ async def _events(begun: Begun, first: Numbered, reply: Reply, asked: Asked) -> 
 
 def _event(document: dict[str, object]) -> str:
     return f"data: {json.dumps(document, ensure_ascii=False)}\n\n"
-
-
-def _said(well: bool, yes: str, no: str) -> Response:
-    return PlainTextResponse(yes if well else no, 200 if well else 503)
-
-
-async def _openapi(incoming: Incoming) -> Response:
-    return JSONResponse(document())

@@ -16,14 +16,14 @@ from sidepath.serve import protocol
 from sidepath.serve.changing import LoadBody, UnloadBody
 
 Schema = dict[str, Any]
-_TEXTS: Schema = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+_STRINGS: Schema = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 _KINDS: Mapping[str, Schema] = {
     "a string": {"type": "string"},
     "a number": {"type": "number"},
     "a whole number": {"type": "integer"},
     "true or false": {"type": "boolean"},
     "an object": {"type": "object"},
-    "a string or a list of strings": _TEXTS,
+    "a string or a list of strings": _STRINGS,
 }
 _OF_TYPES: Mapping[Any, Schema] = {
     str: {"type": "string"},
@@ -31,14 +31,16 @@ _OF_TYPES: Mapping[Any, Schema] = {
     int | None: {"type": ["integer", "null"]},
 }
 _TOKENS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+TEXTS: Schema = {
+    "anyOf": [
+        {"type": "string"},
+        _TOKENS,
+        {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string"}, _TOKENS]}},
+    ]
+}
+"""A string, tokens, or a list of either."""
 _SPECIAL: Mapping[str, Schema] = {
-    "prompt": {
-        "anyOf": [
-            {"type": "string"},
-            _TOKENS,
-            {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string"}, _TOKENS]}},
-        ]
-    },
+    "prompt": TEXTS,
     "messages": {
         "type": "array",
         "minItems": 1,
@@ -81,8 +83,15 @@ _USAGE: Schema = {
     "type": "object",
     "required": ["prompt_tokens", "completion_tokens", "total_tokens"],
     "properties": {
-        name: {"type": "integer", "minimum": 0}
-        for name in ("prompt_tokens", "completion_tokens", "total_tokens")
+        **{
+            name: {"type": "integer", "minimum": 0}
+            for name in ("prompt_tokens", "completion_tokens", "total_tokens")
+        },
+        "prompt_tokens_details": {
+            "type": "object",
+            "required": ["cached_tokens"],
+            "properties": {"cached_tokens": {"type": "integer", "minimum": 0}},
+        },
     },
 }
 
@@ -99,7 +108,41 @@ _LOAD: Schema = {
 
 
 def document() -> Schema:
-    """The OpenAPI 3.1 document of the server's own routes."""
+    """The OpenAPI 3.1 document of a language model's server."""
+    return described(
+        {
+            "/v1/completions": post(
+                "Complete prompts.",
+                _body(chat=False),
+                _reply("text_completion", "text"),
+                streams=True,
+            ),
+            "/v1/chat/completions": post(
+                "Answer messages.",
+                _body(chat=True),
+                _reply("chat.completion", "message"),
+                streams=True,
+            ),
+            "/v1/load_lora_adapter": post(
+                "Load an adapter (admin keys).", _of(LoadBody), _changed()
+            ),
+            "/v1/unload_lora_adapter": post(
+                "Unload an adapter (admin keys); 202: some requests still run.",
+                _of(UnloadBody),
+                _changed(),
+                also=202,
+            ),
+            "/v1/library": _get(
+                "The adapters this key may ask, with what their folders say.", an_object(_LIBRARY)
+            ),
+            "/v1/load": _get("Requests, rows and slots, now.", an_object(_LOAD)),
+            "/": _get("A page to try it all.", None, "text/html"),
+        }
+    )
+
+
+def described(paths: Schema) -> Schema:
+    """The document of a server with these paths, and those that every server has."""
     return {
         "openapi": "3.1.0",
         "info": {"title": "Sidepath", "version": __version__},
@@ -109,28 +152,9 @@ def document() -> Schema:
         },
         "security": [{}, {"key": []}],
         "paths": {
+            **paths,
             "/v1/models": _get("The models this key may ask.", _models()),
-            "/v1/completions": _post(
-                "Complete prompts.", _body(chat=False), _reply("text_completion", "text")
-            ),
-            "/v1/chat/completions": _post(
-                "Answer messages.", _body(chat=True), _reply("chat.completion", "message")
-            ),
-            "/v1/load_lora_adapter": _post(
-                "Load an adapter (admin keys).", _of(LoadBody), _changed()
-            ),
-            "/v1/unload_lora_adapter": _post(
-                "Unload an adapter (admin keys); 202: some requests still run.",
-                _of(UnloadBody),
-                _changed(),
-                also=202,
-            ),
-            "/v1/library": _get(
-                "The adapters this key may ask, with what their folders say.", _object(_LIBRARY)
-            ),
-            "/v1/load": _get("Requests, rows and slots, now.", _object(_LOAD)),
-            "/": _get("A page to try it all.", None, "text/html"),
-            "/healthz": _get("Whether the engine lives.", None),
+            "/healthz": _get("Whether the server lives.", None),
             "/readyz": _get("Whether requests are taken.", None),
             "/metrics": _get("Counts, as Prometheus reads them.", None),
             "/openapi.json": _get("This document.", {"type": "object"}),
@@ -189,19 +213,20 @@ def _models() -> Schema:
             "generation": {"type": "integer"},
         },
     }
-    return _object({"object": {"const": "list"}, "data": {"type": "array", "items": model}})
+    return an_object({"object": {"const": "list"}, "data": {"type": "array", "items": model}})
 
 
 def _reply(kind: str, said: str) -> Schema:
     texts = {"text": {"type": "string"}, "message": {"type": "object"}}
-    choice = _object(
+    choice = an_object(
         {
             "index": {"type": "integer"},
             "finish_reason": {"enum": ["stop", "length"]},
+            "generation": {"type": ["integer", "null"]},
             said: texts[said],
         }
     )
-    return _object(
+    return an_object(
         {
             "id": {"type": "string"},
             "object": {"const": kind},
@@ -214,7 +239,7 @@ def _reply(kind: str, said: str) -> Schema:
 
 
 def _changed() -> Schema:
-    return _object(
+    return an_object(
         {
             "lora_name": {"type": "string"},
             "generation": {"type": "integer"},
@@ -223,7 +248,7 @@ def _changed() -> Schema:
     )
 
 
-def _object(properties: Schema) -> Schema:
+def an_object(properties: Schema) -> Schema:
     """An object that has all of these, and may have more."""
     return {"type": "object", "required": list(properties), "properties": properties}
 
@@ -232,11 +257,14 @@ def _get(summary: str, given: Schema | None, kind: str = "text/plain") -> Schema
     return {"get": {"summary": summary, "responses": _responses(given, kind)}}
 
 
-def _post(summary: str, taken: Schema, given: Schema, also: int | None = None) -> Schema:
+def post(
+    summary: str, taken: Schema, given: Schema, *, also: int | None = None, streams: bool = False
+) -> Schema:
+    """A route that takes and gives JSON; `streams`: or gives events."""
     responses = _responses(given)
     if also is not None:
         responses[str(also)] = responses["200"]
-    if summary.endswith(("prompts.", "messages.")):
+    if streams:
         responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     body = {"required": True, "content": {"application/json": {"schema": taken}}}
     return {"post": {"summary": summary, "requestBody": body, "responses": responses}}

@@ -88,6 +88,8 @@ class Asked:
     """Whether the stream ends with the number of tokens."""
     prompt_tokens: int
     """Tokens of all prompts; answers to one prompt share it."""
+    each: int
+    """Answers to each prompt, which follow one another."""
 
 
 def parse(
@@ -119,7 +121,7 @@ def parse(
     )
     usage = body.get("stream_options", {}).get("include_usage") is True
     tokens = sum(map(len, prompts))
-    return Asked(chat, body["model"], requests, body.get("stream", False), usage, tokens)
+    return Asked(chat, body["model"], requests, body.get("stream", False), usage, tokens, count)
 
 
 def _refuse_many(prompts: int, count: int) -> None:

@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from sidepath.serve.protocol import Asked
-from sidepath.serve.requests import Piece
+from sidepath.serve.requests import Handle, Piece
 from sidepath.serve.sampling import Chosen
 
 
 class Reply:
-    """Builds the documents of one reply."""
+    """Builds the documents of one reply. `handles` are those of its answers, in order; each choice
+    carries the generation of the adapter that gives it, as `/v1/models` counts them.
+    """
 
-    def __init__(self, asked: Asked, tokenizer: Any) -> None:
-        self._asked, self._tokenizer = asked, tokenizer
+    def __init__(self, asked: Asked, tokenizer: Any, handles: Sequence[Handle]) -> None:
+        self._asked, self._tokenizer, self._handles = asked, tokenizer, handles
         kind = "chatcmpl" if asked.chat else "cmpl"
         self.head = {
             "id": f"{kind}-{secrets.token_hex(12)}",
@@ -29,7 +31,7 @@ class Reply:
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
         """A piece of one answer as the stream carries it."""
         self._answers[index] += piece.chosen is not None
-        choice: dict[str, Any] = {"index": index, "finish_reason": piece.finish}
+        choice = self._choice(index, piece)
         chosen = [] if piece.chosen is None else [piece.chosen]
         choice["logprobs"] = self._logprobs(index, chosen) if chosen else None
         if self._asked.chat:
@@ -47,7 +49,7 @@ class Reply:
             chosen = [piece.chosen for piece in pieces if piece.chosen is not None]
             self._answers[index] = len(chosen)
             text = "".join(piece.text for piece in pieces)
-            choice: dict[str, Any] = {"index": index, "finish_reason": pieces[-1].finish}
+            choice = self._choice(index, pieces[-1])
             choice["logprobs"] = self._logprobs(index, chosen)
             if self._asked.chat:
                 choice["message"] = {"role": "assistant", "content": text}
@@ -60,16 +62,22 @@ class Reply:
         """The document that ends a stream whose tokens were to be counted."""
         return self._document([], "chat.completion.chunk") | {"usage": self._usage()}
 
+    def _choice(self, index: int, last: Piece) -> dict[str, Any]:
+        generation = self._handles[index].generation
+        return {"index": index, "finish_reason": last.finish, "generation": generation}
+
     def _document(self, choices: list[dict[str, Any]], chat_object: str) -> dict[str, Any]:
         kind = chat_object if self._asked.chat else "text_completion"
         return {**self.head, "object": kind, "choices": choices}
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         prompt, answer = self._asked.prompt_tokens, sum(self._answers)
+        reused = sum(handle.reused for handle in self._handles[:: self._asked.each])
         return {
             "prompt_tokens": prompt,
             "completion_tokens": answer,
             "total_tokens": prompt + answer,
+            "prompt_tokens_details": {"cached_tokens": reused},
         }
 
     def _logprobs(self, index: int, chosen: Sequence[Chosen]) -> dict[str, Any] | None:

@@ -123,7 +123,7 @@ def told(found: Simulated, requests: int) -> list[str]:
 
 
 HEAD = ["hits", "requests/s", "first token, median ms", "99 % below", "turned away"]
-LIMITS = Limits(rows=256, slots=64, context=2048, cached_tokens=65_536, step_tokens=1024,
+LIMITS = Limits(rows=256, slots=128, context=2048, cached_tokens=65_536, step_tokens=1024,
                 queue=512)  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def plan(options: argparse.Namespace) -> None:
             str(count),
             *row(many, Limits(**{**vars(LIMITS), "slots": count}), Shelf(256, host), options.rate),
         ]
-        for count in (1, 4, 8, 16, 32, 64, 128)
+        for count in (8, 16, 32, 64, 128, 256)
     ]
     sources = {"always there": None, "host, 25 GB/s": host, "disk, 3 GB/s": paper.seconds(3e9)}
     numbers = [

@@ -5,12 +5,12 @@
 A random Llama of 29M parameters. First figure: 8 prompts of 40 to 300 tokens, 24 new tokens each,
 on the base: padded `generate`, transformers' continuous batching (`generate_batch`), the engine.
 Second figure: 32 requests of 32 + 16 tokens, each over an adapter of its own (LoRA r=8, all linear
-layers), against the same on the base. Third: 160 requests over 1,000 adapters (r=8, queries and
-values) of Zipf popularity, of which 16 have room on the model and the rest come from host memory
-or, in a second engine, from disk; against as many requests over 16 adapters. Fourth: one decoding
-step of 12 rows at 400 tokens of context, against transformers' own with its DynamicCache. Fifth:
-the time to the first token of an adapter that is on disk, against one on the model, and against
-reading its file. With one thread a second is a second of CPU.
+layers), against the same on the base, the engine's and transformers'. Third: 160 requests over
+1,000 adapters (r=8, queries and values) of Zipf popularity, of which 16 have room on the model and
+the rest come from host memory or, in a second engine, from disk; against as many requests over 16
+adapters. Fourth: one decoding step of 12 rows at 400 tokens of context, against transformers' own
+with its DynamicCache. Fifth: the time to the first token of an adapter that is on disk, against
+one on the model, and against reading its file. With one thread a second is a second of CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,24 +131,47 @@ def mixed_lengths(options: argparse.Namespace) -> dict[str, Any]:
         "engine": ours,
         "engine, all prompts in one step": at_once,
     }
-    if not options.skip_peer:
-        ways["continuous batching"] = peer(prompts, new)
-    return figure("8 prompts of 40..300 tokens, 24 new", ways, options.rounds, len(prompts) * new)
+    with ExitStack() as stack:
+        if not options.skip_peer:
+            theirs = ways["continuous batching"] = stack.enter_context(peer(prompts, new))
+            assert theirs() == padded()
+        name = "8 prompts of 40..300 tokens, 24 new"
+        return figure(name, ways, options.rounds, len(prompts) * new)
 
 
-def peer(prompts: Prompts, new: int) -> Callable[[], object]:
-    """Continuous batching of transformers, on a model of its own: it changes the attention."""
-    from transformers import GenerationConfig
+@contextmanager
+def peer(prompts: Prompts, new: int) -> Iterator[Callable[[], list[tuple[int, ...]]]]:
+    """Continuous batching of transformers, one manager kept alive over all rounds, on a model of
+    its own: it changes the attention. Blocks are not shared, as ours are not: the rounds ask the
+    same prompts again.
+    """
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     model = llama()
     config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    longest = max(map(len, prompts)) + new
+    settings = ContinuousBatchingConfig(
+        page_size=32,
+        num_blocks=len(prompts) * -(-longest // 32),
+        max_batch_tokens=2048,
+        allow_block_sharing=False,
+    )
+    with model.continuous_batching_context_manager(
+        config, continuous_batching_config=settings
+    ) as manager:
 
-    def way() -> object:
-        found = model.generate_batch([list(p) for p in prompts], generation_config=config)
-        assert all(len(each.generated_tokens) == new for each in found.values())
-        return found
+        def way() -> list[tuple[int, ...]]:
+            asked = manager.add_requests([list(prompt) for prompt in prompts], max_new_tokens=new)
+            found = {}
+            while len(found) < len(asked):
+                result = manager.get_result(timeout=60)
+                assert result is not None
+                assert not result.error, result.error
+                if result.is_finished():
+                    found[result.request_id] = tuple(result.generated_tokens)
+            return [found[request] for request in asked]
 
-    return way
+        yield way
 
 
 def many_adapters(options: argparse.Namespace) -> dict[str, Any]:
@@ -156,11 +180,16 @@ def many_adapters(options: argparse.Namespace) -> dict[str, Any]:
     engine = engine_with(count, ("all-linear",), slots=count, rows=count)
     prompts = prompts_of([32] * count)
     names = [f"a{number}" for number in range(count)]
-    ways = {
+    ways: dict[str, Callable[[], object]] = {
         "base": engine_way(engine, prompts, [None] * count, new),
         "engine": engine_way(engine, prompts, names, new),
     }
-    return figure(f"{count} requests over {count} adapters", ways, options.rounds, count * new)
+    with ExitStack() as stack:
+        if not options.skip_peer:
+            theirs = stack.enter_context(peer(prompts, new))
+            ways["base, continuous batching"] = theirs
+        name = f"{count} requests over {count} adapters"
+        return figure(name, ways, options.rounds, count * new)
 
 
 def zipf(options: argparse.Namespace) -> dict[str, Any]:

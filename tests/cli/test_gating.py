@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import stat
 from pathlib import Path
 
-from sidepath.serve.keys import read_keys
+import pytest
+
+from sidepath.cli.gating import renewed_on_hangup, terms_of
+from sidepath.cli.serve_run import ServeRun
+from sidepath.errors import UnknownCaller
+from sidepath.serve.keys import Key, add_key, read_keys
 
 from .conftest import Run
 
@@ -29,6 +36,37 @@ def test_keys_are_made_and_shown_once(run: Run, tmp_path: Path) -> None:
     assert operator is not None
     assert operator.admin
     assert secret not in path.read_text()
+
+
+def test_a_hangup_reads_the_keys_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "keys.json"
+    old = add_key(path, Key(name="old", at_once=2))
+    run = ServeRun(keys=str(path))
+    gate = terms_of(run).gate
+    caller = gate.caller(f"Bearer {old}")
+    caller.begin(2)
+    with renewed_on_hangup(run, gate):
+        new = add_key(path, Key(name="new"))
+        with pytest.raises(UnknownCaller):
+            gate.caller(f"Bearer {new}")
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert gate.caller(f"Bearer {new}").name == "new"
+        assert gate.caller(f"Bearer {old}") is caller  # what it waits for still counts
+        whole = path.read_text()
+        path.write_text("{")
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert gate.caller(f"Bearer {new}").name == "new"
+        kept = json.loads(whole)
+        path.write_text(json.dumps({**kept, "keys": kept["keys"][1:]}))
+        os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(UnknownCaller):
+            gate.caller(f"Bearer {old}")
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in said] == [
+        f"the keys of {path} count from now on",
+        "the keys stay as they were",
+        f"the keys of {path} count from now on",
+    ]
 
 
 def test_what_the_gate_refuses(run: Run, tiny_base: Path, tmp_path: Path) -> None:

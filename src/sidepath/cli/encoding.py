@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sidepath.cli.answers import labels_of
 from sidepath.cli.bases import load_classifier, load_encoder, load_tokenizer
-from sidepath.cli.gating import terms_of, web_server
+from sidepath.cli.gating import renewed_on_hangup, terms_of, web_server
 from sidepath.cli.launch import stopped_by_sigterm
 from sidepath.cli.output import Report, Table, note
 from sidepath.cli.serve_run import ServeRun
@@ -47,7 +47,8 @@ def serve_encoder(run: ServeRun, folder: Path, base: str, found: Found) -> Repor
         encoder = _encoder(run, folder, found)
         load_all(encoder.adapters, found, run.allow_other_base)
         server = web_server(run, application(encoder, base, terms.gate))
-        with encoder, stopped_by_sigterm(lambda: None):
+        renewed = renewed_on_hangup(run, terms.gate)
+        with encoder, renewed, stopped_by_sigterm(lambda: None):
             url = f"http://{HOST}:{bound.getsockname()[1]}/v1"
             note(f"serving {base} and {len(found)} adapters at {url}")
             server.run(sockets=[bound])

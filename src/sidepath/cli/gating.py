@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sidepath.cli.output import Report
+from sidepath.cli.output import Report, note
 from sidepath.cli.runs import BaseRun
 from sidepath.cli.serve_run import GateRun, ServeRun
-from sidepath.errors import ConfigError, StoreError
+from sidepath.errors import ConfigError, StoreError, in_one_line
 
 if TYPE_CHECKING:
+    from sidepath.serve.gate import Gate
     from sidepath.serve.http import Terms
 
 
@@ -57,6 +61,33 @@ def terms_of(run: GateRun) -> Terms:
         loading = Loading(Path(run.allow_loading), run.max_rank, run.max_adapter_bytes)
     most = Most(run.max_prompt_tokens, run.max_new_tokens)
     return Terms(Gate(keys), most, loading, run.drain_seconds)
+
+
+@contextmanager
+def renewed_on_hangup(run: GateRun, gate: Gate) -> Iterator[None]:
+    """Within the block SIGHUP reads the file of keys anew, if there is one: it counts from then on.
+    A file that cannot be used changes nothing.
+    """
+    from sidepath.serve.keys import read_keys
+
+    path = run.keys
+    if path is None:
+        yield
+        return
+
+    def renew(*_: object) -> None:
+        try:
+            gate.renew(read_keys(path))
+        except StoreError as error:
+            note(f"the keys stay as they were: {in_one_line(error)}")
+        else:
+            note(f"the keys of {path} count from now on")
+
+    before = signal.signal(signal.SIGHUP, renew)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def refuse_gate(run: ServeRun) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from sidepath.cli.bases import load_tokenizer
 from sidepath.cli.encoding import encodes
-from sidepath.cli.gating import terms_of, web_server
+from sidepath.cli.gating import renewed_on_hangup, terms_of, web_server
 from sidepath.cli.launch import stopped_by_sigterm
 from sidepath.cli.output import Report, Table, note
 from sidepath.cli.serve_run import ServeRun
@@ -44,7 +44,9 @@ def serve_replicas(run: ServeRun, folder: Path, base: str, found: dict[str, str 
             server = web_server(run, entrance)
             url = f"http://{HOST}:{bound.getsockname()[1]}/v1"
             note(f"serving {base} and {len(found)} adapters with {scale.count} replicas at {url}")
-            with stopped_by_sigterm(lambda: None):  # uvicorn's own takes its place meanwhile
+            renewed = renewed_on_hangup(run, terms.gate)
+            # Uvicorn's own takes the place of this SIGTERM meanwhile.
+            with renewed, stopped_by_sigterm(lambda: None):
                 server.run(sockets=[bound])
             loads = {each.replica: each.load for each in asyncio.run(replicas.standings())}
     rows = [[name, load["steps"], load["answered"]] for name, load in loads.items()]

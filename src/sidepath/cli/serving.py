@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sidepath.cli.bases import base_folder, load_causal, load_tokenizer
-from sidepath.cli.gating import new_key, refuse_gate, terms_of, web_server
+from sidepath.cli.gating import new_key, refuse_gate, renewed_on_hangup, terms_of, web_server
 from sidepath.cli.launch import stopped_by_sigterm
 from sidepath.cli.output import Report, Table, note
 from sidepath.cli.serve_run import ServeRun
@@ -58,7 +58,9 @@ def serve(call: Call) -> Report:
     with listening(run.port) as bound:
         engine = engine_for(run, folder, found)
         server = web_server(run, application(engine, base, terms))
-        with engine, stopped_by_sigterm(lambda: None):  # uvicorn's own takes its place meanwhile
+        renewed = renewed_on_hangup(run, terms.gate)
+        # Uvicorn's own takes the place of this SIGTERM meanwhile.
+        with engine, renewed, stopped_by_sigterm(lambda: None):
             url = f"http://{HOST}:{bound.getsockname()[1]}/v1"
             note(f"serving {base} and {len(found)} adapters at {url}")
             server.run(sockets=[bound])

@@ -75,8 +75,11 @@ class Gate:
     def __init__(
         self, keys: Keys | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        self._clock = clock
         self._keys = keys
-        self._callers = {key.name: Caller(key, clock) for key in (keys.all if keys else ())}
+        self._callers: dict[Key, Caller] = {}
+        if keys is not None:
+            self.renew(keys)
         self._anybody = Caller(Key(name="anybody"), clock)
         self._guesses = Bucket(GUESSES_PER_MINUTE, clock)
 
@@ -96,9 +99,17 @@ class Gate:
             if wait:
                 raise TooOften("too many wrong keys were sent", after=wait)
             raise UnknownCaller("the key was given to nobody", hint="serve --new-key makes keys")
-        caller = self._callers[key.name]
+        caller = self._callers[key]
         caller.count()
         return caller
+
+    def renew(self, keys: Keys) -> None:
+        """Let these be the keys from now on. What was counted of a key that stays as it was stays;
+        requests that were let through go on.
+        """
+        there = self._callers
+        callers = {key: there.get(key) or Caller(key, self._clock) for key in keys.all}
+        self._keys, self._callers = keys, callers
 
 
 def sent_by(scope: Scope, caller: Caller) -> None:

@@ -153,7 +153,7 @@ def peer(prompts: Prompts, new: int) -> Iterator[Callable[[], list[tuple[int, ..
     settings = ContinuousBatchingConfig(
         page_size=32,
         num_blocks=len(prompts) * -(-longest // 32),
-        max_batch_tokens=2048,
+        max_batch_tokens=512,
         allow_block_sharing=False,
     )
     with model.continuous_batching_context_manager(

@@ -4,17 +4,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+SCALE := .venv-scale/installed
 
-.PHONY: demo test test-slow test-gpu docs wheel coverage fuzz lint bench results format clean
+.PHONY: demo test test-slow test-gpu test-scale docs wheel coverage fuzz lint bench results format clean
 
 demo: $(INSTALLED)
 	$(BIN)/sidepath demo --output demo-output
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m "not slow" -q
+	$(BIN)/python -m pytest -n 2 -m "not slow and not scale" -q
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow -q
+
+# Replicas on Ray Serve, in an environment of its own: Ray listens on all interfaces while this runs
+# (docs/security.md), and is in no other target's environment.
+test-scale: $(SCALE)
+	OMP_NUM_THREADS=1 .venv-scale/bin/python -m pytest -m scale -q tests/scale
 
 # Where torch sees a GPU; elsewhere all of tests/gpu is skipped, and the kernels are interpreted.
 test-gpu: $(INSTALLED)
@@ -32,7 +38,7 @@ wheel: $(INSTALLED)
 
 # The quick tests with coverage: 95 % of the lines of src, or it fails; branches are told.
 coverage: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m "not slow" -q --cov=sidepath --cov-branch --cov-report=json:coverage.json
+	$(BIN)/python -m pytest -n 2 -m "not slow and not scale" -q --cov=sidepath --cov-branch --cov-report=json:coverage.json
 	$(BIN)/python scripts/coverage_gate.py coverage.json
 
 fuzz: $(INSTALLED)
@@ -61,5 +67,8 @@ results: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt scripts/make_venv.sh
 	PYTHON="$(PYTHON)" sh scripts/make_venv.sh
 
+$(SCALE): pyproject.toml constraints.txt scripts/make_venv.sh
+	PYTHON="$(PYTHON)" EXTRAS=scale-test sh scripts/make_venv.sh .venv-scale
+
 clean:
-	rm -rf .venv build site coverage.json .coverage demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-scale build site coverage.json .coverage demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 #
 #   sh scripts/make_venv.sh                 .venv, with everything the make targets need
 #   sh scripts/make_venv.sh FOLDER WHEEL    another one, with that wheel and what it needs
+#   EXTRAS=A,B sh scripts/make_venv.sh FOLDER    another one, with these extras of the checkout
 #
 # Torch: constraints.txt asks for one exact version. Where pip is configured with find-links
 # (a folder of wheels), uv is handed the same, and takes the wheel that lies there. Elsewhere uv
@@ -21,6 +22,6 @@ if [ -n "$links" ]; then
 else
   set -- "$@" --torch-backend=auto
 fi
-if [ -n "$wheel" ]; then set -- "$@" "$wheel"; else set -- "$@" --editable '.[dev]'; fi
+if [ -n "$wheel" ]; then set -- "$@" "$wheel"; else set -- "$@" --editable ".[${EXTRAS:-dev}]"; fi
 "$venv/bin/python" -m uv pip install "$@"
 touch "$venv/installed"

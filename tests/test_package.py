@@ -31,18 +31,16 @@ def test_the_extras() -> None:
     assert {"quant", "serve", "report", "scale", "gguf", "bench", "triton", "dev"} <= set(extras)
     for extra in ("quant", "serve", "report", "gguf", "bench", "triton", "docs"):
         assert extra in extras["dev"][0]
+    assert "scale" not in extras["dev"][0], "Ray listens on all interfaces"
 
 
 def test_what_an_extra_asks_for_is_pinned() -> None:
     """Each package of an extra that make installs has its version in constraints.txt."""
     pinned = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     extras = PROJECT["project"]["optional-dependencies"]
-    asked = {
-        re.split(r"[\[>=<;]", line)[0]
-        for name, lines in extras.items()
-        for line in lines
-        if name != "scale"  # Ray is left to whoever has a cluster
-    } | {re.split(r"[\[>=<;]", line)[0] for line in PROJECT["project"]["dependencies"]}
+    asked = {re.split(r"[\[>=<;]", line)[0] for lines in extras.values() for line in lines} | {
+        re.split(r"[\[>=<;]", line)[0] for line in PROJECT["project"]["dependencies"]
+    }
     assert asked - {"sidepath"} - set(pinned) == set()
 
 

@@ -30,6 +30,7 @@ do next. Faults of one operation are collected and raised once.
     │   ├── NotAllowed             whoever asks may not ask that
     │   │   └── UnknownCaller      no key, or one that was given to nobody
     │   ├── Outdated               what was to be changed has changed since it was looked at
+    │   ├── ReplicaLost            the process that answered has ended
     │   └── Overloaded             no room for one request more just now
     │       └── TooOften           no room for one more of this caller
     ├── MissingExtra               an optional dependency is not installed
@@ -191,6 +192,10 @@ class UnknownCaller(NotAllowed):
 
 class Outdated(ServeError):
     """What was to be changed is not what it was when it was looked at; nothing has changed."""
+
+
+class ReplicaLost(ServeError):
+    """The process that was to answer has ended before it had."""
 
 
 class Overloaded(ServeError):

@@ -72,6 +72,7 @@ SURFACE = {
         " --connections --head-seconds --body-seconds --stall-seconds --drain-seconds"
         " --engine --adapters --port --name --allow-other-base --rows --slots --context"
         " --cached-tokens --step-tokens --queue --adapter-memory --host-memory --prefixes --merge"
+        " --replicas"
     ),
     "bench": "--rounds --threads --device --output --quick",
     "config": f"{RUN} {LORA} --lora-dtype {TRAIN}",

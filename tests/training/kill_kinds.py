@@ -219,8 +219,8 @@ def quick() -> list[Row]:
     return [
         each_step(steps=(1, 10, 20)),
         in_a_row(series=([5, 5], [2, 9, 17])),
-        each_operation("kill", every=14, first=2),
-        each_operation("ENOSPC", every=28, first=1),
+        each_operation("kill", every=9, first=2),
+        each_operation("ENOSPC", every=18, first=1),
         in_rust("error", steps=(3,)),
         in_rust("kill", steps=(9,)),
         at_random(5),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sidepath.cli.output import Report, note
 from sidepath.cli.runs import BaseRun
-from sidepath.cli.serve_run import GateRun
+from sidepath.cli.serve_run import GateRun, ServeRun
 from sidepath.errors import ConfigError, StoreError, in_one_line
 
 if TYPE_CHECKING:
@@ -90,14 +90,17 @@ def renewed_on_hangup(run: GateRun, gate: Gate) -> Iterator[None]:
         signal.signal(signal.SIGHUP, before)
 
 
-def refuse_gate(run: GateRun) -> None:
-    """Errors: `ConfigError` that names every setting of this server's gate, for another engine."""
+def refuse_gate(run: ServeRun) -> None:
+    """Errors: `ConfigError` that names every setting of this server's gate, and its replicas, for
+    another engine.
+    """
     of_base = {field.name for field in dataclasses.fields(BaseRun)}
     given = [
         f"--{field.name.replace('_', '-')}"
         for field in dataclasses.fields(GateRun)
         if field.name not in of_base and vars(run)[field.name] != field.default
     ]
+    given += ["--replicas"] if run.replicas is not None else []
     if given:
         raise ConfigError(
             "these settings are this server's own: another engine keeps none of them",

@@ -111,6 +111,11 @@ class ServeRun(GateRun):
     """Rows of ended requests that are kept, for those that begin alike; 0: none."""
     merge: str | None = None
     """Serve this adapter alone, merged into the base, at the base's own speed."""
+    replicas: int | None = None
+    """Answer with so many processes behind one entrance, each with a base of its own, and the
+    limits on rows, slots and memory each; Ray Serve runs them (extra `scale`). The entrance
+    listens on this machine only, but Ray's own ports on ALL its interfaces, for whoever has the
+    token that is made for each run: keep them behind a firewall."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,5 +132,6 @@ class ServeRun(GateRun):
                 "prefixes": self.prefixes >= 0,
                 "adapter_memory": self.adapter_memory >= 1,
                 "host_memory": self.host_memory >= 0,
+                "replicas": self.replicas is None or self.replicas >= 1,
             },
         )

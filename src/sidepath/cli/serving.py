@@ -48,6 +48,10 @@ def serve(call: Call) -> Report:
         ) from error
     from sidepath.cli.encoding import encodes, serve_encoder
 
+    if run.replicas is not None:
+        from sidepath.cli.replicating import serve_replicas
+
+        return serve_replicas(run, folder, base, found)
     if encodes(folder):
         return serve_encoder(run, folder, base, found)
     terms = terms_of(run)

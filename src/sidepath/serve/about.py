@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -14,8 +14,7 @@ from starlette.requests import Request as Incoming
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from sidepath.errors import NotAllowed
-from sidepath.serve.gate import Gate, Guard, caller_of
+from sidepath.serve.gate import Gate, Guard, caller_of, refuse_scoped
 from sidepath.serve.metrics import Counted
 from sidepath.serve.names import Names
 from sidepath.serve.refusals import HANDLERS
@@ -34,11 +33,7 @@ class About:
         self._counted, self._document = counted, document
 
     def application(self, own: Sequence[BaseRoute], gate: Gate) -> Starlette:
-        """These routes and a server's `own` behind a gate; every response is counted.
-
-        It answers callers of this machine that name it so: a page from elsewhere, whose own name
-        was made to point here, does not (`HOSTS`).
-        """
+        """These routes and a server's `own` behind a gate; every response is counted."""
         routes = [
             *own,
             Route("/v1/models", self._models),
@@ -47,11 +42,7 @@ class About:
             Route("/metrics", self._metrics),
             Route("/openapi.json", self._openapi),
         ]
-        before = [
-            Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
-            Middleware(Guard, gate=gate, told=self._counted.responded),
-        ]
-        return Starlette(routes=routes, exception_handlers=HANDLERS, middleware=before)
+        return guarded(routes, gate, self._counted.responded)
 
     async def _models(self, incoming: Incoming) -> Response:
         listed = self._names.listed(caller_of(incoming))
@@ -64,14 +55,24 @@ class About:
         return _said(self._worker.alive and not self._worker.closed, "ready", "not ready")
 
     async def _metrics(self, incoming: Incoming) -> Response:
-        if caller_of(incoming).models is not None:
-            raise NotAllowed(
-                "the metrics name every model", expected="a key that may ask every model"
-            )
+        refuse_scoped(incoming)
         return PlainTextResponse(self._counted.text(), media_type=self._counted.media_type)
 
     async def _openapi(self, incoming: Incoming) -> Response:
         return JSONResponse(self._document)
+
+
+def guarded(routes: Sequence[BaseRoute], gate: Gate, told: Callable[[int], None]) -> Starlette:
+    """Routes behind a gate; `told` gets each response's status.
+
+    They answer callers of this machine that name it so: a page from elsewhere, whose own name was
+    made to point here, does not (`HOSTS`).
+    """
+    before = [
+        Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
+        Middleware(Guard, gate=gate, told=told),
+    ]
+    return Starlette(routes=routes, exception_handlers=HANDLERS, middleware=before)
 
 
 def _said(well: bool, yes: str, no: str) -> Response:

@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request as Incoming
 from starlette.responses import JSONResponse, Response
@@ -34,7 +35,6 @@ from sidepath.errors import (
 from sidepath.injection.registry import check_name
 from sidepath.serve.bodies import Intake
 from sidepath.serve.confined import Loading
-from sidepath.serve.engine import Engine
 from sidepath.serve.gate import administrator
 from sidepath.serve.memory import out_of_memory, shed
 from sidepath.serve.versions import Version
@@ -75,18 +75,28 @@ class UnloadBody:
         check(self)
 
 
+class Changed(Protocol):
+    """Adapters that come and go: an engine's, or those of several."""
+
+    def versions(self) -> list[Version]: ...
+
+    def load(self, name: str, place: Path) -> Version: ...
+
+    def unload(self, name: str) -> Version: ...
+
+
 class Changing:
     """Both routes of one server."""
 
     def __init__(
         self,
-        engine: Engine,
+        adapters: Changed,
         base: str,
         loading: Loading | None,
         intake: Intake,
         drain_seconds: float,
     ) -> None:
-        self._engine, self._base, self._loading = engine, base, loading
+        self._adapters, self._base, self._loading = adapters, base, loading
         self._intake, self._drain_seconds = intake, drain_seconds
         self._names: dict[str, tuple[asyncio.Lock, int]] = {}
         # Of their own: what waits for a disk must not keep bodies from being read.
@@ -117,7 +127,7 @@ class Changing:
             check_name(None, name)
             self._refuse_taken(asked)
             folder = loading.folder(asked.lora_path)
-            return self._engine.adapters.load(name, folder)
+            return self._adapters.load(name, folder)
         except _OF_THE_FOLDER as error:
             raise RequestRefused(str(error)) from error
         except Exception as error:
@@ -149,7 +159,7 @@ class Changing:
             if there is None:
                 raise UnknownAdapter(f'no adapter "{asked.lora_name}" is loaded')
             _refuse_outdated(asked.lora_name, there, asked.generation)
-            version = self._engine.adapters.unload(asked.lora_name)
+            version = self._adapters.unload(asked.lora_name)
         gone = await self._left(version)
         document = {
             "lora_name": version.name,
@@ -177,7 +187,7 @@ class Changing:
             return _understood(kind, raw), self._loading
 
     def _there(self, name: str) -> Version | None:
-        versions = self._engine.adapters.versions()
+        versions = self._adapters.versions()
         return next((version for version in versions if version.name == name), None)
 
     @asynccontextmanager

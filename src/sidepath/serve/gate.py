@@ -112,6 +112,11 @@ class Gate:
         self._keys, self._callers = keys, callers
 
 
+def sent_by(scope: Scope, caller: Caller) -> None:
+    """Say who sends a request: after the gate, or after another process' gate, has let it in."""
+    scope[_CALLER] = caller
+
+
 def caller_of(incoming: Incoming) -> Caller:
     """Who sent a request that was let through."""
     caller: Caller = incoming.scope[_CALLER]
@@ -128,6 +133,12 @@ def administrator(incoming: Incoming) -> Caller:
             hint="serve --keys FILE --new-key NAME --key-admin makes one",
         )
     return caller
+
+
+def refuse_scoped(incoming: Incoming) -> None:
+    """Errors: `NotAllowed` for keys that may not ask every model, on routes that name them all."""
+    if caller_of(incoming).models is not None:
+        raise NotAllowed("the metrics name every model", expected="a key that may ask every model")
 
 
 class Guard:
@@ -156,7 +167,7 @@ class Guard:
         try:
             refuse_other_origins(headers)
             if scope["path"] not in OPEN:
-                scope[_CALLER] = self._gate.caller(headers.get("authorization"))
+                sent_by(scope, self._gate.caller(headers.get("authorization")))
         except ServeError as error:
             await refusal(error)(scope, receive, answer)
             return

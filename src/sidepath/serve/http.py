@@ -12,6 +12,7 @@ import dataclasses
 import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request as Incoming
@@ -32,7 +33,7 @@ from sidepath.serve.metrics import Metrics
 from sidepath.serve.names import Names
 from sidepath.serve.openapi import document
 from sidepath.serve.protocol import MOST_ANSWERS, Asked, parse
-from sidepath.serve.refusals import error_document
+from sidepath.serve.refusals import HANDLERS, error_document
 from sidepath.serve.replies import Reply
 
 
@@ -55,26 +56,44 @@ def application(
     beside its own, which the same gate guards.
     """
     terms = terms if terms is not None else Terms()
-    served = _Served(engine, base, terms)
-    changing = Changing(engine, base, terms.loading, served.intake, terms.drain_seconds)
+    served = _Served(engine, Names(engine.adapters, base), terms.most, Metrics(engine))
+    changing = Changing(engine.adapters, base, terms.loading, served.intake, terms.drain_seconds)
     routes = [
-        Route("/v1/completions", served.completions, methods=["POST"]),
-        Route("/v1/chat/completions", served.chat, methods=["POST"]),
+        *served.asking(),
         Route("/v1/load_lora_adapter", changing.load, methods=["POST"]),
         Route("/v1/unload_lora_adapter", changing.unload, methods=["POST"]),
-        *playground.routes(engine, base),
+        *playground.routes(engine.adapters, base, served.load, chat=chats(engine.tokenizer)),
         *more,
     ]
     about = About(engine, served.names, served.counted, document())
     return about.application(routes, terms.gate)
 
 
+def unguarded(engine: Engine, names: Names, most: Most, counted: Metrics) -> Starlette:
+    """The routes that ask a model, for callers that another process has let in (`ingress.py`):
+    whoever sends a request has put its caller into the scope.
+    """
+    served = _Served(engine, names, most, counted)
+    return Starlette(routes=served.asking(), exception_handlers=HANDLERS)
+
+
 class _Served:
-    def __init__(self, engine: Engine, base: str, terms: Terms) -> None:
-        self.engine, self.names = engine, Names(engine.adapters, base)
-        self.counted, self.intake = Metrics(engine), Intake()
+    def __init__(self, engine: Engine, names: Names, most: Most, counted: Metrics) -> None:
+        self.engine, self.names = engine, names
+        self.counted, self.intake = counted, Intake()
         longest = longest_text(engine.limits.context, MOST_ANSWERS, engine.tokenizer)
-        self._most = dataclasses.replace(terms.most, characters=terms.most.characters or longest)
+        self._most = dataclasses.replace(most, characters=most.characters or longest)
+
+    def asking(self) -> list[Route]:
+        """The routes that ask a model."""
+        return [
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+        ]
+
+    async def load(self) -> dict[str, int]:
+        """Requests, rows and slots just now, and tokens so far."""
+        return load_of(self.engine)
 
     async def completions(self, incoming: Incoming) -> Response:
         return await self._complete(incoming, chat=False)
@@ -144,3 +163,22 @@ async def _events(begun: Begun, first: Numbered, reply: Reply, asked: Asked) -> 
 
 def _event(document: dict[str, object]) -> str:
     return f"data: {json.dumps(document, ensure_ascii=False)}\n\n"
+
+
+def chats(tokenizer: Any) -> bool:
+    """Whether a base takes messages."""
+    return tokenizer is not None and bool(tokenizer.chat_template)
+
+
+def load_of(engine: Engine) -> dict[str, int]:
+    """How much an engine has to do just now, and has done, as the page shows it."""
+    waiting, running, slots = engine.load
+    return {
+        "waiting": waiting,
+        "running": running,
+        "rows": engine.limits.rows,
+        "slots_taken": slots,
+        "slots": engine.limits.slots,
+        "steps": engine.steps,
+        "answered": engine.new_tokens,
+    }

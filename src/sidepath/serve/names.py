@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from sidepath.errors import UnknownAdapter, meant
-from sidepath.serve.adapters import Adapters
 from sidepath.serve.gate import Caller
+from sidepath.serve.versions import Version
+
+
+class Named(Protocol):
+    """Adapters by their names: an engine's, or those of several."""
+
+    @property
+    def merged(self) -> bool: ...
+
+    def versions(self) -> list[Version]: ...
 
 
 class Names:
@@ -14,7 +23,7 @@ class Names:
     (`alone`), and those of its adapters.
     """
 
-    def __init__(self, adapters: Adapters, base: str, alone: bool = True) -> None:
+    def __init__(self, adapters: Named, base: str, alone: bool = True) -> None:
         self._adapters, self.base = adapters, base
         self._own = [base] if alone and not adapters.merged else []
 

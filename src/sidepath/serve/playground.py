@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Awaitable, Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,23 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from sidepath.errors import SidepathError
-from sidepath.serve.engine import Engine
 from sidepath.serve.gate import caller_of
+from sidepath.serve.names import Named
 from sidepath.serve.versions import Version
 from sidepath.store.library import read_entry
 
 PAGE = Path(__file__).with_name("playground.html")
 
 
-def routes(engine: Engine, base: str) -> list[Route]:
-    """`/` is open to whoever may reach the server; the others tell what is served."""
-    shown = _Shown(engine, base)
+Load = Callable[[], Awaitable[dict[str, int]]]
+"""Tells how much there is to do just now: `Engine`'s numbers, or their sums over several."""
+
+
+def routes(adapters: Named, base: str, load: Load, *, chat: bool) -> list[Route]:
+    """`/` is open to whoever may reach the server; the others tell what is served. `chat`: whether
+    the base's tokenizer has a chat template.
+    """
+    shown = _Shown(adapters, base, load, chat)
     return [
         Route("/", page),
         Route("/v1/library", shown.library),
@@ -55,18 +62,18 @@ def _text() -> str:
 class _Shown:
     """What the page reads. `entries` remembers what each version's folder said."""
 
-    def __init__(self, engine: Engine, base: str) -> None:
-        self._engine, self._base = engine, base
+    def __init__(self, adapters: Named, base: str, load: Load, chat: bool) -> None:
+        self._adapters, self._base, self._load, self._chat = adapters, base, load, chat
         self._entries: dict[int, dict[str, Any]] = {}
 
     async def library(self, incoming: Incoming) -> Response:
         """The adapters that this caller may ask, with what their folders say of them."""
-        caller, versions = caller_of(incoming), self._engine.adapters.versions()
+        caller, versions = caller_of(incoming), self._adapters.versions()
         data = await asyncio.to_thread(lambda: [self._entry(version) for version in versions])
         self._entries = {entry["generation"]: entry for entry in data}
         data = [entry for entry in data if caller.may_ask(entry["id"])]
-        chat = bool(self._engine.tokenizer.chat_template)
-        return JSONResponse({"object": "list", "base": self._base, "chat": chat, "data": data})
+        own = {"object": "list", "base": self._base, "chat": self._chat}
+        return JSONResponse({**own, "data": data})
 
     def _entry(self, version: Version) -> dict[str, Any]:
         if version.generation in self._entries:
@@ -81,16 +88,4 @@ class _Shown:
 
     async def load(self, incoming: Incoming) -> Response:
         """Requests, rows and slots just now, and tokens so far."""
-        limits = self._engine.limits
-        waiting, running, slots = self._engine.load
-        return JSONResponse(
-            {
-                "waiting": waiting,
-                "running": running,
-                "rows": limits.rows,
-                "slots_taken": slots,
-                "slots": limits.slots,
-                "steps": self._engine.steps,
-                "answered": self._engine.new_tokens,
-            }
-        )
+        return JSONResponse(await self._load())

@@ -189,7 +189,7 @@ def _request(
 
 def _prompts(given: Any, tokenizer: Any) -> list[tuple[int, ...]]:
     """A prompt may be a string, tokens, or a list of either."""
-    several = given if isinstance(given, list) and not _tokens(given) else [given]
+    several = _several(given)
     _refuse_many(len(several), 1)
     if not all(isinstance(each, str) or _tokens(each) for each in several):
         raise RequestRefused(
@@ -199,6 +199,17 @@ def _prompts(given: Any, tokenizer: Any) -> list[tuple[int, ...]]:
         tuple(tokenizer(each)["input_ids"]) if isinstance(each, str) else tuple(each)
         for each in several
     ]
+
+
+def _several(given: Any) -> list[Any]:
+    return given if isinstance(given, list) and not _tokens(given) else [given]
+
+
+def answers_of(body: Mapping[str, Any]) -> int:
+    """How many answers a body asks for that can be followed; 1 of any other."""
+    count, prompts = body.get("n", 1), len(_several(body.get("prompt")))
+    well = _is(int)(count) and 1 <= count * prompts <= MOST_ANSWERS
+    return count * prompts if well else 1
 
 
 def _tokens(value: Any) -> bool:

@@ -15,6 +15,7 @@ from sidepath.errors import (
     NotAllowed,
     Outdated,
     Overloaded,
+    ReplicaLost,
     RequestRefused,
     ServeError,
     SidepathError,
@@ -34,6 +35,7 @@ _KINDS: tuple[tuple[type[SidepathError], int, str | None], ...] = (
     (RequestRefused, 400, None),
     (TooOften, 429, "rate_limit_exceeded"),
     (Overloaded, 503, "overloaded"),
+    (ReplicaLost, 500, "replica_lost"),
     (SidepathError, 500, None),
 )
 """The first that an error is of gives its status and its code."""

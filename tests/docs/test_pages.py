@@ -35,8 +35,8 @@ RUN = [
 NOT_RUN = {
     "a GPU": 1,
     "a minute": 1,
-    "a server": 4,
-    "an empty machine": 3,
+    "a server": 5,
+    "an empty machine": 4,
     "llama.cpp": 1,
     "Ollama": 1,
     "several GPUs": 2,

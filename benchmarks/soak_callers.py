@@ -35,22 +35,32 @@ class Place:
     tenant: str
 
 
+IDLE = 2.0
+"""Seconds after which a connection is not used again: the server closes those that idle for five,
+and a client learns of it when it writes."""
+
+
 class Caller:
     """One client: a connection that it uses again, as long as nothing ends it."""
 
     def __init__(self, place: Place, key: str) -> None:
         self.place, self._key = place, key
         self._connection: HTTPConnection | None = None
+        self._used = 0.0
 
     def send(self, method: str, path: str, body: Any = None, **headers: str) -> HTTPResponse:
         """One request; the reply's body is not read yet."""
+        if time.monotonic() - self._used > IDLE:
+            self.close()
         if self._connection is None:
             self._connection = HTTPConnection(HOST, self.place.port, timeout=PATIENCE)
         raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         named = {"Authorization": f"Bearer {self._key}", **headers}
         try:
             self._connection.request(method, path, raw, named)
-            return self._connection.getresponse()
+            reply = self._connection.getresponse()
+            self._used = time.monotonic()
+            return reply
         except (OSError, HTTPException):
             self.close()
             raise

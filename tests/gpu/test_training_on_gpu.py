@@ -15,14 +15,18 @@ import torch
 import sidepath
 from sidepath import LoRA, TrainConfig
 from sidepath.data.dataset import load_data
-from sidepath.injection.quantising import quantise_
+from sidepath.injection.quantising import dequantise_, quantise_
 from sidepath.injection.registry import require_registry
+from sidepath.kernels.dropout import Mask
 from sidepath.training.loop import train
 from tests.cli.conftest import Run
 from tests.tokens import byte_tokenizer, pairs_of_many_lengths
 from tests.training.kit import llama, with_lora
 from tests.training.test_checkpoint import run as piece
 from tests.training.test_checkpoint import same_bits
+
+WORKSPACE = 128 * 2**20
+"""Bytes that libraries may keep beside a step's own."""
 
 
 def test_a_run_has_the_losses_it_has_on_the_cpu(
@@ -59,15 +63,14 @@ def test_a_resumed_run_has_the_unbroken_runs_bits(
 
 
 @pytest.mark.parametrize("more", [[], ["--dtype", "bfloat16"], ["--packing", "--max-tokens", "64"]])
-def test_memory_is_what_was_predicted(
+def test_memory_is_what_was_predicted_and_the_librarys_workspace(
     run: Run, base_flags: list[str], tmp_path: Path, more: list[str]
 ) -> None:
-    """CUDA's allocator rounds each tensor up to 512 bytes and keeps workspaces: much, when tiny."""
+    """CuBLAS keeps a workspace, 64 MiB where this was seen: more than all of so tiny a step."""
     ran = run(*base_flags, "--output", tmp_path / "out", "--device", "cuda", *more)
     assert ran.code == 0, ran.err
     memory = ran.document["memory"]
-    print(f"memory {more}: predicted {memory['predicted']}, measured {memory['measured']}")
-    assert memory["measured"] > 0
+    assert memory["predicted"] <= memory["measured"] <= memory["predicted"] + WORKSPACE
 
 
 def test_a_4_bit_base_learns(run: Run, base_flags: list[str], tmp_path: Path) -> None:
@@ -102,8 +105,6 @@ def test_a_4_bit_layers_gradients_are_its_unpacked_layers(gpu: torch.device) -> 
     quantise_(model, dtype=torch.float32)
     packed = with_lora(model, r=3)
     plain = with_lora(llama(), r=3).to(gpu)
-    from sidepath.injection.quantising import dequantise_
-
     bare = llama().to(gpu)
     quantise_(bare, dtype=torch.float32)
     dequantise_(bare)
@@ -139,8 +140,6 @@ def test_one_process_of_nccl_trains_as_none_does(
 
 
 def test_dropout_draws_the_same_mask_again(gpu: torch.device) -> None:
-    from sidepath.kernels.dropout import Mask
-
     x = torch.ones(64, 64, device=gpu)
     mask = Mask.drawn(0.25)
     assert torch.equal(mask.on(x), mask.on(x))

@@ -38,14 +38,7 @@ def serve(call: Call) -> Report:
         return vllm_command(
             run, base, folder, {n: local(each, ADAPTER) for n, each in found.items()}
         )
-    try:
-        import uvicorn  # noqa: F401
-
-        from sidepath.serve.http import application
-    except ModuleNotFoundError as error:
-        raise MissingExtra(
-            "serving needs a web server", found=str(error), hint="pip install 'sidepath[serve]'"
-        ) from error
+    _require_web_server()
     from sidepath.cli.encoding import encodes, serve_encoder
 
     if run.replicas is not None:
@@ -54,6 +47,8 @@ def serve(call: Call) -> Report:
         return serve_replicas(run, folder, base, found)
     if encodes(folder):
         return serve_encoder(run, folder, base, found)
+    from sidepath.serve.http import application
+
     terms = terms_of(run)
     with listening(run.port) as bound:
         engine = engine_for(run, folder, found)
@@ -69,6 +64,18 @@ def serve(call: Call) -> Report:
         {"ended": ended, "steps": engine.steps, "tokens": engine.new_tokens},
         [Table("", ["requests ended by", "count"], list(ended.items()))],
     )
+
+
+def _require_web_server() -> None:
+    """Errors: `MissingExtra` with the install line."""
+    try:
+        import uvicorn  # noqa: F401
+
+        import sidepath.serve.http  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            "serving needs a web server", found=str(error), hint="pip install 'sidepath[serve]'"
+        ) from error
 
 
 def engine_for(run: ServeRun, folder: Path, found: dict[str, str | Path]) -> Engine:

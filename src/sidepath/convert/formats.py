@@ -117,12 +117,7 @@ def convert(
     options = dataclasses.replace(options or Options(), name=target.name)
     if for_vllm and to != "peft":
         raise ConfigError("vLLM reads PEFT's folders", found=to, expected="peft")
-    if not chosen.folder and target.name.lower().endswith(PICKLES):
-        raise ConfigError(
-            "the output's name is a pickle's, and what is written is none",
-            where=target,
-            hint="end it with .gguf" if to == "gguf" else "end it with .safetensors",
-        )
+    _refuse_a_pickles_name(target, to)
     if source.resolve() == target.resolve():
         raise StoreError("an adapter is not written over the one it comes from", where=target)
     name, portable = read(source, options, source_format)
@@ -140,6 +135,15 @@ def convert(
         with publish_file(target, overwrite=overwrite) as file:
             notes += chosen.write(portable, file, options)
     return Converted(name, portable, tuple(notes))
+
+
+def _refuse_a_pickles_name(target: Path, to: str) -> None:
+    if not _format(to).folder and target.name.lower().endswith(PICKLES):
+        raise ConfigError(
+            "the output's name is a pickle's, and what is written is none",
+            where=target,
+            hint="end it with .gguf" if to == "gguf" else "end it with .safetensors",
+        )
 
 
 def _format(name: str) -> Format:

@@ -96,7 +96,9 @@ def engine_for(run: ServeRun, folder: Path, found: dict[str, str | Path]) -> Eng
     model = load_causal(folder, run.dtype, run.device, run.quantise)
     memory = Memory(run.adapter_memory, run.host_memory)
     merged = run.merge is not None
-    engine = Engine(model, load_tokenizer(folder), limits, memory, merged=merged)
+    engine = Engine(
+        model, load_tokenizer(folder), limits, memory, merged=merged, laid_out=run.laid_out
+    )
     load_all(engine.adapters, found, run.allow_other_base)
     if run.merge is not None:
         engine.adapters.dedicate(run.merge)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sidepath.analyse import against, factors_of
+from sidepath.cli import inspecting
 from sidepath.methods.lora import LoRA
 from sidepath.store.adapter import inject
 from tests.cli.conftest import Run, write_base
 from tests.conftest import tiny_gpt2
+from tests.faults import Faults
 from tests.pages import Collector, fetched
 
 
@@ -265,3 +268,20 @@ def test_adapters_that_cannot_be_compared_or_trusted(
     apart = run("inspect", trained, plain)
     assert apart.code == 2
     assert "no layer in common" in apart.err
+
+
+def test_the_page_is_written_whole_or_not_at_all(
+    run: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspecting, "report", lambda *_: "new" * 1000)
+    page = tmp_path / "page.html"
+    for number in itertools.count(1):
+        page.write_text("old")
+        with Faults(number, under=tmp_path) as faults:
+            ran = run("inspect", trained, "--html", page)
+        assert page.read_text() == ("old" if ran.code else "new" * 1000)
+        if not faults.hit:
+            break
+    assert ran.code == 0
+    assert number > 5
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]

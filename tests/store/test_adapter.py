@@ -559,3 +559,14 @@ def test_every_error_is_ours(plain: Path) -> None:
     (plain / WEIGHTS).write_bytes(os.urandom(200))
     with pytest.raises(SidepathError):
         load_quietly(tiny_llama(), plain)
+
+
+def test_a_record_that_cannot_be_written_is_not_kept(tmp_path: Path) -> None:
+    """It would make every later save fail too."""
+    adapter = trained(tiny_llama())
+    before = dict(adapter.record)
+    with pytest.raises(StoreError, match="cannot be written as JSON"):
+        adapter.save(tmp_path / "a", record={"loss": float("nan")})
+    assert dict(adapter.record) == before
+    adapter.save(tmp_path / "a", record={"seed": 1})
+    assert adapter.record["seed"] == 1

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from sidepath.combining.ingredients import Ingredient, Weights
 from sidepath.combining.recipe import Combination
-from sidepath.errors import ConfigError, StoreError, WrongBase, nearest
+from sidepath.errors import ConfigError, WrongBase, nearest
 from sidepath.methods.lora import name_matches
 from sidepath.store.fingerprint import Fingerprint, fingerprint, same_base
 from sidepath.store.manifest import Manifest
 from sidepath.store.refactored import keys_at
-
-
-def refuse_places(folders: Sequence[Path], output: Path) -> None:
-    """Raise unless there are adapters, and the output is none of them, nor inside of one."""
-    if not folders:
-        raise ConfigError("no adapter to combine")
-    target = Path(os.path.realpath(output))
-    read = {Path(os.path.realpath(folder)) for folder in folders}
-    if read & {target, *target.parents}:
-        raise StoreError(
-            "the output is one of the folders that are read", where=output, hint="choose another"
-        )
 
 
 def weights_of(recipe: Combination, adapters: Sequence[Ingredient]) -> Weights:

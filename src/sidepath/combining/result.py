@@ -148,6 +148,7 @@ class Result:
             config=self.config(),
             sites=sites,
             base_name=first.base_name,
+            base_revision=first.base_revision,
             model_class=first.model_class,
             labels=first.labels,
             base=Fingerprint(samples),

@@ -14,7 +14,7 @@ from sidepath.methods.lora import LoRA
 from sidepath.store.configs import model_without_weights
 from sidepath.store.fingerprint import Fingerprint, fingerprint
 from sidepath.store.manifest import Manifest
-from sidepath.store.saving import labels_of
+from sidepath.store.saving import called, labels_of
 from sidepath.store.stored import stored_name
 
 
@@ -31,10 +31,12 @@ def described(
     """
     model = model_without_weights(base, "auto") if skeleton is None else skeleton
     whole = [site.path for site in sites if site.kind == "whole"]
+    name, revision = called(base)
     return Manifest(
         config=config,
         sites=tuple(sites),
-        base_name=str(base),
+        base_name=name,
+        base_revision=revision,
         model_class=type(model).__name__,
         labels=labels_of(model),
         base=fingerprint_as(model, base, whole),

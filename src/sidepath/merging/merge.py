@@ -4,6 +4,16 @@ The base's files are mapped into memory and written anew, tensor by tensor: what
 is copied as it lies, the sum of the updates is added in float32, and each changed weight is rounded
 once. What was written is read again with plain transformers and run beside the base with the
 un-merged adapters, both in float32 (floor 5).
+
+Tensors of the base that its model has no place for are carried over as they are, and counted. Tied
+embeddings of which the adapters change one side alone are written apart, and the config says so.
+When the base is stored in 4 bits, or an adapter was trained over a base that was, the merged model
+is plain all the same: the adapters are added to the dequantised weights.
+
+Memory is needed for the adapters and for one tensor at a time, in float32 (a DoRA's: twice). Two
+kinds of base are held whole: quantised ones, dequantised; and those whose folder holds other
+tensors than the model (mixtures of experts), for which a `SidepathNotice` says so. Parity needs
+the model's embeddings, one block and 512 MiB of others in float32, and 256 MiB of outputs.
 """
 
 from __future__ import annotations
@@ -18,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sidepath.errors import ConfigError, ParityError, SidepathNotice, StoreError
+from sidepath.errors import ConfigError, ParityError, SidepathNotice
 from sidepath.injection.registry import open_registry, require_registry
 from sidepath.injection.surgery import activate
 from sidepath.merging.base import Base, load_base, make_float, read_model, refuse_fresh
@@ -32,11 +42,11 @@ from sidepath.merging.proof import Loaded, Rounding, parity
 from sidepath.merging.settings import write_settings, write_tokens
 from sidepath.merging.writing import Entry
 from sidepath.methods.lora import LoRA
-from sidepath.store.adapter import PARITY, load
+from sidepath.store.adapter import load
 from sidepath.store.fingerprint import Fingerprint, checkpoint_files, fingerprint
-from sidepath.store.folder import publish, sha256_file
+from sidepath.store.folder import publish, refuse_within, sha256_file
 from sidepath.store.hub import ADAPTER, BASE, local, origin_of
-from sidepath.store.parity import Parity, calibration_rows, rows_with
+from sidepath.store.parity import PARITY, Parity, calibration_rows, rows_with
 from sidepath.store.peft_format import WEIGHTS
 from sidepath.store.precision import survivals, together
 from sidepath.store.sums import add_up
@@ -96,19 +106,8 @@ def merge_folder(
     in another dtype than the base's. The folder is plain: names and files as the base's, its
     tokenizer, and `parity.json` with the measured difference on `calibration` texts (a built-in few
     when not given) and the adapters' digests. Neither the base's folder nor the adapters' change.
-
-    Tensors of the base that its model has no place for are carried over as they are, and counted.
-    Tied embeddings of which the adapters change one side alone are written apart, and the config
-    says so.
-
-    When the base is stored in 4 bits, or an adapter was trained over a base that was, the merged
-    model is plain all the same: the adapters are added to the dequantised weights. `requantise`
-    ("nf4") measures what packing the merged weights again would leave of the updates.
-
-    Needs memory for the adapters and for one tensor at a time, in float32 (a DoRA's: twice). Two
-    kinds of base are held whole: quantised ones, dequantised; and those whose folder holds other
-    tensors than the model (mixtures of experts), for which a `SidepathNotice` says so. Parity needs
-    the model's embeddings, one block and 512 MiB of others in float32, and 256 MiB of outputs.
+    `requantise` ("nf4") measures what packing the merged weights into 4 bits would leave of the
+    updates. Bases of other kinds, and the memory it takes: see the top of this file.
 
     Errors: `ParityError` beyond the tolerance (nothing is published), `TiedWeights` for tied
     tensors that no config parts, `MergeError`, `WrongBase`, `DamagedAdapter`, `WriteFailed`, ...
@@ -116,20 +115,19 @@ def merge_folder(
     base, output = local(base, BASE), Path(output)
     folders = [local(adapter, ADAPTER) for adapter in adapters]
     target = None if dtype is None else _dtype(dtype)
-    _refuse_places(base, folders, output)
+    if not folders:
+        raise ConfigError("no adapter to merge")
+    refuse_within([base, *folders], output)
     reset_peak()
     ready = _prepare(base, folders, target, calibration, allow_other_base)
     left = None if requantise is None else _left(ready, requantise)
-    measured = None
+    if skip_parity:
+        warnings.warn(_UNCHECKED.format(output), SidepathNotice, stacklevel=2)
     with publish(output, manifests=(PARITY,)) as temporary, Digests() as digests:
         _write(ready, base, temporary, digests)
-        peaks: dict[str, int | None] = {"merge": peak_bytes(), "parity": None}
-        if skip_parity:
-            warnings.warn(_UNCHECKED.format(output), SidepathNotice, stacklevel=2)
-        else:
-            reset_peak()
-            measured = _proved(_measured(ready, temporary), output)
-            peaks["parity"] = peak_bytes()
+        peaks = {"merge": peak_bytes()}
+        measured = None if skip_parity else _proved(ready, temporary, output)
+        peaks["parity"] = None if skip_parity else peak_bytes()
         known = {**origin_of(base), "fingerprint": ready.identity.id}
         carried = told(ready.carried)
         record = {"base": known, "peak_memory_bytes": peaks, "carried": carried}
@@ -193,12 +191,27 @@ def _write(ready: _Ready, base: Path, folder: Path, digests: Digests) -> None:
     write_tokens(require_registry(loaded.model).adapter(ready.name), base, folder)
 
 
-def _measured(ready: _Ready, folder: Path) -> Parity:
-    """Read what was written as plain transformers does, and compare it with the un-merged model."""
+def _proved(ready: _Ready, folder: Path, output: Path) -> Parity:
+    """Read what was written as plain transformers does, and compare it with the un-merged model.
+
+    Errors: `ParityError` where they differ by more than rounding explains.
+    """
+    reset_peak()
     options = {**ready.options, "dtype": _reading_dtype(folder)}
     merged, _, _ = read_model(ready.cls, folder, options)
     written = Loaded(merged, Mapped(checkpoint_files(folder)))
-    return parity(ready.loaded, ready.name, ready.rows, ready.rounding, written)
+    found = parity(ready.loaded, ready.name, ready.rows, ready.rounding, written)
+    if not found.holds:
+        raise ParityError(
+            "the merged model does not give the un-merged model's outputs; nothing was published",
+            where=output,
+            found=f"largest difference {found.max_abs:.3g}, mean {found.mean_abs:.3g}, same "
+            f"first choice at {found.top1:.1%} of {found.positions} positions",
+            expected=f"at most {found.tolerance:.3g}, mean {found.mean_tolerance:.3g}",
+            hint="merge in float32 (dtype), or keep the adapter beside the base; skip_parity "
+            "publishes all the same",
+        )
+    return found
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -206,15 +219,6 @@ def _dtype(name: str) -> torch.dtype:
     if name not in known:
         raise ConfigError("unknown dtype to merge to", found=name, expected=", ".join(known))
     return known[name]
-
-
-def _refuse_places(base: Path, folders: Sequence[Path], output: Path) -> None:
-    if not folders:
-        raise ConfigError("no adapter to merge")
-    if output.resolve() in {path.resolve() for path in (base, *folders)}:
-        raise StoreError(
-            "the output is one of the folders that are read", where=output, hint="choose another"
-        )
 
 
 def _trained_tokens(model: nn.Module) -> list[int]:
@@ -257,21 +261,6 @@ def _load_adapters(
         return add_up(model, names)
     activate(model, names[0])
     return names[0]
-
-
-def _proved(parity: Parity, output: Path) -> Parity:
-    """The measured difference; raises `ParityError` where it is too large."""
-    if not parity.holds:
-        raise ParityError(
-            "the merged model does not give the un-merged model's outputs; nothing was published",
-            where=output,
-            found=f"largest difference {parity.max_abs:.3g}, mean {parity.mean_abs:.3g}, same "
-            f"first choice at {parity.top1:.1%} of {parity.positions} positions",
-            expected=f"at most {parity.tolerance:.3g}, mean {parity.mean_tolerance:.3g}",
-            hint="merge in float32 (dtype), or keep the adapter beside the base; skip_parity "
-            "publishes all the same",
-        )
-    return parity
 
 
 def _write_record(

@@ -26,7 +26,7 @@ from sidepath.store.hub import ADAPTER, local, name_of
 from sidepath.store.loading import Loaded
 from sidepath.store.new_tokens import extend, with_rows
 from sidepath.store.originals import Originals, residual_source, start_at_residuals
-from sidepath.store.parity import read_parity
+from sidepath.store.parity import PARITY, read_parity
 from sidepath.store.peft_format import WEIGHTS
 from sidepath.store.saving import (
     base_name,
@@ -35,8 +35,6 @@ from sidepath.store.saving import (
     plain_peft,
     write_adapter,
 )
-
-PARITY = "parity.json"
 
 
 @dataclass(frozen=True)
@@ -103,9 +101,10 @@ class Adapter:
         holds other files.
         """
         installed = self.installed
-        installed.record = merged_record(installed.record, metrics, record)
+        made = merged_record(installed.record, metrics, record)
         with publish(folder, manifests=(manifests.NAME,), replace=plain_peft) as temporary:
-            write_adapter(self.model, installed, temporary, files or {})
+            write_adapter(self.model, installed, temporary, files or {}, made)
+        installed.record = made
         return Path(folder)
 
 

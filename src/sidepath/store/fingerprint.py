@@ -50,6 +50,8 @@ from sidepath.store.tensors import (
     read_json,
 )
 
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""The file of a checkpoint that lies in one, and the list of files of one that does not."""
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
@@ -234,9 +236,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
     Errors: `StoreError` when there are none (a pickle is named as the reason).
     """
-    if (folder / "model.safetensors").is_file():
-        return [file_inside(folder, "model.safetensors")]
-    index = folder / "model.safetensors.index.json"
+    if (folder / WHOLE).is_file():
+        return [file_inside(folder, WHOLE)]
+    index = folder / INDEX
     if index.is_file():
         try:
             names = set(read_json(index)["weight_map"].values())
@@ -250,7 +252,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
         "no safetensors checkpoint in the base's folder",
         where=folder,
         found=", ".join(pickles) or None,
-        expected="model.safetensors or model.safetensors.index.json",
+        expected=f"{WHOLE} or {INDEX}",
         hint="pickle files are never loaded; save the base again with save_pretrained"
         if pickles
         else "give the folder of a transformers model",

@@ -18,12 +18,13 @@ from torch import Tensor
 from sidepath.errors import StoreError
 from sidepath.methods.lora import LoRA, by_path
 from sidepath.store import manifest as manifests
-from sidepath.store.loading import load_tensors
+from sidepath.store.folder import refuse_within
+from sidepath.store.loading import load_file
 from sidepath.store.manifest import Manifest, trusted_manifest
 from sidepath.store.peft_config import anchored, commonest
 from sidepath.store.peft_format import CONFIG, ENDINGS, PAIRS, PREFIX, WEIGHTS, spread_groups
 from sidepath.store.saving import merged_record, publish_adapter, saved_beside
-from sidepath.store.tensors import file_inside, read_header, read_json
+from sidepath.store.tensors import file_inside, read_json
 
 Pair = tuple[Tensor, Tensor]
 _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
@@ -45,16 +46,14 @@ def write_refactored(
     fused projection become one update of the whole matrix, zero in the rows that had none.
     `source` is not changed; all or nothing. Returns the folder.
 
-    Errors: `StoreError` for the same folder twice, or no update left; `DamagedAdapter` for a
+    Errors: `StoreError` for a target in the source, or no update left; `DamagedAdapter` for a
     source that cannot be trusted; `WriteFailed`.
     """
     target = Path(target)
-    if os.path.realpath(source) == os.path.realpath(target):
-        raise StoreError("an adapter is not written over the one it comes from", where=target)
+    refuse_within([source], target)
     if not factors:
         raise StoreError("an adapter without any update left is not written", where=source)
-    path = file_inside(source, WEIGHTS)
-    old = load_tensors(path, read_header(path))
+    old = load_file(file_inside(source, WEIGHTS))
     new = _tensors(old, factors)
     manifest = _manifest(source, factors, record)
     files = saved_beside(source, manifest)
@@ -126,7 +125,7 @@ def settings_for(
 def _manifest(
     source: Path, factors: Mapping[str, Pair], record: Mapping[str, Any]
 ) -> Manifest | None:
-    if not (source / manifests.NAME).exists():
+    if not manifests.is_ours(source):
         return None
     manifest = trusted_manifest(source)
     assert isinstance(manifest.config, LoRA), "factors were read of it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -23,10 +24,10 @@ from sidepath.store import new_tokens
 from sidepath.store.card import CARD, model_card
 from sidepath.store.fingerprint import fingerprint
 from sidepath.store.folder import publish
-from sidepath.store.hub import snapshot_of
+from sidepath.store.hub import Place, snapshot_of
 from sidepath.store.manifest import Manifest, write_manifest
-from sidepath.store.peft_config import write_settings
 from sidepath.store.peft_format import CONFIG, WEIGHTS, pack
+from sidepath.store.peft_writing import write_settings
 from sidepath.store.plain_format import slots_of
 from sidepath.store.tensors import DTYPE_NAMES, file_inside
 
@@ -34,10 +35,15 @@ OWN_NAMES = (WEIGHTS, CONFIG, CARD, new_tokens.NAME, manifests.NAME)
 
 
 def write_adapter(
-    model: nn.Module, installed: Installed, folder: Path, files: Mapping[str, str]
+    model: nn.Module,
+    installed: Installed,
+    folder: Path,
+    files: Mapping[str, str],
+    record: Mapping[str, Any],
 ) -> None:
     """Write an adapter's files into an empty folder, the manifest last. Changes nothing else.
 
+    `files`: more text files by name; `record`: how the adapter came to be.
     Errors: `StoreError` for a method or a tensor that the format cannot hold.
     """
     config = installed.config.saved()
@@ -65,7 +71,7 @@ def write_adapter(
         labels=labels_of(model),
         base=fingerprint(model, leave_out=whole),
         tensors={key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in tensors.items()},
-        record=installed.record,
+        record=record,
     )
     trained = sum(parameter.numel() for parameter in installed.parameters())
     card = model_card(manifest, installed.name, trained)
@@ -132,20 +138,25 @@ def loaded_from(model: nn.Module) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
+def called(base: Place) -> tuple[str, str | None]:
+    """What a base's folder is called in a record: its repository and commit where it is one of the
+    hub's cache; else as it was given, and None.
+    """
+    place = snapshot_of(base)
+    return (os.fspath(base), None) if place is None else (place.name, place.revision)
+
+
 def base_name(model: nn.Module) -> str | None:
     """What a transformers model is called: a name on the hub, or the folder it was loaded from."""
     name = loaded_from(model)
-    snapshot = snapshot_of(name) if name else None
-    return snapshot.name if snapshot else name
+    return None if name is None else called(name)[0]
 
 
 def base_revision(model: nn.Module) -> str | None:
     """The commit of a model that was loaded from the hub, by us or by transformers."""
     name = loaded_from(model)
-    snapshot = snapshot_of(name) if name else None
-    if snapshot is not None:
-        return snapshot.revision
-    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    commit = None if name is None else called(name)[1]
+    commit = commit or getattr(getattr(model, "config", None), "_commit_hash", None)
     return commit if isinstance(commit, str) and commit else None
 
 

@@ -138,20 +138,7 @@ def folders_in(given: str | None, base: str) -> dict[str, str | Path]:
     if is_hub(given):
         return {parse_place(given).name.partition("/")[2]: given}
     root = Path(given)
-    if not root.is_dir():
-        raise StoreError("no such folder of adapters", where=root)
-    visible = (place for place in root.iterdir() if not place.name.startswith("."))
-    places = [root] if _is_adapter(root) else sorted(visible)
-    found: dict[str, str | Path] = {}
-    faults = []
-    for place in places:
-        if _is_adapter(place):
-            first = found.setdefault(name_of(place), place)
-            faults += [] if first is place else [f"{first} and {place}: {name_of(place)}"]
-        elif place.is_dir():
-            note(f"note: {place} is passed over: it has no adapter_config.json")
-    if faults:
-        raise StoreError("links lead to adapters of one name", where=root, faults=faults)
+    found = _adapters_in(root)
     if not found:
         raise StoreError(
             "the folder holds no adapter",
@@ -164,6 +151,24 @@ def folders_in(given: str | None, base: str) -> dict[str, str | Path]:
             where=found[base],
             hint="give the base another name with --name",
         )
+    return found
+
+
+def _adapters_in(root: Path) -> dict[str, str | Path]:
+    """The adapters' folders in one, or that one itself, by name; what is passed over is told."""
+    if not root.is_dir():
+        raise StoreError("no such folder of adapters", where=root)
+    visible = (place for place in root.iterdir() if not place.name.startswith("."))
+    found: dict[str, str | Path] = {}
+    faults = []
+    for place in [root] if _is_adapter(root) else sorted(visible):
+        if _is_adapter(place):
+            first = found.setdefault(name_of(place), place)
+            faults += [] if first is place else [f"{first} and {place}: {name_of(place)}"]
+        elif place.is_dir():
+            note(f"note: {place} is passed over: it has no adapter_config.json")
+    if faults:
+        raise StoreError("links lead to adapters of one name", where=root, faults=faults)
     return found
 
 

@@ -69,17 +69,15 @@ def combine(
 ) -> Combined:
     """Write `output`: one adapter, `ΔW = Σ w_i ΔW_i` in each layer, or what the recipe says.
 
-    `adapters`: folders of low-rank adapters of one base, ours or PEFT's; none is changed, no base
-    is built. An update counts as `w_i s_i B_i A_i`, whatever its alpha, rank or scaling. A layer
-    that one adapter alone has stays. `concatenate` is exact but for one rounding of B (none where
-    the scalings agree); every other kind tells its error a layer. One adapter at weight 1 whose
-    ranks are not cut is itself, to the bit, for every kind.
+    `adapters`: folders of low-rank adapters of one base, ours or PEFT's; no base is built. Updates
+    count as `w_i s_i B_i A_i`, whatever their alpha, rank or scaling; a layer that only one of them
+    has stays. `concatenate` is exact but for one rounding of B (none where the scalings agree);
+    every other kind tells its error a layer. One adapter at weight 1, uncut, is itself to the bit.
 
-    Biases and modules trained whole are held in full: their sum of changes is known without the
-    base where the weights sum to 1, else with `base`, its folder, from which only they are read.
-    DoRA's updates have no sum: such an adapter is combined alone and uncut. The folder has a
-    manifest with the parents' names, digests and weights (and `record`), unless all adapters are
-    plain folders of PEFT's and there is no `base`.
+    Biases and modules trained whole need `base`, its folder, unless their weights sum to 1; only
+    they are read from it. DoRA's updates have no sum: such an adapter is combined alone and uncut.
+    The folder has a manifest with the parents' names, digests and weights (and `record`), unless
+    all adapters are plain folders of PEFT's and there is no `base`.
 
     Errors: `WrongBase` for different bases (`allow_other_base` combines all the same),
     `StoreError` with all reasons why the adapters do not go together, `ConfigError` for weights

@@ -65,6 +65,11 @@ def write_tensors(
     for file, own in files.items():
         write_file(folder / file, own)
         written(folder / file)
+    _write_index(base, folder, files)
+
+
+def _write_index(base: Path, folder: Path, files: Mapping[str, list[Entry]]) -> None:
+    """The list of the files, where the base has one."""
     if (base / INDEX).is_file() and not (base / WHOLE).is_file():
         earlier = read_json(base / INDEX).get("metadata") or {}
         write_index(folder / INDEX, earlier, files)

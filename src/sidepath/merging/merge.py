@@ -4,16 +4,6 @@ The base's files are mapped into memory and written anew, tensor by tensor: what
 is copied as it lies, the sum of the updates is added in float32, and each changed weight is rounded
 once. What was written is read again with plain transformers and run beside the base with the
 un-merged adapters, both in float32 (floor 5).
-
-Tensors of the base that its model has no place for are carried over as they are, and counted. Tied
-embeddings of which the adapters change one side alone are written apart, and the config says so.
-When the base is stored in 4 bits, or an adapter was trained over a base that was, the merged model
-is plain all the same: the adapters are added to the dequantised weights.
-
-Memory is needed for the adapters and for one tensor at a time, in float32 (a DoRA's: twice). Two
-kinds of base are held whole: quantised ones, dequantised; and those whose folder holds other
-tensors than the model (mixtures of experts), for which a `SidepathNotice` says so. Parity needs
-the model's embeddings, one block and 512 MiB of others in float32, and 256 MiB of outputs.
 """
 
 from __future__ import annotations
@@ -88,6 +78,7 @@ class Merged:
         return document
 
 
+# Over 40 lines: what becomes of each kind of base is told where users look for it.
 def merge_folder(
     base: str | Path,
     adapters: Sequence[str | Path],
@@ -106,32 +97,40 @@ def merge_folder(
     in another dtype than the base's. The folder is plain: names and files as the base's, its
     tokenizer, and `parity.json` with the measured difference on `calibration` texts (a built-in few
     when not given) and the adapters' digests. Neither the base's folder nor the adapters' change.
-    `requantise` ("nf4") measures what packing the merged weights into 4 bits would leave of the
-    updates. Bases of other kinds, and the memory it takes: see the top of this file.
+
+    Tensors of the base that its model has no place for are carried over as they are, and counted.
+    Tied embeddings of which the adapters change one side alone are written apart, and the config
+    says so.
+
+    When the base is stored in 4 bits, or an adapter was trained over a base that was, the merged
+    model is plain all the same: the adapters are added to the dequantised weights. `requantise`
+    ("nf4") measures what packing the merged weights again would leave of the updates.
+
+    Needs memory for the adapters and for one tensor at a time, in float32 (a DoRA's: twice). Two
+    kinds of base are held whole: quantised ones, dequantised; and those whose folder holds other
+    tensors than the model (mixtures of experts), for which a `SidepathNotice` says so. Parity needs
+    the model's embeddings, one block and 512 MiB of others in float32, and 256 MiB of outputs.
 
     Errors: `ParityError` beyond the tolerance (nothing is published), `TiedWeights` for tied
     tensors that no config parts, `MergeError`, `WrongBase`, `DamagedAdapter`, `WriteFailed`, ...
     """
     base, output = local(base, BASE), Path(output)
     folders = [local(adapter, ADAPTER) for adapter in adapters]
-    target = None if dtype is None else _dtype(dtype)
-    if not folders:
-        raise ConfigError("no adapter to merge")
     refuse_within([base, *folders], output)
     reset_peak()
-    ready = _prepare(base, folders, target, calibration, allow_other_base)
+    ready = _prepare(base, folders, dtype, calibration, allow_other_base)
     left = None if requantise is None else _left(ready, requantise)
-    if skip_parity:
-        warnings.warn(_UNCHECKED.format(output), SidepathNotice, stacklevel=2)
     with publish(output, manifests=(PARITY,)) as temporary, Digests() as digests:
         _write(ready, base, temporary, digests)
         peaks = {"merge": peak_bytes()}
         measured = None if skip_parity else _proved(ready, temporary, output)
         peaks["parity"] = None if skip_parity else peak_bytes()
-        known = {**origin_of(base), "fingerprint": ready.identity.id}
         carried = told(ready.carried)
+        known = {**origin_of(base), "fingerprint": ready.identity.id}
         record = {"base": known, "peak_memory_bytes": peaks, "carried": carried}
         _write_record(temporary, measured, folders, digests, record)
+    if skip_parity:
+        warnings.warn(_UNCHECKED.format(output), SidepathNotice, stacklevel=2)
     return Merged(output, measured, peaks, ready.dequantised, left, carried)
 
 
@@ -157,11 +156,14 @@ class _Ready(NamedTuple):
 def _prepare(
     base: Path,
     folders: Sequence[Path],
-    target: torch.dtype | None,
+    dtype: str | None,
     calibration: Sequence[str] | None,
     allow_other_base: bool,
 ) -> _Ready:
     """Load the base and the adapters; everything that the user can be wrong about is found here."""
+    if not folders:
+        raise ConfigError("no adapter to merge")
+    target = None if dtype is None else _dtype(dtype)
     opened = load_base(base, folders)
     model, cls, options, _, unread = opened
     carried = leftovers(model, unread, base)

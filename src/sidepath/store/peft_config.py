@@ -207,6 +207,11 @@ def anchored(path: str) -> str:
     return "^" + re.escape(path)
 
 
+def patterns_for(values: Mapping[str, T], usual: T) -> dict[str, T]:
+    """PEFT's patterns of the values by path that are other than usual."""
+    return {anchored(path): value for path, value in values.items() if value != usual}
+
+
 def targets_for(paths: list[str], modules: Iterable[str] | None) -> list[str] | str:
     """The paths as a list, which PEFT also holds against tails of names; where that would hit
     another module too, or the base's `modules` are not known, the one expression that names

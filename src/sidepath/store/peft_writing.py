@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from sidepath.core.views import DenseView, view_of
+from sidepath.core.views import view_of
 from sidepath.injection.architecture import modules_of
 from sidepath.methods.base import Site
 from sidepath.methods.lora import LoRA
-from sidepath.store.peft_config import BIAS, anchored, commonest, number, targets_for
+from sidepath.store.peft_config import BIAS, commonest, number, patterns_for, targets_for
 from sidepath.store.peft_format import groups_of
 from sidepath.store.peft_tokens import indices_for
 
@@ -46,12 +46,11 @@ def write_settings(
     """
     modules = dict(modules_of(model))
     dense = [path for path, site in sites.items() if site.kind == "dense"]
-    views = {path: view for path in dense if (view := view_of(modules[path])) is not None}
-    ranks, alphas = _of_whole_modules(config, [sites[path] for path in dense], views)
+    ranks, alphas = _of_whole_modules(config, [sites[path] for path in dense], modules)
     r = commonest(ranks.values()) if ranks else config.r
     alpha = commonest(alphas.values()) if alphas else number(config.alpha)
     whole = [path for path, site in sites.items() if site.kind == "whole"]
-    kinds = {view.kind for view in views.values()}
+    kinds = {view.kind for path in dense if (view := view_of(modules[path])) is not None}
     return {
         "peft_type": "LORA",
         "task_type": _task(model, whole, modules),
@@ -68,20 +67,20 @@ def write_settings(
         "init_lora_weights": True,
         "target_modules": targets_for(dense, modules),
         "modules_to_save": whole or None,
-        "rank_pattern": {anchored(path): n for path, n in ranks.items() if n != r},
-        "alpha_pattern": {anchored(path): n for path, n in alphas.items() if n != alpha},
+        "rank_pattern": patterns_for(ranks, r),
+        "alpha_pattern": patterns_for(alphas, alpha),
         **indices_for(sites, modules, config.token_rows),
     }
 
 
 def _of_whole_modules(
-    config: LoRA, sites: Iterable[Site], views: Mapping[str, DenseView]
+    config: LoRA, sites: Iterable[Site], modules: Mapping[str, nn.Module]
 ) -> tuple[dict[str, int], dict[str, float]]:
     """PEFT's rank and alpha of each module; all of its parts and groups are one update there."""
     ranks, alphas = {}, {}
     for site in sites:
-        groups = groups_of(views[site.path]) if site.path in views else 1
-        times = (len(site.parts) or 1) * groups
+        view = view_of(modules[site.path])
+        times = (len(site.parts) or 1) * (groups_of(view) if view else 1)
         root = times if config.scaling == "alpha/r" else math.sqrt(times)
         ranks[site.path] = config.rank_of(site.path) * times
         alphas[site.path] = number(config.alpha_of(site.path) * root)

@@ -21,7 +21,7 @@ from sidepath.store import manifest as manifests
 from sidepath.store.folder import refuse_within
 from sidepath.store.loading import load_file
 from sidepath.store.manifest import Manifest, trusted_manifest
-from sidepath.store.peft_config import anchored, commonest
+from sidepath.store.peft_config import commonest, patterns_for
 from sidepath.store.peft_format import CONFIG, ENDINGS, PAIRS, PREFIX, WEIGHTS, spread_groups
 from sidepath.store.saving import merged_record, publish_adapter, saved_beside
 from sidepath.store.tensors import file_inside, read_json
@@ -117,8 +117,8 @@ def settings_for(
         "lora_alpha": alpha,
         "use_rslora": False,
         "target_modules": "|".join(map(re.escape, ranks)) if expression else list(ranks),
-        "rank_pattern": {anchored(path): n for path, n in ranks.items() if n != r},
-        "alpha_pattern": {anchored(path): n for path, n in alphas.items() if n != alpha},
+        "rank_pattern": patterns_for(ranks, r),
+        "alpha_pattern": patterns_for(alphas, alpha),
     } | {name: None for name in _NARROWING if name in settings}
 
 

@@ -47,7 +47,6 @@ def write_adapter(
     Errors: `StoreError` for a method or a tensor that the format cannot hold.
     """
     config = installed.config.saved()
-    sites = installed.sites
     slots = slots_of(installed, dict(modules_of(model)))
     tensors = pack(installed.deltas, views_of(model, installed), slots)
     for name, text in files.items():
@@ -59,24 +58,41 @@ def write_adapter(
         (folder / new_tokens.NAME).write_text(text, encoding="utf-8")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     if isinstance(config, LoRA):  # the one method here that PEFT has a form for
-        settings = write_settings(model, config, sites, base_name(model), base_revision(model))
+        named = base_name(model), base_revision(model)
+        settings = write_settings(model, config, installed.sites, *named)
         (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    whole = [path for path, site in sites.items() if site.kind == "whole"]
-    manifest = Manifest(
-        config=config,
+    manifest = _manifest_of(model, installed, tensors, record)
+    trained = sum(parameter.numel() for parameter in installed.parameters())
+    card = model_card(manifest, installed.name, trained)
+    (folder / CARD).write_text(card, encoding="utf-8")
+    write_manifest(folder, manifest)
+
+
+def _manifest_of(
+    model: nn.Module,
+    installed: Installed,
+    tensors: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+) -> Manifest:
+    sites = installed.sites
+    return Manifest(
+        config=installed.config.saved(),
         sites=tuple(sites.values()),
         base_name=base_name(model),
         base_revision=base_revision(model),
         model_class=type(model).__name__,
         labels=labels_of(model),
-        base=fingerprint(model, leave_out=whole),
-        tensors={key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in tensors.items()},
+        base=fingerprint(
+            model, leave_out=[path for path, site in sites.items() if site.kind == "whole"]
+        ),
+        tensors=_held(tensors),
         record=record,
     )
-    trained = sum(parameter.numel() for parameter in installed.parameters())
-    card = model_card(manifest, installed.name, trained)
-    (folder / CARD).write_text(card, encoding="utf-8")
-    write_manifest(folder, manifest)
+
+
+def _held(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtypes and shapes by key, as a manifest lists them."""
+    return {key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in tensors.items()}
 
 
 def publish_adapter(
@@ -99,8 +115,7 @@ def publish_adapter(
         text = json.dumps(settings, indent=2) + "\n"
         (temporary / CONFIG).write_text(text, encoding="utf-8")
         if manifest is not None:
-            held = {key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in tensors.items()}
-            manifest = dataclasses.replace(manifest, tensors=held)
+            manifest = dataclasses.replace(manifest, tensors=_held(tensors))
             card = model_card(manifest, target.name, sum(t.numel() for t in tensors.values()))
             (temporary / CARD).write_text(card, encoding="utf-8")
             write_manifest(temporary, manifest)

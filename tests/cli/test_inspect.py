@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from pathlib import Path
 
@@ -268,6 +269,21 @@ def test_adapters_that_cannot_be_compared_or_trusted(
     apart = run("inspect", trained, plain)
     assert apart.code == 2
     assert "no layer in common" in apart.err
+
+
+def test_updates_of_other_sizes_than_the_base(run: Run, tiny_base: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    shapes = {"A": (2, 5), "B": (5, 2)}
+    tensors = {
+        f"base_model.model.{name}.lora_{one}.weight": torch.ones(shape)
+        for one, shape in shapes.items()
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    ran = run("inspect", tmp_path, "--base", tiny_base)
+    assert ran.code == 2, ran.err
+    assert f"{name}: the update is [5, 5], the weight" in ran.err
 
 
 def test_the_page_is_written_whole_or_not_at_all(

@@ -47,7 +47,7 @@ def held_against(folder: Path, found: Mapping[str, Factors], widest: int) -> lis
     rows: dict[str, dict[str, Any]] = {}
     left, faults = 0, []
     with progress("layers") as advance:
-        for name, weight in _weights(folder, found):
+        for number, (name, weight) in enumerate(_weights(folder, found), 1):
             matrix = views[name].as_matrix(weight) if name in views else weight.flatten(1)
             if tuple(matrix.shape) != found[name].shape:
                 shape, update = list(matrix.shape), list(found[name].shape)
@@ -56,7 +56,7 @@ def held_against(folder: Path, found: Mapping[str, Factors], widest: int) -> lis
                 left += 1
             else:
                 rows[name] = {"name": name, **against(matrix, found[name]).as_dict()}
-            advance(len(rows) + left, len(found), name)
+            advance(number, len(found), name)
     if faults:
         raise DamagedAdapter("the adapter does not fit the base", where=folder, faults=faults)
     if left:

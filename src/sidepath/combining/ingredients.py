@@ -17,7 +17,7 @@ from sidepath.methods.base import Site
 from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
 from sidepath.store.contents import refuse_other_folders
-from sidepath.store.folder import sha256_file
+from sidepath.store.folder import readable, sha256_file
 from sidepath.store.hub import name_of
 from sidepath.store.loading import load_tensors
 from sidepath.store.manifest import Manifest, check_tensors, read_manifest
@@ -93,7 +93,8 @@ def read_all(folders: Iterable[Path]) -> list[Ingredient]:
     found, errors = [], {}
     for folder in folders:
         try:
-            one = read(folder)
+            with readable(folder):
+                one = read(folder)
             assert one.factors
             found.append(one)
         except SidepathError as error:

@@ -34,7 +34,7 @@ from sidepath.merging.writing import Entry
 from sidepath.methods.lora import LoRA
 from sidepath.store.adapter import load
 from sidepath.store.fingerprint import Fingerprint, checkpoint_files, fingerprint
-from sidepath.store.folder import publish, refuse_within, sha256_file
+from sidepath.store.folder import lists_all_files, publish, refuse_within, sha256_file
 from sidepath.store.hub import ADAPTER, BASE, local, origin_of
 from sidepath.store.parity import PARITY, Parity, calibration_rows, rows_with
 from sidepath.store.peft_format import WEIGHTS
@@ -76,6 +76,11 @@ class Merged:
         if self.requantised is not None:
             document["requantised"] = self.requantised
         return document
+
+
+def replaceable(folder: Path) -> bool:
+    """Whether a folder holds a merged model and nothing else: another one may replace it."""
+    return lists_all_files(folder, (PARITY,))
 
 
 # Over 40 lines: what becomes of each kind of base is told where users look for it.

@@ -18,7 +18,6 @@ from sidepath.injection.registry import Installed, check_name, registry_of, requ
 from sidepath.injection.surgery import activate, put_in, refuse_merged, remove
 from sidepath.injection.targets import resolve
 from sidepath.methods.base import Method, Site
-from sidepath.store import manifest as manifests
 from sidepath.store.contents import Contents, read_folder
 from sidepath.store.fingerprint import fingerprint, same_base
 from sidepath.store.folder import publish, sha256_file
@@ -32,7 +31,7 @@ from sidepath.store.saving import (
     base_name,
     loaded_from,
     merged_record,
-    plain_peft,
+    replaceable,
     write_adapter,
 )
 
@@ -102,7 +101,7 @@ class Adapter:
         """
         installed = self.installed
         made = merged_record(installed.record, metrics, record)
-        with publish(folder, manifests=(manifests.NAME,), replace=plain_peft) as temporary:
+        with publish(folder, manifests=(), replace=replaceable) as temporary:
             write_adapter(self.model, installed, temporary, files or {}, made)
         installed.record = made
         return Path(folder)

@@ -21,7 +21,7 @@ from sidepath.injection.registry import base_parameters
 from sidepath.methods.base import Method, Site
 from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
-from sidepath.store.folder import names_in
+from sidepath.store.folder import names_in, readable
 from sidepath.store.loading import Loaded, loading
 from sidepath.store.manifest import Manifest, all_but, check_file, check_tensors, read_manifest
 from sidepath.store.new_tokens import NAME as TOKENS_FILE
@@ -110,8 +110,14 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def read_folder(model: nn.Module, folder: Path) -> Contents:
     """Check an adapter's folder against `model`; loads and changes nothing.
 
-    Errors: one `DamagedAdapter` with all faults; `StoreError` when the folder is no adapter's.
+    Errors: one `DamagedAdapter` with all faults; `StoreError` when the folder is no adapter's, or
+    cannot be read.
     """
+    with readable(folder):
+        return _read_folder(model, folder)
+
+
+def _read_folder(model: nn.Module, folder: Path) -> Contents:
     refuse_other_folders(folder)
     modules = dict(modules_of(model))
     faults: list[str] = []

@@ -106,6 +106,15 @@ def refuse_within(read: Iterable[Path], output: Path) -> None:
         )
 
 
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turn any `OSError` of reading a folder into a `StoreError`."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"cannot read {folder}: {error.strerror}", where=folder) from error
+
+
 def names_in(folder: Path) -> str:
     """What a folder holds, for a message: the first eight names."""
     return ", ".join(sorted(path.name for path in folder.iterdir())[:8])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
 from sidepath.store.adapter import Adapter, load
 from sidepath.store.fingerprint import Fingerprint, fingerprint, same_base
-from sidepath.store.folder import names_in
+from sidepath.store.folder import names_in, readable
 from sidepath.store.manifest import check_tensors, read_manifest, sizes
 from sidepath.store.peft_format import CONFIG, WEIGHTS
 from sidepath.store.peft_reading import trusted_settings
@@ -105,7 +104,7 @@ class Library(Mapping[str, Entry]):
             self.damaged.append(Damaged(found.name, "a link: not followed"))
             return
         try:
-            with _readable(Path(found.path)):
+            with readable(Path(found.path)):
                 names = set(os.listdir(found.path)) if found.is_dir() else set()
             if names & {WEIGHTS, CONFIG, manifests.NAME}:
                 self._entries[found.name] = read_entry(Path(found.path))
@@ -204,18 +203,9 @@ def read_entry(folder: Path) -> Entry:
 
     Errors: `DamagedAdapter` with all faults; `StoreError` for what cannot be read.
     """
-    with _readable(folder):
+    with readable(folder):
         header = read_header(file_inside(folder, WEIGHTS))
         return _ours(folder, header) if manifests.is_ours(folder) else _peft(folder, header)
-
-
-@contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Turn any `OSError` into a `StoreError` about the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(f"cannot read {folder}: {error.strerror}", where=folder) from error
 
 
 def _ours(folder: Path, header: Mapping[str, TensorInfo]) -> Entry:

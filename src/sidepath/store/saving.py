@@ -23,7 +23,7 @@ from sidepath.store import manifest as manifests
 from sidepath.store import new_tokens
 from sidepath.store.card import CARD, model_card
 from sidepath.store.fingerprint import fingerprint
-from sidepath.store.folder import publish
+from sidepath.store.folder import lists_all_files, publish
 from sidepath.store.hub import Place, snapshot_of
 from sidepath.store.manifest import Manifest, write_manifest
 from sidepath.store.peft_format import CONFIG, WEIGHTS, pack
@@ -108,7 +108,7 @@ def publish_adapter(
     a `manifest` (whose list of tensors is made here) the folder is one of ours, without one
     PEFT's. Errors: `WriteFailed`, `StoreError` for a folder that holds other files.
     """
-    with publish(target, manifests=(manifests.NAME,), replace=plain_peft) as temporary:
+    with publish(target, manifests=(), replace=replaceable) as temporary:
         for name, content in files.items():
             (temporary / name).write_bytes(content)
         save_file(dict(tensors), temporary / WEIGHTS, metadata={"format": "pt"})
@@ -193,6 +193,11 @@ def saved_beside(folder: Path, manifest: Manifest | None) -> dict[str, bytes]:
     if manifest is None and (folder / new_tokens.NAME).is_file():
         names = [new_tokens.NAME]
     return {name: file_inside(folder, name).read_bytes() for name in names}
+
+
+def replaceable(folder: Path) -> bool:
+    """Whether a folder holds an adapter, ours or PEFT's, and nothing else: it may be replaced."""
+    return lists_all_files(folder, (manifests.NAME,)) or plain_peft(folder)
 
 
 def plain_peft(folder: Path) -> bool:

@@ -70,8 +70,9 @@ def test_texts_are_encoded_by_the_bases_tokenizer(stories: Path) -> None:
     assert len(calibration_rows(stories, 512)) == 6
     (row,) = calibration_rows(stories, 512, ["Once upon a time"])
     assert row
-    with pytest.raises(DataError, match="no tokens"):
-        calibration_rows(stories, 1, ["Once"])
+    for size, texts in ((1, ["Once"]), (512, [])):
+        with pytest.raises(DataError, match="no tokens"):
+            calibration_rows(stories, size, texts)
 
 
 def test_a_tokenizer_that_cannot_be_used(tmp_path: Path) -> None:

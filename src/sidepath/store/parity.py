@@ -209,8 +209,8 @@ def calibration_rows(
         if texts is not None:
             raise DataError("calibration texts need a tokenizer in the base's folder", where=folder)
         return _made_up_rows(vocabulary)
-    tokenizer = tokenizer_in(folder)
-    encoded = [tokenizer(text)["input_ids"][:MAX_TOKENS] for text in texts or CALIBRATION]
+    tokenizer, given = tokenizer_in(folder), CALIBRATION if texts is None else texts
+    encoded = [tokenizer(text)["input_ids"][:MAX_TOKENS] for text in given]
     rows = [[token for token in row if token < vocabulary] for row in encoded]
     left = max(1, min(MAX_POSITIONS, _OUTPUT_BYTES // (_RUNS * 4 * vocabulary)))
     kept = []

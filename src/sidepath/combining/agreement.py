@@ -10,7 +10,7 @@ from sidepath.combining.ingredients import Ingredient, Weights
 from sidepath.combining.recipe import Combination
 from sidepath.errors import ConfigError, WrongBase, nearest
 from sidepath.methods.lora import name_matches
-from sidepath.store.fingerprint import Fingerprint, fingerprint, same_base
+from sidepath.store.fingerprint import fingerprint, same_base
 from sidepath.store.manifest import Manifest
 from sidepath.store.refactored import keys_at
 
@@ -91,14 +91,9 @@ def _differing(
     one: Ingredient, manifest: Manifest, other: Ingredient, theirs: Manifest
 ) -> list[str]:
     """Why two manifests are not of one base; what either trains whole is not looked at."""
-    outside = tuple(f"{path}." for path in (*one.whole, *other.whole))
-    first, second = (_without(each.base, outside) for each in (manifest, theirs))
+    outside = [*one.whole, *other.whole]
+    first, second = (each.base.without(outside) for each in (manifest, theirs))
     return same_base(first, second) or same_base(second, first)
-
-
-def _without(base: Fingerprint, outside: tuple[str, ...]) -> Fingerprint:
-    kept = {name: s for name, s in base.samples.items() if not name.startswith(outside)}
-    return Fingerprint(kept)
 
 
 def faults_of(adapters: Sequence[Ingredient]) -> list[str]:

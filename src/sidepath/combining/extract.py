@@ -26,15 +26,14 @@ from sidepath.injection.architecture import modules_of
 from sidepath.injection.targets import resolve
 from sidepath.kernels.hashed import seed_of
 from sidepath.methods.base import Site
-from sidepath.methods.lora import LoRA, by_path
+from sidepath.methods.lora import LoRA
 from sidepath.store.configs import model_without_weights
 from sidepath.store.fingerprint import fingerprint
 from sidepath.store.folder import refuse_within
 from sidepath.store.hub import origin_of
-from sidepath.store.peft_config import commonest
-from sidepath.store.peft_format import Slot, base_state, slots_of
+from sidepath.store.peft_format import Slot, base_state, by_place, slots_of
 from sidepath.store.peft_writing import write_settings
-from sidepath.store.refactored import formed
+from sidepath.store.refactored import formed, scaled_already
 from sidepath.store.saving import merged_record, publish_adapter
 
 Progress = Callable[[int, int, str], None]
@@ -214,19 +213,13 @@ def _config(
     unchanged: Sequence[str],
     places: Mapping[str, Site | None],
 ) -> LoRA:
-    ranks = {path: update.r for path, update in updates.items()}
-    r = commonest(ranks.values())
-    patterns = by_path(ranks, usual=r)
     kinds = {site.path: site.kind for site in places.values() if site is not None}
     whole = [path for path, kind in kinds.items() if kind == "whole"]
     stored = {update.A_KI.dtype for update in updates.values()}
     return LoRA(
-        r=r,
-        alpha=float(r),
+        **scaled_already({path: update.r for path, update in updates.items()}),
         targets=how.targets,
         exclude=(*how.exclude, *map(glob.escape, unchanged)),
-        rank_pattern=patterns,
-        alpha_pattern={pattern: float(rank) for pattern, rank in patterns.items()},
         bias="lora" if "bias" in kinds.values() else "none",
         train_whole=tuple(p for p in whole if not p.startswith(tuple(f"{o}." for o in whole))),
         dtype=next(name for dtype, name in DTYPES.items() if dtype in stored),
@@ -252,9 +245,8 @@ def _tensors(
     """The adapter's file by PEFT's keys."""
     slots, faults = slots_of(dict(modules_of(model)), config, sites)
     assert not faults, faults
-    shapes: dict[str, dict[str, Tensor]] = {}
-    for slot in slots:
-        shapes.setdefault(slot.path, {})[slot.local] = torch.empty(slot.shape, device="meta")
+    empty = {slot.key: torch.empty(slot.shape, device="meta") for slot in slots}
+    shapes = by_place(empty, slots)
     pairs = {
         path: formed(one.A_KI, one.B_OK, shapes[path]["A"], shapes[path]["B"])
         for path, one in updates.items()

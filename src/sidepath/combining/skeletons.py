@@ -51,11 +51,10 @@ def fingerprint_as(model: nn.Module, base: Path, leave_out: Iterable[str] = ()) 
     Each parameter once and by the model's own name, as `fingerprint` reads a model; parameters that
     the folder does not store are new at each load and left out.
     """
-    outside = tuple(f"{path}." for path in leave_out)
     samples = fingerprint(base).samples
     found = {}
     for name, _ in base_parameters(model):
         own = stored_name(name, samples)
-        if own is not None and not name.startswith(outside):
+        if own is not None:
             found[name] = samples[own]
-    return Fingerprint(found)
+    return Fingerprint(found).without(leave_out)

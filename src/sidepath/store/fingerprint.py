@@ -103,6 +103,12 @@ class Fingerprint:
         text = json.dumps(self._tensors(), sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def without(self, paths: Iterable[str]) -> Fingerprint:
+        """The same, the modules at these paths left out."""
+        outside = tuple(f"{path}." for path in paths)
+        samples = self.samples.items()
+        return Fingerprint({name: one for name, one in samples if not name.startswith(outside)})
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` is the inverse."""
         return {"id": self.id, "samples": SAMPLES, "tensors": self._tensors()}
@@ -155,10 +161,9 @@ def fingerprint(
     if not isinstance(base, nn.Module):
         return Fingerprint(_of_folder(Path(base)))
     registry = registry_of(base)
-    outside = tuple(f"{path}." for path in leave_out)
     if registry is not None and registry.sampled is not None:
-        known = registry.sampled.items()
-        return Fingerprint({name: one for name, one in known if not name.startswith(outside)})
+        return Fingerprint(registry.sampled).without(leave_out)
+    outside = tuple(f"{path}." for path in leave_out)
     named = base_parameters(base) if registry is None else registry.pristine_parameters(base)
     kept = ((name, tensor) for name, tensor in named if not name.startswith(outside))
     return Fingerprint(_samples(base, kept, done_with))

@@ -145,17 +145,19 @@ def _manifest(
 
 
 def _config(config: LoRA, factors: Mapping[str, Pair], dropped: list[str]) -> LoRA:
-    ranks = {path: len(A_KI) for path, (A_KI, _) in factors.items()}
-    r = commonest(ranks.values())
-    patterns = by_path(ranks, usual=r)
     return dataclasses.replace(
         config,
-        r=r,
-        alpha=float(r),
+        **scaled_already({path: len(A_KI) for path, (A_KI, _) in factors.items()}),
         scaling="alpha/r",
         start="kaiming",
         targets=tuple(pattern.partition(":")[0] for pattern in config.targets),
         exclude=(*config.exclude, *map(glob.escape, dropped)),
-        rank_pattern=patterns,
-        alpha_pattern={pattern: float(rank) for pattern, rank in patterns.items()},
     )
+
+
+def scaled_already(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """LoRA's settings of factors at these ranks that carry their scaling: alpha is the rank."""
+    r = commonest(ranks.values())
+    patterns = by_path(ranks, usual=r)
+    alphas = {pattern: float(rank) for pattern, rank in patterns.items()}
+    return {"r": r, "alpha": float(r), "rank_pattern": patterns, "alpha_pattern": alphas}

@@ -9,8 +9,8 @@ from sidepath.cli.bases import load_classifier, load_encoder, load_tokenizer
 from sidepath.cli.gating import renewed_on_hangup, terms_of, web_server
 from sidepath.cli.launch import stopped_by_sigterm
 from sidepath.cli.output import Report, Table, note
-from sidepath.cli.serve_run import ServeRun
-from sidepath.cli.serving import HOST, listening, load_all
+from sidepath.cli.serve_run import HOST, ServeRun
+from sidepath.cli.serving import listening, load_all
 from sidepath.errors import ConfigError
 from sidepath.serve.encoder_http import application
 from sidepath.serve.encoders import Encoder

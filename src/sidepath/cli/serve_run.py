@@ -11,6 +11,9 @@ from typing import Literal
 from sidepath.cli.runs import BaseRun
 from sidepath.config import require
 
+HOST = "127.0.0.1"
+"""The one interface that is listened on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GateRun(BaseRun):

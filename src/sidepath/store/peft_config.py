@@ -18,12 +18,11 @@ from torch import nn
 from sidepath.core.views import view_of
 from sidepath.injection.architecture import modules_of
 from sidepath.methods.base import Site
-from sidepath.methods.lora import MAX_RANK, LoRA
+from sidepath.methods.lora import MAX_ALPHA, MAX_RANK, LoRA
 from sidepath.store.peft_format import groups_of
 from sidepath.store.peft_tokens import INDICES, ids_of, indices_for
 
 T = TypeVar("T")
-MAX_ALPHA = 1e6
 BIAS = {"none": "none", "all": "all", "lora": "lora_only"}
 """PEFT's word for each of ours."""
 _TASKS = {
@@ -106,7 +105,7 @@ def read_settings(values: Any) -> tuple[PeftSettings, list[str]]:
         )
     settings = PeftSettings()
     readers = {
-        "r": _rank, "lora_alpha": _alpha, "lora_dropout": _dropout, "use_rslora": _flag,
+        "r": rank_from, "lora_alpha": positive, "lora_dropout": dropout_from, "use_rslora": _flag,
         "use_dora": _flag,
         "bias": _bias_name, "modules_to_save": _names,
         "rank_pattern": _ranks, "alpha_pattern": _alphas, INDICES: ids_of,
@@ -150,20 +149,23 @@ def _tail(key: str, path: str) -> bool:
     return path == name or (not whole and path.endswith(f".{name}"))
 
 
-def _rank(value: Any) -> int:
+def rank_from(value: Any) -> int:
+    """A rank, of a file. Errors: `ValueError`."""
     if type(value) is not int or not 1 <= value <= MAX_RANK:
         raise ValueError(f"{value!r}, expected a whole number from 1 to {MAX_RANK}")
     return value
 
 
-def _alpha(value: Any) -> float:
-    number = type(value) in (int, float) and math.isfinite(value)
-    if not number or not 0 < value <= MAX_ALPHA:
-        raise ValueError(f"{value!r}, expected a number above 0 and at most {MAX_ALPHA:g}")
+def positive(value: Any, most: float = MAX_ALPHA) -> float:
+    """A finite number above 0, of a file. Errors: `ValueError`."""
+    # Held against `most` as it is: a whole number may be too large for a float.
+    if type(value) not in (int, float) or not 0 < value <= most:
+        raise ValueError(f"{value!r}, expected a number above 0 and at most {most:g}")
     return float(value)
 
 
-def _dropout(value: Any) -> float:
+def dropout_from(value: Any) -> float:
+    """A share that is dropped, of a file. Errors: `ValueError`."""
     if type(value) not in (int, float) or not 0 <= value < 1:
         raise ValueError(f"{value!r}, expected a number from 0 to below 1")
     return float(value)
@@ -191,11 +193,11 @@ def _names(value: Any) -> tuple[str, ...]:
 
 
 def _ranks(value: Any) -> dict[str, int]:
-    return {key: _rank(rank) for key, rank in _patterns(value)}
+    return {key: rank_from(rank) for key, rank in _patterns(value)}
 
 
 def _alphas(value: Any) -> dict[str, float]:
-    return {key: _alpha(alpha) for key, alpha in _patterns(value)}
+    return {key: positive(alpha) for key, alpha in _patterns(value)}
 
 
 def _patterns(value: Any) -> Iterable[tuple[str, Any]]:

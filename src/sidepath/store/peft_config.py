@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from sidepath.methods.lora import MAX_RANK
+from sidepath.methods.lora import MAX_ALPHA, MAX_RANK
 from sidepath.store.peft_tokens import INDICES, ids_of
 
 T = TypeVar("T")
-MAX_ALPHA = 1e6
 BIAS = {"none": "none", "all": "all", "lora": "lora_only"}
 """PEFT's word for each of ours."""
 _ANY_VALUE = {
@@ -118,21 +117,23 @@ def _tail(key: str, path: str) -> bool:
     return path == name or (not whole and path.endswith(f".{name}"))
 
 
-def rank(value: Any) -> int:
-    """A rank of a file. Errors: `ValueError` for what is none."""
+def rank_from(value: Any) -> int:
+    """A rank, of a file. Errors: `ValueError`."""
     if type(value) is not int or not 1 <= value <= MAX_RANK:
         raise ValueError(f"{value!r}, expected a whole number from 1 to {MAX_RANK}")
     return value
 
 
-def _alpha(value: Any) -> float:
-    number = type(value) in (int, float) and math.isfinite(value)
-    if not number or not 0 < value <= MAX_ALPHA:
-        raise ValueError(f"{value!r}, expected a number above 0 and at most {MAX_ALPHA:g}")
+def positive(value: Any, most: float = MAX_ALPHA) -> float:
+    """A finite number above 0, of a file. Errors: `ValueError`."""
+    # Held against `most` as it is: a whole number may be too large for a float.
+    if type(value) not in (int, float) or not 0 < value <= most:
+        raise ValueError(f"{value!r}, expected a number above 0 and at most {most:g}")
     return float(value)
 
 
-def _dropout(value: Any) -> float:
+def dropout_from(value: Any) -> float:
+    """A share that is dropped, of a file. Errors: `ValueError`."""
     if type(value) not in (int, float) or not 0 <= value < 1:
         raise ValueError(f"{value!r}, expected a number from 0 to below 1")
     return float(value)
@@ -160,11 +161,11 @@ def _names(value: Any) -> tuple[str, ...]:
 
 
 def _ranks(value: Any) -> dict[str, int]:
-    return {key: rank(one) for key, one in _patterns(value)}
+    return {key: rank_from(one) for key, one in _patterns(value)}
 
 
 def _alphas(value: Any) -> dict[str, float]:
-    return {key: _alpha(alpha) for key, alpha in _patterns(value)}
+    return {key: positive(alpha) for key, alpha in _patterns(value)}
 
 
 def _patterns(value: Any) -> Iterable[tuple[str, Any]]:
@@ -178,9 +179,9 @@ def _patterns(value: Any) -> Iterable[tuple[str, Any]]:
 
 
 _READERS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
-    "r": ("r", rank),
-    "lora_alpha": ("alpha", _alpha),
-    "lora_dropout": ("dropout", _dropout),
+    "r": ("r", rank_from),
+    "lora_alpha": ("alpha", positive),
+    "lora_dropout": ("dropout", dropout_from),
     "use_rslora": ("rslora", _flag),
     "use_dora": ("dora", _flag),
     "bias": ("bias", _bias_name),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sidepath.data import tables
-from sidepath.data.sources import Row, Source, sources_of
+from sidepath.data.sources import Row, Source, open_source, sources_of
 from sidepath.errors import DataError
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": 'c "d",\te', "completion": "f\ng"}]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-import math
+import sys
 import textwrap
 import types
 import typing
@@ -151,11 +151,16 @@ def _fits(value: Any, hint: Any) -> bool:
             _fits(key, args[0]) and _fits(item, args[1]) for key, item in value.items()
         )
     if hint is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return number and math.isfinite(value)
+        return _is_number(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return value is None if hint is type(None) else isinstance(value, hint)
+
+
+def _is_number(value: Any) -> bool:
+    # Compared as it is: a whole number may be too large for a float.
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
 
 
 def type_name(hint: Any) -> str:
@@ -208,12 +213,11 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: object = None) -> T
 
     Unknown keys raise a `ConfigError` that names the nearest known ones.
     """
-    known = list(field_types(cls))
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        faults = [guessed(f'"{key}"', key, known) for key in unknown]
-        raise ConfigError(f"{cls.__name__}: unknown field", where=where, faults=faults)
     hints = field_types(cls)
+    unknown = [key for key in values if key not in hints]
+    if unknown:
+        faults = [guessed(f'"{key}"', key, hints) for key in unknown]
+        raise ConfigError(f"{cls.__name__}: unknown field", where=where, faults=faults)
     return cls(**{key: _plain(value, hints[key]) for key, value in values.items()})
 
 
@@ -224,8 +228,7 @@ def _plain(value: Any, hint: Any) -> Any:
         return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
     if isinstance(value, str) and hint == tuple[str, ...]:
         return (value,)
-    numeric = isinstance(value, int) and not isinstance(value, bool)
-    return float(value) if numeric and hint in (float, float | None) else value
+    return float(value) if hint in (float, float | None) and _is_number(value) else value
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -138,8 +138,9 @@ def test_a_tied_embedding_is_refused(tmp_path: Path) -> None:
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "full": ({"fine_tune_type": "full"}, "fine_tune_type 'full'"),
     "no parameters": ({"lora_parameters": 3}, "lora_parameters is no table"),
-    "no scale": ({"lora_parameters": {"rank": 2}}, "no scale"),
+    "no scale": ({"lora_parameters": {"rank": 2}}, "scale: None"),
     "a scale of nothing": ({"lora_parameters": {"rank": 2, "scale": 0}}, "above 0"),
+    "a scale beyond floats": ({"lora_parameters": {"rank": 2, "scale": 10**400}}, "at most"),
     "an endless scale": ({"lora_parameters": {"rank": 2, "scale": 1e308}}, "at most"),
     "another rank": ({"lora_parameters": {"rank": 3, "scale": 1.0}}, "expected rank 3"),
     "a rank of text": ({"lora_parameters": {"rank": "2", "scale": 1.0}}, "whole number"),
@@ -158,6 +159,18 @@ def test_bad_settings(kind: str, tmp_path: Path) -> None:
     with pytest.raises(DamagedAdapter, match=said):
         convert(tmp_path / "mlx", tmp_path / "back", "sidepath")
     assert not (tmp_path / "back").exists()
+
+
+def test_all_faults_of_the_settings_at_once(tmp_path: Path) -> None:
+    folder, _ = made(biased_llama, tmp_path / "ours", r=2, targets=("q_proj",))
+    convert(folder, tmp_path / "mlx", "mlx")
+    path = tmp_path / "mlx" / "adapter_config.json"
+    bad = {"fine_tune_type": "full", "lora_parameters": {"rank": 0, "scale": -1, "dropout": 1}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **bad}))
+    with pytest.raises(DamagedAdapter) as raised:
+        convert(tmp_path / "mlx", tmp_path / "back", "sidepath")
+    for word, fault in zip(("full", "scale", "dropout", "rank"), raised.value.faults, strict=True):
+        assert word in fault
 
 
 def test_all_faults_of_the_tensors_at_once(tmp_path: Path) -> None:

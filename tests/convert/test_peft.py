@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sidepath.convert.folders import UNVERIFIED
@@ -93,6 +94,32 @@ def test_another_base_is_refused(llama: Base, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("to", ["gguf", "mlx", "peft"])
+def test_a_base_of_other_shapes_is_refused(to: str, tmp_path: Path) -> None:
+    """Known by its config alone, so that no fingerprint tells them apart."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder, model = made(biased_llama, tmp_path / "ours", **KINDS["plain"])
+    config = {**model.config.to_dict(), "hidden_size": 48, "num_attention_heads": 6}  # type: ignore[operator, union-attr]
+    other = LlamaForCausalLM(LlamaConfig(**{**config, "num_key_value_heads": 3, "head_dim": 8}))
+    with pytest.raises(DamagedAdapter, match="does not fit") as raised:
+        convert(folder, tmp_path / "out", to, options=options(Base(other)))
+    assert len(raised.value.faults) > 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_updates_of_one_module_are_refused(tmp_path: Path) -> None:
+    """One as a matrix's and one as an embedding's: neither is dropped in silence."""
+    folder, _ = made(biased_llama, tmp_path / "ours", r=2, targets=("q_proj",))
+    convert(folder, tmp_path / "peft", "peft")
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    start = "base_model.model.model.layers.0.self_attn.q_proj.lora_embedding_"
+    save_file({**tensors, f"{start}A": torch.ones(2, 32), f"{start}B": torch.ones(32, 2)}, path)
+    with pytest.raises(DamagedAdapter, match="of a matrix and that of an embedding"):
+        convert(tmp_path / "peft", tmp_path / "back", "sidepath")
+
+
 def test_a_name_that_is_the_tail_of_another_is_an_expression(tmp_path: Path) -> None:
     """Without the base nobody knows what else a list would hit."""
     folder, _ = made(biased_llama, tmp_path / "ours", **KINDS["one layer"])
@@ -133,6 +160,7 @@ def test_other_methods_are_refused(tmp_path: Path) -> None:
     [
         ({"r": 3}, "the settings say rank 3"),
         ({"lora_alpha": 0}, "lora_alpha"),
+        ({"lora_alpha": 10**400}, "lora_alpha"),
         ({"rank_pattern": {".*": 2}}, "regular expression"),
         ({"shadow": 1}, "shadow: unknown field"),
     ],

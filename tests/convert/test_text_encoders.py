@@ -211,6 +211,23 @@ def test_underscores_need_a_base_and_may_mean_two_modules(tmp_path: Path) -> Non
     ]
 
 
+def test_two_names_of_one_module_are_refused(encoder: Base, tmp_path: Path) -> None:
+    """Both of a name's forms, or both of diffusers' spellings: none wins in silence."""
+    table = spellings(["encoder.layers.0.q"], "_")
+    names = ["encoder_layers_0_q", "text_model_encoder_layers_0_q"]
+    with pytest.raises(DamagedAdapter, match=f"{names[1]}: means .*so does {names[0]}"):
+        matched(names, table, None)
+    folder, _ = made(clip, tmp_path / "ours", **SETTINGS["plain"])
+    convert(folder, tmp_path / "one.safetensors", "diffusers")
+    tensors = load_file(tmp_path / "one.safetensors")
+    key = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora"
+    tensors[f"{key}.down.weight"] = torch.zeros(4, 16)
+    tensors[f"{key}.up.weight"] = torch.zeros(16, 4)
+    save_file(tensors, tmp_path / "two.safetensors")
+    with pytest.raises(DamagedAdapter, match="comes twice"):
+        convert(tmp_path / "two.safetensors", tmp_path / "b", "sidepath", options=options(encoder))
+
+
 @pytest.mark.parametrize("name", ["kohya", "diffusers"])
 def test_all_faults_at_once(name: str, encoder: Base, tmp_path: Path) -> None:
     folder, _ = made(clip, tmp_path / "ours", **SETTINGS["patterns"])
@@ -236,7 +253,7 @@ def test_all_faults_at_once(name: str, encoder: Base, tmp_path: Path) -> None:
         tensors[f"{start}mlp.fc2.lora_A.weight"] = torch.zeros(3, 32)
         tensors[f"{start}mlp.fc2.lora_B.weight"] = torch.zeros(16, 3)
         tensors[f"{start}mlp.fc2.lora_magnitude_vector"] = torch.zeros(16)
-        words = ("half of an update", "no two factors", "the settings say 4", "magnitude", "use_x")
+        words = ("A or B is missing", "no two factors", "the settings say 4", "magnitude", "use_x")
         more = without_ours(tmp_path / "one.safetensors")
         said = json.loads(more["lora_adapter_metadata"])
         more["lora_adapter_metadata"] = json.dumps({**said, "text_encoder.use_x": True})

@@ -15,7 +15,7 @@ from sidepath.methods.lora import LoRA
 from sidepath.store.contents import Contents, contents_of
 from sidepath.store.fingerprint import Fingerprint, fingerprint, same_base
 from sidepath.store.manifest import Manifest
-from sidepath.store.peft_config import write_settings
+from sidepath.store.peft_writing import write_settings
 from sidepath.store.saving import base_name, labels_of
 from sidepath.store.stored import Checkpoint
 from sidepath.store.tensors import DTYPE_NAMES, TensorInfo
@@ -25,19 +25,16 @@ def on_base(portable: Portable, base: Base) -> Portable:
     """The adapter with its settings as its base wants them, and a manifest that names the base.
 
     Names and shapes are checked against the base's; its fingerprint is read from its folder, 16
-    values a tensor. An adapter with a manifest keeps it, once its base is known to be this one.
+    values a tensor. An adapter with a manifest keeps it, unless its base is known to be another.
 
     Errors: `DamagedAdapter` with all faults where it does not fit; `WrongBase`; `StoreError`.
     """
     found = _sampled(base)
     if portable.manifest is not None:
         _refuse_other(portable.manifest, found, base)
+    contents = on_names(portable, base)
+    if portable.manifest is not None:
         return portable
-    header = {
-        key: TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), 0, 0)
-        for key, tensor in portable.tensors.items()
-    }
-    contents = contents_of(base.model, portable.values, header, base.folder)
     tensors = _without_copies(portable.tensors, contents, base)
     config = contents.config
     assert isinstance(config, LoRA), "PEFT's form is one of LoRA"
@@ -57,6 +54,18 @@ def on_base(portable: Portable, base: Base) -> Portable:
             tensors={key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in tensors.items()},
         )
     return dataclasses.replace(portable, tensors=tensors, values=values, manifest=manifest)
+
+
+def on_names(portable: Portable, base: Base) -> Contents:
+    """Where each tensor goes, once names and shapes were held against the base's.
+
+    Errors: `DamagedAdapter` with all faults.
+    """
+    header = {
+        key: TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), 0, 0)
+        for key, tensor in portable.tensors.items()
+    }
+    return contents_of(base.model, portable.values, header, base.folder)
 
 
 def _refuse_other(manifest: Manifest, found: Fingerprint | None, base: Base) -> None:
@@ -104,8 +113,5 @@ def _without_copies(
             faults.append(f"{key}: is not the base's {name}")
     if faults:
         raise DamagedAdapter("the adapter does not fit the base", where=base.folder, faults=faults)
-    return {
-        key: tensor
-        for key, tensor in tensors.items()
-        if key in {slot.key for slot in contents.slots}
-    }
+    own = {slot.key for slot in contents.slots}
+    return {key: tensor for key, tensor in tensors.items() if key in own}

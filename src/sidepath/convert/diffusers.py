@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sidepath.convert.numbers import positive
+from sidepath.convert.outside import both_factors, names_of, scaling_from
 from sidepath.convert.passport import restored
 from sidepath.convert.pipeline_names import (
     COMPONENTS,
@@ -120,17 +120,13 @@ def _updates(
     left = dict(tensors)
     faults: list[str] = []
     found: dict[str, Update] = {}
-    for ends_A, ends_B in _PAIRS:
-        starts = {
-            key.removesuffix(end)
-            for end in (ends_A, ends_B)
-            for key in tensors
-            if key.endswith(end)
-        }
-        for name in sorted(starts):
-            A, B = left.pop(name + ends_A, None), left.pop(name + ends_B, None)
+    for endings in _PAIRS:
+        for name in sorted(names_of(tensors, endings)):
+            A, B = (left.pop(name + ending, None) for ending in endings)
             alpha = left.pop(name + _ALPHA, None)
             try:
+                if name in found:
+                    raise ValueError("comes twice, in two spellings")
                 found[name] = _update(name, A, B, alpha, settings)
             except ValueError as error:
                 faults.append(f"{name}: {error}")
@@ -144,14 +140,9 @@ def _update(
     alpha: Tensor | None,
     settings: PeftSettings | None,
 ) -> Update:
-    if A is None or B is None:
-        raise ValueError("the half of an update is missing")
-    if A.dim() != 2 or B.dim() != 2 or len(A) != B.shape[1] or 0 in (*A.shape, *B.shape):
-        raise ValueError(f"{list(A.shape)} and {list(B.shape)} are no two factors")
+    A, B = both_factors(A, B, ("A", "B"))
     if alpha is not None:
-        if alpha.numel() != 1:
-            raise ValueError(f"alpha of shape {list(alpha.shape)}, expected one number")
-        return Update(A, B, positive(float(alpha)) / len(A))
+        return Update(A, B, scaling_from(alpha, len(A)))
     if settings is None:
         return Update(A, B, 1.0)
     named = {literal(key)[0] for key in (*settings.ranks, *settings.alphas)}

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sidepath.convert import diffusers, folders, gguf_file, kohya, loralib, mlx
-from sidepath.convert.based import on_base
+from sidepath.convert.based import on_base, on_names
 from sidepath.convert.folders import OURS
-from sidepath.convert.portable import Options, Portable, read_adapter
+from sidepath.convert.portable import Base, Options, Portable, read_adapter
 from sidepath.convert.vllm import fitted
 from sidepath.errors import ConfigError, StoreError
 from sidepath.store import manifest as manifests
@@ -106,9 +106,9 @@ def convert(
 ) -> Converted:
     """Write the adapter `source` as `target` in the format `to`, whole or not at all.
 
-    `options.base` is looked at where a format needs names and shapes; written in our own format,
-    the adapter is checked against it and gets its fingerprint. `for_vllm`: with one rank and one
-    scale for all, as vLLM takes them. `source` is not changed.
+    Names and shapes are held against `options.base`; written as a folder of ours or PEFT's, the
+    adapter gets its fingerprint. `for_vllm`: with one rank and one scale for all, as vLLM takes
+    them. `source` is not changed.
 
     Errors: `StoreError` that names all that the format has no place for; `DamagedAdapter`,
     `WrongBase`, `ConfigError`, `MissingExtra`, `WriteFailed`.
@@ -122,19 +122,28 @@ def convert(
         raise StoreError("an adapter is not written over the one it comes from", where=target)
     name, portable = read(source, options, source_format)
     notes = [*portable.notes, *_left_out(portable)]
-    if options.base is not None and chosen.write in (folders.write_ours, folders.write_plain):
-        portable = on_base(portable, options.base)
+    if options.base is not None:
+        portable = _held_against(options.base, portable, chosen)
     if for_vllm:
         portable, more = fitted(portable)
         notes += more
     portable = _recorded(portable, name)
-    if chosen.folder:
-        with publish(target, manifests=(manifests.NAME,), replace=replaceable) as folder:
-            notes += chosen.write(portable, folder, options)
-    else:
-        with publish_file(target, overwrite=overwrite) as file:
-            notes += chosen.write(portable, file, options)
+    publishing = (
+        publish(target, manifests=(manifests.NAME,), replace=replaceable)
+        if chosen.folder
+        else publish_file(target, overwrite=overwrite)
+    )
+    with publishing as place:
+        notes += chosen.write(portable, place, options)
     return Converted(name, portable, tuple(notes))
+
+
+def _held_against(base: Base, portable: Portable, chosen: Format) -> Portable:
+    """The adapter as it is written with its base known; refused if it cannot be that one's."""
+    if chosen.write in (folders.write_ours, folders.write_plain):
+        return on_base(portable, base)
+    on_names(portable, base)
+    return portable
 
 
 def _refuse_a_pickles_name(target: Path, to: str) -> None:

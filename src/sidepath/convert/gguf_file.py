@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,13 @@ from sidepath.convert.gguf_names import (
     Heads,
     architecture_of,
     matrices_of,
-    names_of,
     permuted,
     require_gguf,
     rows_in_halves,
     rows_in_pairs,
+    tensor_names,
 )
-from sidepath.convert.numbers import positive
+from sidepath.convert.outside import both_factors, names_of, scale_from
 from sidepath.convert.passport import Passport, as_text, parse, paths_of, restored
 from sidepath.convert.portable import (
     Options,
@@ -75,7 +74,7 @@ def write(portable: Portable, path: Path, options: Options) -> list[str]:
     gguf = require_gguf()
     updates = require_sayable(portable, "GGUF", embeddings=True)
     architecture, heads = architecture_of(options.base)
-    names = names_of(architecture, matrices_of(options.base))
+    names = tensor_names(architecture, matrices_of(options.base))
     _refuse_unnamed(updates, names, options)
     folded = one_alpha(updates)
     with closing(gguf.GGUFWriter(path, architecture)) as writer:
@@ -165,7 +164,7 @@ def _alpha(keys: Mapping[str, Any]) -> tuple[float, list[str]]:
     if alpha == 0.0:  # then llama.cpp does not divide by the rank: the scale is 1
         return 0.0, faults
     try:
-        return positive(alpha), faults
+        return scale_from(alpha), faults
     except ValueError as error:
         return 0.0, [*faults, f"{_ALPHA}: {error}"]
 
@@ -184,10 +183,10 @@ def _names(
                 found=architecture,
                 expected=expected,
             )
-        names = names_of(architecture, matrices_of(options.base))
+        names = tensor_names(architecture, matrices_of(options.base))
     elif passport is not None:
         heads = _heads(keys, architecture, path) if permuted(architecture) else None
-        names = names_of(architecture, paths_of(passport))
+        names = tensor_names(architecture, paths_of(passport))
     else:
         raise ConfigError(
             "the names of the base's modules are not in the file",
@@ -212,32 +211,28 @@ def _updates(
     tensors: Mapping[str, Tensor], paths: Mapping[str, str], heads: Heads | None, alpha: float
 ) -> tuple[dict[str, Update], list[str]]:
     faults = [f"{key}: unexpected" for key in tensors if not key.endswith(_ENDINGS)]
-    names = {key.removesuffix(end) for end in _ENDINGS for key in tensors if key.endswith(end)}
     found: dict[str, Update] = {}
-    for name in sorted(names):
+    for name in sorted(names_of(tensors, _ENDINGS)):
         A, B = (tensors.get(name + ending) for ending in _ENDINGS)
-        if A is None or B is None:
-            faults.append(f"{name}: lora_a or lora_b is missing")
-            continue
-        if name not in paths:
-            faults.append(f"{name}: the base has no such matrix")
-            continue
-        A = A.T.contiguous() if name == _EMBEDDING and A.dim() == 2 else A
-        fault = _misfit(name, A, B, heads)
-        if fault:
-            faults.append(f"{name}: {fault}")
-            continue
-        scaling = alpha / len(A) if alpha else 1.0
-        one = Update(A, B, scaling, embedding=name == _EMBEDDING)
-        count = heads.of(name) if heads is not None else None
-        found[paths[name]] = one if count is None else replace(one, B=rows_in_halves(B, count))
+        try:
+            if name not in paths:
+                raise ValueError("the base has no such matrix")
+            found[paths[name]] = _update(name, A, B, heads, alpha)
+        except ValueError as error:
+            faults.append(f"{name}: {error}")
     return found, faults
 
 
-def _misfit(name: str, A: Tensor, B: Tensor, heads: Heads | None) -> str | None:
-    if A.dim() != 2 or B.dim() != 2 or len(A) != B.shape[1] or 0 in (*A.shape, *B.shape):
-        return f"lora_a {list(A.shape)} and lora_b {list(B.shape)} are no two factors"
+def _update(
+    name: str, A: Tensor | None, B: Tensor | None, heads: Heads | None, alpha: float
+) -> Update:
+    embedding = name == _EMBEDDING
+    if embedding and A is not None and A.dim() == 2:
+        A = A.T.contiguous()
+    A, B = both_factors(A, B, ("lora_a", "lora_b"))
     count = heads.of(name) if heads is not None else None
-    if count is not None and len(B) % (2 * count):
-        return f"lora_b has {len(B)} rows, which are no {count} heads"
-    return None
+    if count is not None:
+        if len(B) % (2 * count):
+            raise ValueError(f"lora_b has {len(B)} rows, which are no {count} heads")
+        B = rows_in_halves(B, count)
+    return Update(A, B, alpha / len(A) if alpha else 1.0, embedding)

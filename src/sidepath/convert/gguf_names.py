@@ -85,7 +85,7 @@ def permuted(architecture: str) -> bool:
     return any(change for name, change in ARCHITECTURES.values() if name == architecture)
 
 
-def names_of(architecture: str, paths: Iterable[str]) -> dict[str, str]:
+def tensor_names(architecture: str, paths: Iterable[str]) -> dict[str, str]:
     """llama.cpp's tensor name of each module path; paths that have none are left out."""
     gguf: Any = require_gguf()
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sidepath.convert.numbers import positive
+from sidepath.convert.outside import both_factors, names_of, scaling_from
 from sidepath.convert.passport import restored
 from sidepath.convert.pipeline_names import (
     COMPONENTS,
@@ -92,28 +92,13 @@ def read(path: Path, options: Options) -> Portable:
 
 def _updates(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Update], list[str]]:
     faults = [f"{key}: unexpected" for key in tensors if not key.endswith(_ENDINGS)]
-    names = {key.removesuffix(end) for end in _ENDINGS for key in tensors if key.endswith(end)}
     found = {}
-    for name in sorted(names):
+    for name in sorted(names_of(tensors, _ENDINGS)):
         A, B, alpha = (tensors.get(name + ending) for ending in _ENDINGS)
-        if A is None or B is None:
-            faults.append(f"{name}: lora_down or lora_up is missing")
-            continue
-        if A.dim() != 2 or B.dim() != 2 or len(A) != B.shape[1] or 0 in (*A.shape, *B.shape):
-            faults.append(
-                f"{name}: lora_down {list(A.shape)} and lora_up {list(B.shape)} are no two factors"
-            )
-            continue
         try:
-            found[name] = Update(A, B, _scaling(alpha, len(A)))
+            A, B = both_factors(A, B, ("lora_down", "lora_up"))
+            scaling = 1.0 if alpha is None else scaling_from(alpha, len(A))
+            found[name] = Update(A, B, scaling)
         except ValueError as error:
-            faults.append(f"{name}{_ALPHA}: {error}")
+            faults.append(f"{name}: {error}")
     return found, faults
-
-
-def _scaling(alpha: Tensor | None, r: int) -> float:
-    if alpha is None:
-        return 1.0
-    if alpha.numel() != 1:
-        raise ValueError(f"shape {list(alpha.shape)}, expected one number")
-    return positive(float(alpha)) / r

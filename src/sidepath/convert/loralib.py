@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sidepath.convert.numbers import positive
+from sidepath.convert.outside import scale_from
 from sidepath.convert.passport import Passport, manifest_of, paths_of, restored
 from sidepath.convert.portable import (
     Options,
@@ -32,6 +32,7 @@ from sidepath.kernels.lowrank import Part
 from sidepath.methods.base import Site
 from sidepath.methods.lora import LoRA
 from sidepath.store.loralib_format import read_state
+from sidepath.store.peft_config import BIAS
 from sidepath.store.peft_format import (
     BASE_BIAS,
     PAIRS,
@@ -148,8 +149,8 @@ def read(path: Path, options: Options) -> Portable:
             ending = BASE_BIAS if site.kind == "dense" else ".bias"
             biases[PREFIX + site.path + ending] = own["bias"]
     made = portable_of(updates, options=options)
-    bias = {"none": "none", "all": "all", "lora": "lora_only"}[config.bias]
-    return replace(made, tensors={**made.tensors, **biases}, values={**made.values, "bias": bias})
+    values = {**made.values, "bias": BIAS[config.bias]}
+    return replace(made, tensors={**made.tensors, **biases}, values=values)
 
 
 def _update(
@@ -211,6 +212,6 @@ def _parts(passport: Passport) -> dict[str, tuple[Part, ...]]:
 def _alphas(metadata: Mapping[str, str]) -> tuple[dict[str, float], list[str]]:
     try:
         values = strict_json(metadata[_ALPHA].encode())
-        return {path: positive(value) for path, value in values.items()}, []
+        return {path: scale_from(value) for path, value in values.items()}, []
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         return {}, [f"metadata {_ALPHA}: {error}"]

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sidepath.convert.folding import one_rank, one_scaling
-from sidepath.convert.numbers import positive, rank
+from sidepath.convert.outside import names_of, scale_from
 from sidepath.convert.passport import KEY, checked, passport_of, paths_of, restored
 from sidepath.convert.portable import (
     Base,
@@ -35,6 +35,7 @@ from sidepath.convert.portable import (
 from sidepath.errors import DamagedAdapter, StoreError
 from sidepath.injection.architecture import block_index, block_of, modules_of
 from sidepath.store.loading import load_tensors
+from sidepath.store.peft_config import dropout_from, rank_from
 from sidepath.store.peft_format import CONFIG
 from sidepath.store.tensors import file_inside, read_header, read_json
 
@@ -42,6 +43,8 @@ WEIGHTS = "adapters.safetensors"
 _ENDINGS = (".lora_a", ".lora_b", ".m")
 _EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "token_embedding")
 _TYPES = ("lora", "dora")
+_READERS = {"scale": scale_from, "dropout": dropout_from, "rank": rank_from}
+_DEFAULTS = {"dropout": 0.0}
 
 
 def is_mlx(path: Path) -> bool:
@@ -130,13 +133,16 @@ def read(folder: Path, options: Options) -> Portable:
     """Read a folder of mlx-lm's. Errors: `DamagedAdapter` with all faults; `StoreError`."""
     try:
         values = read_json(file_inside(folder, CONFIG))
-        scale, dropout, r = _settings(values)
     except ValueError as error:
-        raise DamagedAdapter(f"{CONFIG} cannot be read", where=folder, found=error) from error
+        raise DamagedAdapter(f"{CONFIG} is not JSON", where=folder, found=error) from error
+    settings, faults = _settings(values)
+    if faults:
+        raise DamagedAdapter(f"{CONFIG} cannot be read", where=folder, faults=faults)
     path = file_inside(folder, WEIGHTS)
     passport = checked(values[KEY], folder) if KEY in values else None
     embeddings = {} if passport is None else paths_of(passport)
-    updates, faults = _updates(load_tensors(path, read_header(path)), scale, r)
+    tensors = load_tensors(path, read_header(path))
+    updates, faults = _updates(tensors, settings["scale"], settings["rank"])
     dora = values.get("fine_tune_type") == "dora"
     faults += [
         f"{name}: fine_tune_type is {'dora' if dora else 'lora'}, and m is "
@@ -154,33 +160,35 @@ def read(folder: Path, options: Options) -> Portable:
         updates[name] = replace(one, embedding=embedding)
     if passport is not None:
         return restored(passport, updates, folder)
-    return portable_of(updates, options=options, dropout=dropout)
+    return portable_of(updates, options=options, dropout=settings["dropout"])
 
 
-def _settings(values: Any) -> tuple[float, float, int]:
+def _settings(values: Any) -> tuple[dict[str, Any], list[str]]:
+    """Scale, dropout and rank of a settings file, and all that is wrong with it."""
     if not isinstance(values, dict):
-        raise ValueError("not a JSON object")
+        return {}, ["not a JSON object"]
     kind = values.get("fine_tune_type", "lora")
+    faults = []
     if kind not in _TYPES:
-        raise ValueError(f"fine_tune_type {kind!r}, expected one of {', '.join(_TYPES)}")
-    found = values.get("lora_parameters")
-    if not isinstance(found, dict):
-        raise ValueError("lora_parameters is no table")
-    dropout = found.get("dropout", 0.0)
-    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout {dropout!r}, expected a number from 0 to below 1")
-    if "scale" not in found:
-        raise ValueError("lora_parameters has no scale")
-    return positive(found["scale"]), float(dropout), rank(found.get("rank"))
+        faults.append(f"fine_tune_type {kind!r}, expected one of {', '.join(_TYPES)}")
+    named = values.get("lora_parameters")
+    if not isinstance(named, dict):
+        return {}, [*faults, "lora_parameters is no table"]
+    found = {}
+    for name, reader in _READERS.items():
+        try:
+            found[name] = reader(named.get(name, _DEFAULTS.get(name)))
+        except ValueError as error:
+            faults.append(f"lora_parameters.{name}: {error}")
+    return found, faults
 
 
 def _updates(
     tensors: Mapping[str, Tensor], scale: float, r: int
 ) -> tuple[dict[str, Update], list[str]]:
     faults = [f"{key}: unexpected" for key in tensors if not key.endswith(_ENDINGS)]
-    names = {key.removesuffix(end) for end in _ENDINGS for key in tensors if key.endswith(end)}
     found = {}
-    for name in sorted(names):
+    for name in sorted(names_of(tensors, _ENDINGS)):
         a, b, m = (tensors.get(name + ending) for ending in _ENDINGS)
         if a is None or b is None:
             faults.append(f"{name}: lora_a or lora_b is missing")

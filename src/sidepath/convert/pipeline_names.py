@@ -76,18 +76,22 @@ def _first(key: str, separator: str) -> str:
 def matched(names: Iterable[str], table: Mapping[str, list[str]], where: object) -> dict[str, str]:
     """The module path of each of a file's names.
 
-    Errors: one `DamagedAdapter` with every name that means no module, or several.
+    Errors: one `DamagedAdapter` with every name that means no module, or several, or one that
+    another name means as well.
     """
-    found, faults = {}, []
+    found: dict[str, str] = {}
+    faults = []
     for name in names:
         paths = table.get(name, [])
-        if len(paths) == 1:
-            found[name] = paths[0]
-        else:
+        if len(paths) != 1:
             faults.append(f"{name}: means " + (" or ".join(paths) or "no module of the base"))
+        elif paths[0] in found:
+            faults.append(f"{name}: means {paths[0]}, and so does {found[paths[0]]}")
+        else:
+            found[paths[0]] = name
     if faults:
         raise DamagedAdapter("the file's names do not fit the base", where=where, faults=faults)
-    return found
+    return {name: path for path, name in found.items()}
 
 
 def spellings(paths: Iterable[str], separator: str) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sidepath.convert.outside import names_of
 from sidepath.errors import DamagedAdapter, StoreError
 from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
@@ -126,14 +127,15 @@ def _pairs(
     tensors: Mapping[str, Tensor], faults: list[str]
 ) -> dict[str, tuple[Tensor, Tensor, bool]]:
     found = {}
-    for (ends_A, ends_B), embedding in zip(PAIRS, (False, True), strict=True):
-        for ending, other in ((ends_A, ends_B), (ends_B, ends_A)):
-            for key in [key for key in tensors if key.endswith(ending)]:
-                start = key.removesuffix(ending)
-                if start + other not in tensors:
-                    faults.append(f"{start}{other}: missing")
-                else:
-                    found[start] = (tensors[start + ends_A], tensors[start + ends_B], embedding)
+    for endings, embedding in zip(PAIRS, (False, True), strict=True):
+        for start in names_of(tensors, endings):
+            missing = [start + end for end in endings if start + end not in tensors]
+            faults += [f"{key}: missing" for key in missing]
+            if start in found:
+                faults.append(f"{start}: has the update of a matrix and that of an embedding")
+            elif not missing:
+                A, B = (tensors[start + end] for end in endings)
+                found[start] = A, B, embedding
     return found
 
 

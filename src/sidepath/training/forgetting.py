@@ -193,7 +193,6 @@ def begin_token(model: Any, tokenizer: Any) -> int:
 
 def _rows_of(model: nn.Module, data: Data) -> list[Row]:
     """The user's rows; one without a predicted token says nothing."""
-    require_fit(model, data)
     texts = [
         (example.ids_T.tolist(), [False, *example.supervised_T[1:].tolist()])
         for example in data.examples
@@ -205,6 +204,7 @@ def _rows_of(model: nn.Module, data: Data) -> list[Row]:
             where=data.name,
             expected="rows of text for a causal model",
         )
+    require_fit(model, data)
     return texts
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -104,7 +104,7 @@ def read_settings(values: Any) -> tuple[PeftSettings, list[str]]:
             "plain one where it was trained"
         )
     settings = PeftSettings()
-    readers = {
+    readers: dict[str, Callable[[Any], Any]] = {
         "r": rank_from, "lora_alpha": positive, "lora_dropout": dropout_from, "use_rslora": _flag,
         "use_dora": _flag,
         "bias": _bias_name, "modules_to_save": _names,

@@ -109,10 +109,10 @@ def mixed_lengths(options: argparse.Namespace) -> dict[str, Any]:
     from sidepath.serve.scheduler import Limits
 
     new, lengths = 24, [40, 77, 114, 151, 188, 225, 262, 300]
-    prompts, model = prompts_of(lengths), llama()
+    prompts, model, own = prompts_of(lengths), llama(), llama()
     # Without prefixes: the rounds ask the same prompts again.
     engines = [
-        Engine(model, limits=Limits(rows=8, context=512, step_tokens=tokens, prefixes=0))
+        Engine(own, limits=Limits(rows=8, context=512, step_tokens=tokens, prefixes=0))
         for tokens in (512, 2048)
     ]
     longest = max(lengths)
@@ -254,11 +254,13 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
     """One decoding step of rows that have a context already."""
     from transformers import DynamicCache
 
+    from sidepath.core.laid_out import lay_out
     from sidepath.serve.runner import Piece, Runner
 
     rows, context = 12, 400
     model, own = llama(), llama()
     prompts = [list(prompt) for prompt in prompts_of([context] * rows)]
+    lay_out(own)  # as the engine does
     runner = Runner(own, rows, 512)
     for row, prompt in enumerate(prompts):
         runner.cache.claim(row)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from sidepath import combine
 from sidepath.analyse import factors_of, spectrum
 from sidepath.core.views import DenseView, view_of
 from sidepath.errors import DamagedAdapter, StoreError
@@ -92,3 +95,54 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
         factors_of(tmp_path)
     with pytest.raises(StoreError, match="no such adapter"):
         factors_of(tmp_path / "none")
+
+
+SHAPES = {
+    "vectors": ((4,), (4, 4)),
+    "numbers": ((), ()),
+    "a convolution's A alone": ((4, 2, 3, 3), (4,)),
+    "a convolution without a rank": ((4, 2, 3, 3), (4, 0, 1, 1)),
+}
+
+
+def of_peft(folder: Path, shapes: tuple[tuple[int, ...], tuple[int, ...]], r: int) -> Path:
+    """A folder of PEFT's with one pair of factors."""
+    folder.mkdir()
+    ends = (".lora_A.weight", ".lora_B.weight")
+    tensors = {
+        f"base_model.model.linear{end}": torch.ones(shape)
+        for end, shape in zip(ends, shapes, strict=True)
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": r, "lora_alpha": 8, "target_modules": ["linear"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
+def test_factors_that_are_no_matrices_are_refused(
+    tmp_path: Path, shapes: tuple[tuple[int, ...], tuple[int, ...]]
+) -> None:
+    folder = of_peft(tmp_path / "odd", shapes, r=4)
+    with pytest.raises(DamagedAdapter, match="linear"):
+        factors_of(folder)
+    with pytest.raises(DamagedAdapter, match="linear"):
+        combine([folder], tmp_path / "out")
+
+
+def test_a_rank_that_the_settings_do_not_say_is_refused(tmp_path: Path) -> None:
+    """The update's scale follows from it."""
+    folder = of_peft(tmp_path / "made", ((2, 7), (5, 2)), r=4)
+    for read in (factors_of, lambda place: combine([place], tmp_path / "out")):
+        with pytest.raises(DamagedAdapter, match=r"linear: rank 2, adapter_config\.json says 4"):
+            read(folder)
+    assert factors_of(of_peft(tmp_path / "right", ((2, 7), (5, 2)), r=2))["linear"].scaling == 4
+
+
+def test_a_manifest_that_leads_nowhere_is_a_manifest(tmp_path: Path) -> None:
+    """A folder of ours is never read as one of PEFT's, which says less."""
+    folder = of_peft(tmp_path / "made", ((2, 7), (5, 2)), r=2)
+    (folder / "sidepath.json").symlink_to("nowhere")
+    for read in (factors_of, lambda place: combine([place], tmp_path / "out")):
+        with pytest.raises(DamagedAdapter):
+            read(folder)

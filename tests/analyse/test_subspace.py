@@ -65,8 +65,8 @@ def test_the_output_side_looks_at_b() -> None:
 def test_updates_are_compared_by_their_own_directions(factors: Factors, seed: int) -> None:
     other = random_like(factors, seed)
     one, two = decompose(factors), decompose(other)
-    for side, U, V in (("input", one.V_KI, two.V_KI), ("output", one.U_OK.T, two.U_OK.T)):
-        phi = of_updates(factors, other, side)
+    sides = ((one.V_KI, two.V_KI), (one.U_OK.T, two.U_OK.T))
+    for phi, (U, V) in zip(of_updates(factors, other), sides, strict=True):
         for i, j in ((1, 1), (len(U), len(V))):
             slow = float((U[:i] @ V[:j].T).norm() ** 2) / min(i, j)
             assert phi[i - 1][j - 1] == pytest.approx(slow, abs=1e-9)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import shutil
 from pathlib import Path
 
@@ -10,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sidepath.analyse import against, factors_of
+from sidepath.cli import inspecting
 from sidepath.methods.lora import LoRA
 from sidepath.store.adapter import inject
 from tests.cli.conftest import Run, write_base
 from tests.conftest import tiny_gpt2
+from tests.faults import Faults
 from tests.pages import Collector, fetched
 
 
@@ -265,3 +269,35 @@ def test_adapters_that_cannot_be_compared_or_trusted(
     apart = run("inspect", trained, plain)
     assert apart.code == 2
     assert "no layer in common" in apart.err
+
+
+def test_updates_of_other_sizes_than_the_base(run: Run, tiny_base: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    shapes = {"A": (2, 5), "B": (5, 2)}
+    tensors = {
+        f"base_model.model.{name}.lora_{one}.weight": torch.ones(shape)
+        for one, shape in shapes.items()
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    ran = run("inspect", tmp_path, "--base", tiny_base)
+    assert ran.code == 2, ran.err
+    assert f"{name}: the update is [5, 5], the weight" in ran.err
+
+
+def test_the_page_is_written_whole_or_not_at_all(
+    run: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspecting, "report", lambda *_: "new" * 1000)
+    page = tmp_path / "page.html"
+    for number in itertools.count(1):
+        page.write_text("old")
+        with Faults(number, under=tmp_path) as faults:
+            ran = run("inspect", trained, "--html", page)
+        assert page.read_text() == ("old" if ran.code else "new" * 1000)
+        if not faults.hit:
+            break
+    assert ran.code == 0
+    assert number > 5
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]

@@ -88,3 +88,9 @@ def test_progress_on_a_terminal_is_a_bar_on_standard_error(
     assert "3/3" in terminal.getvalue()
     assert "loss 0.5" in terminal.getvalue()
     assert capsys.readouterr().out == ""
+
+
+def test_progress_of_nothing_done_yet(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("layers") as advance:
+        advance(0, 3)
+    assert capsys.readouterr().err == "layers 0/3\n"

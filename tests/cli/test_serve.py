@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from sidepath.cli.serving import folders_in
+from sidepath.errors import StoreError
+
 from .conftest import Run
 from .serving import serving
 
@@ -87,3 +90,22 @@ def test_what_cannot_be_served(
         busy = run("serve", "--base", tiny_base, "--port", taken.getsockname()[1])
     assert busy.code == 2
     assert "--port 0 takes a free one" in busy.err
+
+
+def test_a_save_in_progress_is_no_adapter(trained: Path, tmp_path: Path) -> None:
+    for name in ("good", ".good.sidepath-0123abcd.new"):
+        shutil.copytree(trained, tmp_path / name)
+    assert folders_in(str(tmp_path), "base") == {"good": tmp_path / "good"}
+
+
+def test_links_to_two_adapters_of_one_name(trained: Path, tmp_path: Path) -> None:
+    """One of them would be served in the other's place."""
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    for place in ("one", "two"):
+        shutil.copytree(trained, tmp_path / place / "sql")
+        (shelf / place).symlink_to(tmp_path / place / "sql")
+    with pytest.raises(StoreError, match="one name") as error:
+        folders_in(str(shelf), "base")
+    assert "shelf/one" in error.value.faults[0]
+    assert "shelf/two: sql" in error.value.faults[0]

@@ -71,8 +71,8 @@ SURFACE = {
         " --allow-loading --max-rank --max-adapter-bytes --max-prompt-tokens --max-new-tokens"
         " --connections --head-seconds --body-seconds --stall-seconds --drain-seconds"
         " --engine --adapters --port --name --allow-other-base --rows --slots --context"
-        " --cached-tokens --step-tokens --queue --adapter-memory --host-memory --prefixes --merge"
-        " --replicas"
+        " --cached-tokens --step-tokens --queue --adapter-memory --host-memory --laid-out"
+        " --prefixes --merge --replicas"
     ),
     "bench": "--rounds --threads --device --output --quick",
     "config": f"{RUN} {LORA} --lora-dtype {TRAIN}",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+
+from sidepath.cli.following import drop_checkpoints
 
 from .conftest import Run, write_rows
 
@@ -146,3 +149,41 @@ def test_a_run_killed_before_its_adapter_was_saved_is_recorded_whole(
     assert done.document["steps"] == 4
     saved = json.loads((tmp_path / "out" / "sidepath.json").read_text())
     assert saved["record"]["steps"] == 4
+
+
+def test_what_the_save_would_not_replace_is_refused_before_training(
+    run: Run, tiny_base: Path, pairs: Path, trained: Path, tmp_path: Path
+) -> None:
+    """A merged model's folder is ours as well, and no adapter may take its place; nor the other
+    way round.
+    """
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    (merged / "parity.json").write_text('{"files": {}}')
+    words = ("train", "--base", tiny_base, "--data", pairs, "--output", merged, "--steps", 1)
+    ran = run(*words, "--overwrite")
+    assert ran.code == 2
+    assert "no earlier command of this kind wrote" in ran.err
+    assert "step 1/1" not in ran.err
+    other = Path(shutil.copytree(trained, tmp_path / "other"))
+    ran = run("merge", tiny_base, trained, other, "--overwrite")
+    assert ran.code == 2
+    assert "no earlier command of this kind wrote" in ran.err
+
+
+def test_checkpoints_that_cannot_be_deleted_cost_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter is saved by then."""
+    left = tmp_path / "a.checkpoints" / "step-1"
+    left.mkdir(parents=True)
+    (left / "checkpoint.json").write_text('{"files": {}}')
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(shutil, "rmtree", refused)
+    drop_checkpoints(tmp_path / "a")
+    monkeypatch.undo()
+    drop_checkpoints(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []

@@ -55,3 +55,12 @@ def test_every_adapter_that_vllm_does_not_take_is_named(
     other = run("serve", "--engine", "vllm", "--base", other_base, "--adapters", trained)
     assert other.code == 2
     assert "vLLM does not take 1 of 1" in other.err
+
+
+def test_a_base_of_the_hub_is_called_as_its_repository(
+    run: Run, tiny_base: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "models--me--tiny" / "snapshots" / ("a1" * 20)
+    shutil.copytree(tiny_base, place)
+    words = run("serve", "--engine", "vllm", "--base", place, "--json").document["command"]
+    assert dict(pairwise(words))["--served-model-name"] == "tiny"

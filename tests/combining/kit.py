@@ -15,6 +15,7 @@ from sidepath.methods.lora import LoRA
 from sidepath.store.adapter import inject
 from tests.conftest import outputs, tiny_llama
 
+COMMIT = "a1" * 20
 IDS = torch.tensor([[5, 6, 7, 9, 11], [3, 4, 8, 8, 2]])
 
 
@@ -33,6 +34,13 @@ def saved(folder: Path, seed: int, make: Callable[[], Any] = tiny_llama, **setti
             parameter.add_(0.1 * drawn)
     adapter.save(folder, record={"seed": seed}, files={"settings.toml": f"seed = {seed}\n"})
     return folder
+
+
+def snapshot(cache: Path, name: str) -> Path:
+    """Where huggingface_hub keeps `me/NAME` at a commit; not there yet, but for its parents."""
+    place = cache / f"models--me--{name}" / "snapshots" / COMMIT
+    place.parent.mkdir(parents=True)
+    return place
 
 
 def updates(folder: Path, make: Callable[[], Any] = tiny_llama) -> dict[str, Tensor]:

@@ -13,7 +13,19 @@ from safetensors.torch import load_file, save_file
 import sidepath
 from sidepath import Combination, combine
 from sidepath.combining.elements import put_together
-from tests.combining.kit import IDS, added, contents, doubled, logits, saved, updates, weighted
+from sidepath.store.manifest import trusted_manifest
+from tests.combining.kit import (
+    COMMIT,
+    IDS,
+    added,
+    contents,
+    doubled,
+    logits,
+    saved,
+    snapshot,
+    updates,
+    weighted,
+)
 from tests.conftest import outputs, tiny_gpt2, tiny_llama
 
 DOUBLE = doubled(tiny_llama)
@@ -259,3 +271,18 @@ def test_a_repeated_embedding_must_be_one(tmp_path: Path) -> None:
         save_file({**load_file(path), key: table}, path, metadata={"format": "pt"})
     with pytest.raises(sidepath.errors.StoreError, match="not the same in all adapters"):
         combine(folders, tmp_path / "both")
+
+
+def test_adapters_of_the_hub_are_named_by_their_repositories(tmp_path: Path) -> None:
+    """And their base's commit stays with the result."""
+
+    def based() -> Any:
+        model = tiny_llama()
+        model.config.name_or_path = str(tmp_path / "models--me--base" / "snapshots" / COMMIT)
+        return model
+
+    folders = [saved(snapshot(tmp_path, name), seed, based) for seed, name in enumerate("ab")]
+    found = combine(folders, tmp_path / "out")
+    assert [one["name"] for one in found.adapters] == ["a", "b"]
+    manifest = trusted_manifest(found.output)
+    assert (manifest.base_name, manifest.base_revision) == ("me/base", COMMIT)

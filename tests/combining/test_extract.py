@@ -18,7 +18,8 @@ from sidepath.combining import checkpoints
 from sidepath.errors import SidepathError, StoreError, TargetNotFound, WrongBase
 from sidepath.store import stored
 from sidepath.store.loading import load_tensors
-from tests.combining.kit import IDS, added, logits, saved, updates
+from sidepath.store.manifest import trusted_manifest
+from tests.combining.kit import COMMIT, IDS, added, logits, saved, snapshot, updates
 from tests.conftest import outputs, tiny_bert, tiny_gpt2, tiny_llama
 
 Make = Callable[[], Any]
@@ -274,3 +275,17 @@ def test_stored_tensors_without_a_place_are_named(tmp_path: Path) -> None:
     found = extract(base, tuned, tmp_path / "out", Extraction(r=2))
     assert found.unknown == ["stray.weight"]
     assert checkpoints.Pair(tiny_llama(), base, tuned).unknown() == ["stray.weight"]
+
+
+def test_checkpoints_of_the_hub_are_named_by_their_repositories(tmp_path: Path) -> None:
+    base, tuned, _ = planted(tmp_path, tiny_llama, r=2)
+    cache = {"base": base, "tuned": tuned}
+    for name, folder in cache.items():
+        cache[name] = snapshot(tmp_path, name)
+        folder.rename(cache[name])
+    made = extract(cache["base"], cache["tuned"], tmp_path / "out", Extraction(r=2)).output
+    manifest = trusted_manifest(made)
+    assert (manifest.base_name, manifest.base_revision) == ("me/base", COMMIT)
+    assert manifest.record["extracted"]["tuned"]["hub"] == f"hub:me/tuned@{COMMIT}"
+    settings = json.loads((made / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("me/base", COMMIT)

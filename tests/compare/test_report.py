@@ -12,6 +12,7 @@ from sidepath.compare.outcome import excluded, rows_of, verdict
 from sidepath.compare.picture import drawn, frontier, picture
 from sidepath.compare.report import markdown, notes, table_rows, write
 from sidepath.compare.statistics import difference
+from sidepath.errors import StoreError
 
 from .kit import entrants
 
@@ -123,3 +124,9 @@ def test_for_people(tmp_path: Path) -> None:
     assert picture(found).startswith(b"\x89PNG")
     assert write(tmp_path, found) == ["compare.json", "compare.md", "pareto.png"]
     assert (tmp_path / "pareto.png").read_bytes() == picture(found)
+
+
+def test_a_report_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError):
+        write(tmp_path / "file", document(standing(0, [0.5, 0.6], 10)))

@@ -51,3 +51,9 @@ def test_long_labels_and_many_names_make_short_faults() -> None:
 def test_a_column_that_is_no_class_is_refused() -> None:
     with pytest.raises(DataError, match="no column of classes"):
         Classes(None).numbers(source(), rows(*range(LARGEST + 1)))
+
+
+def test_names_that_only_look_like_numbers_are_sorted_as_text() -> None:
+    classes = Classes(None)
+    classes.numbers(source(), rows("3", "--5"))
+    assert classes.settle() == ([1, 0], ("--5", "3"))

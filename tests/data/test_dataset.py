@@ -10,6 +10,7 @@ import pytest
 from sidepath.data.dataset import Data, load_data
 from sidepath.errors import DataError, TrainError
 from tests.training.kit import supervised_text, whole_text
+from tests.tokens import byte_tokenizer
 
 
 def test_only_completion_and_end_are_supervised(tokenizer: Any) -> None:
@@ -198,3 +199,16 @@ def test_e2e_and_sst2(shared: Path, real: tuple[Any, Any]) -> None:
     assert (len(data), data.labels) == (872, ("0", "1"))
     assert sum(example.label == 1 for example in data.examples) == 444
     assert np.all(data.examples[0].ids_T[:1] == real[1].bos_token_id)
+
+
+def test_a_label_of_spaces_is_a_fault(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="row 1"):
+        load_data([{"text": "a", "label": "  "}, {"text": "b", "label": "c"}], tokenizer)
+
+
+def test_a_text_without_a_token_is_dropped_and_counted() -> None:
+    bare = byte_tokenizer()
+    bare._tokenizer.post_processor = None
+    data = load_data([{"text": "", "label": "x"}, {"text": "b", "label": "y"}], bare)
+    assert (len(data), data.audit.empty, data.audit.longest) == (1, 1, 1)
+    assert data.labels == ("x", "y")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import json
@@ -231,3 +232,16 @@ def test_many_rows_are_streamed_in_little_memory(tokenizer: Any, tmp_path: Path)
         file.writelines(numbered(100_000, lambda _: False))
     peak = peak_of(lambda: load_data(path, tokenizer, stream=True))
     assert peak < 20 << 20
+
+
+def test_a_disk_still_full_when_files_are_closed_hides_no_error(tokenizer: Any) -> None:
+    class Full:
+        def close(self) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = MappedWriter()
+    for name, file in writer._files.items():
+        file.close()
+        writer._files[name] = Full()  # type: ignore[assignment]
+    with pytest.raises(DataError, match="cannot be written"), contextlib.closing(writer):
+        writer.finish([])

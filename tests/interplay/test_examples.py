@@ -103,7 +103,8 @@ def test_the_client(
     from transformers import AutoTokenizer
 
     import sidepath
-    from sidepath.cli.serving import HOST, listening
+    from sidepath.cli.serve_run import HOST
+    from sidepath.cli.serving import listening
     from sidepath.serve.engine import Engine
     from sidepath.serve.http import application
     from sidepath.serve.scheduler import Limits

@@ -9,11 +9,12 @@ import torch
 
 from sidepath.injection.merging import merge
 from sidepath.injection.registry import require_registry
-from sidepath.merging.folded import Folded, first_names, state_of_base
+from sidepath.merging.folded import Folded, first_names
 from sidepath.methods import METHODS
 from sidepath.methods.base import Method
 from sidepath.methods.lora import LoRA
 from sidepath.store.adapter import inject
+from sidepath.store.peft_format import base_state
 from sidepath.store.sums import add_up
 from tests.conftest import MODELS, randomise, tiny_llama
 
@@ -46,15 +47,15 @@ def test_each_tensor_is_what_merging_in_memory_gives(name: str, dtype: torch.dty
     kind, config = CONFIGS[name]
     model: Any = MODELS[kind][0]().to(dtype)
     randomise(inject(model, config, "x").parameters())
-    before = {full: (id(held), held.clone()) for full, held in state_of_base(model).items()}
+    before = {full: (id(held), held.clone()) for full, held in base_state(model).items()}
     folded = Folded(model, "x", {full: held.dtype for full, (_, held) in before.items()})
     first = first_names(model)
     found = {full: folded.tensor(first[full]).clone() for full in before}
-    now = state_of_base(model)
+    now = base_state(model)
     assert {full: id(held) for full, held in now.items()} == {n: k for n, (k, _) in before.items()}
     assert all(torch.equal(held, now[full]) for full, (_, held) in before.items())
     merge(model, "x")
-    for full, held in state_of_base(model).items():
+    for full, held in base_state(model).items():
         assert torch.equal(found[full], held), full
 
 

@@ -278,3 +278,12 @@ def test_a_base_with_bytes_that_belong_to_nothing(tmp_path: Path, base: Path) ->
     os.truncate(base / "model.safetensors", 2**40)
     with pytest.raises(DamagedAdapter, match="after the last tensor"):
         merge_folder(base, [folder], tmp_path / "out")
+
+
+def test_nothing_is_written_into_a_folder_that_is_read(tmp_path: Path, base: Path) -> None:
+    folder = adapter(base, tmp_path / "a", LoRA(r=2))
+    for output in (folder, folder / "merged", base / "merged"):
+        with pytest.raises(StoreError, match="lies in one"):
+            merge_folder(base, [folder], output)
+    assert not (folder / "merged").exists()
+    assert not (base / "merged").exists()

@@ -12,7 +12,7 @@ from torch import nn
 
 import sidepath
 from sidepath import LoRA
-from sidepath.cli.serving import HOST
+from sidepath.cli.serve_run import HOST
 from sidepath.serve.engine import Engine
 from sidepath.serve.http import application
 from tests.conftest import randomise, tiny_bert, tiny_llama

@@ -13,8 +13,8 @@ from http.client import HTTPConnection
 from typing import Any
 
 from sidepath.cli.gating import web_server
-from sidepath.cli.serve_run import ServeRun
-from sidepath.cli.serving import HOST, listening
+from sidepath.cli.serve_run import HOST, ServeRun
+from sidepath.cli.serving import listening
 
 PATIENCE = 60
 """Seconds after which a test gives up on a server that does nothing."""

@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sidepath.combining import ingredients
+from sidepath.combining.combine import combine
 from sidepath.errors import (
     BadName,
     DamagedAdapter,
@@ -34,7 +36,7 @@ from sidepath.injection.merging import merge
 from sidepath.injection.registry import registry_of
 from sidepath.injection.surgery import activate, remove
 from sidepath.methods.lora import LoRA
-from sidepath.store import saving
+from sidepath.store import contents, saving
 from sidepath.store.adapter import Adapter, inject, load
 from sidepath.store.plan import plan
 from tests.conftest import outputs, randomise, tiny_bert, tiny_gpt2, tiny_llama
@@ -559,3 +561,28 @@ def test_every_error_is_ours(plain: Path) -> None:
     (plain / WEIGHTS).write_bytes(os.urandom(200))
     with pytest.raises(SidepathError):
         load_quietly(tiny_llama(), plain)
+
+
+def test_a_record_that_cannot_be_written_is_not_kept(tmp_path: Path) -> None:
+    """It would make every later save fail too."""
+    adapter = trained(tiny_llama())
+    before = dict(adapter.record)
+    with pytest.raises(StoreError, match="cannot be written as JSON"):
+        adapter.save(tmp_path / "a", record={"loss": float("nan")})
+    assert dict(adapter.record) == before
+    adapter.save(tmp_path / "a", record={"seed": 1})
+    assert adapter.record["seed"] == 1
+
+
+def test_a_folder_that_may_not_be_read_is_an_error_of_ours(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(contents, "read_manifest", refused)
+    with pytest.raises(StoreError, match="Permission denied"):
+        load(tiny_llama(), folder)
+    monkeypatch.setattr(ingredients, "read_header", refused)
+    with pytest.raises(StoreError, match="Permission denied"):
+        combine([folder], folder.with_name("out"))

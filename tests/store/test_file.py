@@ -66,3 +66,10 @@ def test_the_nth_file_operation_fails(there: bool, tmp_path: Path) -> None:
         write(target, b"again")
         assert [path.name for path in place.iterdir()] == ["x.bin"]
         assert target.read_bytes() == b"again"
+
+
+def test_a_file_of_any_name_is_replaced(tmp_path: Path) -> None:
+    for content in (b"old", b"new"):
+        write(tmp_path / "x.before", content)
+    assert (tmp_path / "x.before").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.before"]

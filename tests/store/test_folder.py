@@ -408,3 +408,21 @@ def test_a_disk_that_fails_is_not_taken_for_foreign_files(
         with pytest.raises(WriteFailed, match="Input/output error"):
             write(tmp_path / "a", "new")
     assert state(tmp_path / "a") == "old"
+
+
+def test_a_leftover_that_another_process_clears_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between being opened and being locked: it is nobody's to clear any more."""
+    left = tmp_path / ".x.sidepath-0123abcd.new"
+    left.mkdir()
+    locked = aside.lock
+
+    def cleared(handle: int) -> bool:
+        if left.exists():
+            left.rmdir()
+        return locked(handle)
+
+    monkeypatch.setattr(aside, "lock", cleared)
+    write(tmp_path / "x", "new")
+    assert state(tmp_path / "x") == "new"

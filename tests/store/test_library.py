@@ -199,3 +199,21 @@ def test_a_thousand_adapters_cost_two_files_each(
     assert opened == {"sidepath.json": 1000, WEIGHTS: 1000}
     header = 8 + int.from_bytes((place / "sql" / WEIGHTS).read_bytes()[:8], "little")
     assert read[WEIGHTS] == 1000 * header
+
+
+def test_a_folder_that_may_not_be_read_is_damaged(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the others are listed all the same."""
+    listed = os.listdir
+
+    def refusing(path: Any) -> list[str]:
+        if str(path) == str(place / "legal"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "listdir", refusing)
+    library = Library(place)
+    assert list(library) == ["other", "sql"]
+    assert [one.name for one in library.damaged] == ["legal"]
+    assert "Permission denied" in library.damaged[0].fault

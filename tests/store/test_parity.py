@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sidepath.errors import DataError
+from sidepath.errors import DataError, StoreError
 from sidepath.store.parity import calibration_rows, compare, disturbed
 
 
@@ -70,5 +70,13 @@ def test_texts_are_encoded_by_the_bases_tokenizer(stories: Path) -> None:
     assert len(calibration_rows(stories, 512)) == 6
     (row,) = calibration_rows(stories, 512, ["Once upon a time"])
     assert row
-    with pytest.raises(DataError, match="no tokens"):
-        calibration_rows(stories, 1, ["Once"])
+    for size, texts in ((1, ["Once"]), (512, [])):
+        with pytest.raises(DataError, match="no tokens"):
+            calibration_rows(stories, size, texts)
+
+
+def test_a_tokenizer_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(StoreError, match="tokenizer cannot be loaded"):
+        calibration_rows(tmp_path, 64)

@@ -119,7 +119,7 @@ def test_parts_become_one_update_of_the_matrix(tmp_path: Path) -> None:
 def test_refused_before_anything_is_written(tmp_path: Path) -> None:
     source = saved(tmp_path / "source", manifest=True)
     pair = (torch.zeros(1, 7), torch.zeros(9, 1))
-    with pytest.raises(StoreError, match="over the one it comes from"):
+    with pytest.raises(StoreError, match="one of the folders that are read"):
         write_refactored(source, source, {"linear": pair}, {})
     with pytest.raises(StoreError, match="without any update left"):
         write_refactored(source, tmp_path / "new", {}, {})

@@ -229,3 +229,25 @@ def test_bad_input(tokenizer: Any) -> None:
     sidepath.merge(model, "a")
     with pytest.raises(MergeError):
         forgetting(model, tokenizer)
+
+
+def test_what_cannot_be_measured_is_said(tokenizer: Any) -> None:
+    model = with_lora(llama(), "None")
+    sidepath.activate(model, None)
+    with pytest.raises(UnknownAdapter, match="no adapter is active"):
+        forgetting(model, tokenizer)
+    with pytest.raises(DataError, match="no text can be sampled"):
+        forgetting(model, tokenizer, adapter="None", rows=0)
+    context = model.config.max_position_embeddings
+    long = load_data([{"text": "ab " * context}], tokenizer, max_tokens=2 * context)
+    with pytest.raises(DataError, match="do not fit"):
+        forgetting(model, tokenizer, adapter="None", data=long)
+
+
+def test_the_adapter_named_leaves_its_own_room_in_the_context() -> None:
+    model = small("gpt2")
+    sidepath.inject(model, sidepath.PromptTuning(tokens=6), "a")
+    sidepath.activate(model, None)
+    found = forgetting(model, TOKENS, adapter="a", rows=40, tokens=16)
+    assert found is not None
+    assert found.tokens <= 40 * (16 - 6 - 1)

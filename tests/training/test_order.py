@@ -153,3 +153,7 @@ def test_fewer_rows_than_a_step(capacity: int | None) -> None:
     order = order_of([3, 4, 5], 16, capacity=capacity)
     assert order.start_of(1) == 1
     assert order.passes(3) == 3
+
+
+def test_a_part_of_an_epoch_is_not_rounded_up_for_a_float_s_sake() -> None:
+    assert [order_of([3] * 40, 4).steps_of(epochs) for epochs in (1.1, 1.11, 0.3)] == [11, 12, 3]

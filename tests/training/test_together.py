@@ -174,3 +174,10 @@ def test_joined_rows_keep_their_own(tokenizer: Any, pairs: Any) -> None:
             assert torch.equal(ours[start : start + rows, :width], theirs)
     assert joined.attention_mask_BT is not None
     assert joined.tokens == int(joined.attention_mask_BT.sum())
+
+
+def test_resume_without_a_folder_is_refused(tokenizer: Any, pairs: Any) -> None:
+    model = with_lora(llama(), "a")
+    runs = {"a": (load_data(pairs, tokenizer), TrainConfig(steps=1))}
+    with pytest.raises(TrainError, match="resume needs a folder"):
+        train_together(model, runs, resume=True)

@@ -14,12 +14,11 @@ from sidepath.analyse.spectrum import Factors
 from sidepath.errors import ConfigError, DamagedAdapter, StoreError
 from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
-from sidepath.store.loading import load_tensors
-from sidepath.store.peft_config import read_settings
+from sidepath.store.loading import load_file, load_tensors
+from sidepath.store.loralib_format import FACTORS
 from sidepath.store.peft_format import CONFIG, PAIRS, PREFIX, WEIGHTS
-from sidepath.store.tensors import file_inside, read_header, read_json
-
-_LORALIB = (".lora_A", ".lora_B")
+from sidepath.store.peft_reading import other_ranks, trusted_settings
+from sidepath.store.tensors import TensorInfo, file_inside, read_header
 
 
 def factors_of(place: Path, alpha: float | None = None) -> dict[str, Factors]:
@@ -43,9 +42,10 @@ def factors_of(place: Path, alpha: float | None = None) -> dict[str, Factors]:
         )
     if alpha is not None:
         raise ConfigError("the adapter's settings name its alpha", where=place, found=alpha)
-    scaling_of = _scalings(place)
     path = file_inside(place, WEIGHTS)
-    return updates_in(load_tensors(path, read_header(path)), scaling_of, path)
+    header = read_header(path)
+    scaling_of = _our_scalings(place) if manifests.is_ours(place) else _scalings(place, header)
+    return updates_in(load_tensors(path, header), scaling_of, path)
 
 
 def updates_in(
@@ -68,8 +68,7 @@ def updates_in(
 
 
 def _of_loralib(path: Path, alpha: float | None) -> dict[str, Factors]:
-    tensors = load_tensors(path, read_header(path))
-    pairs = _pairs(tensors, (_LORALIB,), path)
+    pairs = _pairs(load_file(path), (FACTORS,), path)
     if pairs and alpha is None:
         raise ConfigError(
             "the file does not hold the alpha that its updates are scaled by",
@@ -125,8 +124,13 @@ def _checked(found: dict[str, Factors], faults: list[str], path: Path) -> dict[s
 
 
 def _matrices(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A convolution's tensors as the matrices they stand for; one group's A stands for all."""
-    if A.dim() > 2:
+    """A convolution's tensors as the matrices they stand for; one group's A stands for all.
+
+    What is no matrix at all is left as it is: `_misfits` tells.
+    """
+    if min(A.dim(), B.dim()) < 2:
+        return A, B
+    if A.dim() > 2 and B.shape[1]:
         groups = max(1, A.shape[0] // B.shape[1])
         A = A[: A.shape[0] // groups, : A.shape[1] // groups]
     return A.flatten(1), B.flatten(1)
@@ -141,19 +145,18 @@ def _refuse_dora(dora: bool, folder: Path) -> None:
         )
 
 
-def _scalings(folder: Path) -> Callable[[str], float]:
-    if (folder / manifests.NAME).exists():
-        manifest = manifests.trusted_manifest(folder)
-        if not isinstance(manifest.config, LoRA):
-            raise StoreError(f"{manifest.config.method} has no low-rank updates", where=folder)
-        _refuse_dora(manifest.config.dora, folder)
-        return manifest.config.scaling_of
-    try:
-        values: Mapping[str, object] = read_json(file_inside(folder, CONFIG))
-    except ValueError as error:
-        raise DamagedAdapter(f"{CONFIG} is not JSON", where=folder, found=error) from error
-    settings, faults = read_settings(values)
-    if faults:
-        raise DamagedAdapter(f"{CONFIG} has faults", where=folder, faults=faults)
+def _our_scalings(folder: Path) -> Callable[[str], float]:
+    config = manifests.trusted_manifest(folder).config
+    if not isinstance(config, LoRA):
+        raise StoreError(f"{config.method} has no low-rank updates", where=folder)
+    _refuse_dora(config.dora, folder)
+    return config.scaling_of
+
+
+def _scalings(folder: Path, header: Mapping[str, TensorInfo]) -> Callable[[str], float]:
+    """Of a folder of PEFT's."""
+    _, settings = trusted_settings(folder)
     _refuse_dora(settings.dora, folder)
+    if faults := other_ranks(settings, header):
+        raise DamagedAdapter("the factors do not fit the settings", where=folder, faults=faults)
     return settings.scaling_of

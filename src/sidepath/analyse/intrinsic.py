@@ -78,9 +78,8 @@ def intrinsic_dimension(
     `score(d)` trains in a subspace of d dimensions and returns the task's metric; `full` is that
     of full fine-tuning. With `share` 0.9 this is d90 (Li et al. 2018, section 2; Aghajanyan et al.
     2020, section 3): like theirs an upper bound, since training is not perfect and scores are
-    taken to grow with d. Of n dimensions at most 1 + ceil(log2 n) are tried, the largest first:
-    where that one falls short, nothing else is tried and `d` is None. A score that is not finite
-    reaches nothing.
+    taken to grow with d. Of n dimensions at most 1 + ceil(log2 n) are tried, the largest first: if
+    that falls short, nothing else is tried and `d` is None. No score that is not finite reaches it.
 
     Errors: `ConfigError` for no dimensions, one below 1, a share outside (0, 1], or a full score
     that is not a positive number (a share of it would mean nothing).

@@ -33,12 +33,12 @@ def similarity(first: Factors, second: Factors, side: str = "input") -> list[lis
     return shared(_directions(first, side), _directions(second, side))
 
 
-def of_updates(first: Factors, second: Factors, side: str = "input") -> list[list[float]]:
-    """`similarity` of the singular vectors of the updates ΔW themselves, not of A or B alone."""
+def of_updates(first: Factors, second: Factors) -> tuple[list[list[float]], list[list[float]]]:
+    """`similarity` of the singular vectors of the updates ΔW themselves, not of A or B alone: of
+    the inputs, and of the outputs.
+    """
     one, other = decompose(first), decompose(second)
-    if side == "input":
-        return shared(one.V_KI, other.V_KI)
-    return shared(one.U_OK.T, other.U_OK.T)
+    return shared(one.V_KI, other.V_KI), shared(one.U_OK.T, other.U_OK.T)
 
 
 def grids(first: Factors, second: Factors) -> dict[str, list[list[float]]]:
@@ -51,8 +51,7 @@ def grids(first: Factors, second: Factors) -> dict[str, list[list[float]]]:
     found = {"A": similarity(first, second, "input")}
     if first.B_Or.any() and second.B_Or.any():
         found["B"] = similarity(first, second, "output")
-        found["inputs"] = of_updates(first, second, "input")
-        found["outputs"] = of_updates(first, second, "output")
+        found["inputs"], found["outputs"] = of_updates(first, second)
     else:
         found |= {"B": [], "inputs": [], "outputs": []}
     found["random"] = similarity(random_like(first, 0), random_like(second, 1), "input")

@@ -7,10 +7,10 @@ from typing import Any
 
 from sidepath.errors import DamagedAdapter
 from sidepath.store.loading import load_tensors
-from sidepath.store.new_tokens import read_tokens, there
-from sidepath.store.peft_config import read_settings
+from sidepath.store.new_tokens import read_tokens
 from sidepath.store.peft_format import CONFIG, PREFIX, TOKENS, WEIGHTS
-from sidepath.store.tensors import file_inside, read_header, read_json
+from sidepath.store.peft_reading import trusted_settings
+from sidepath.store.tensors import file_inside, read_header, there
 
 
 def rows_of_tokens(folder: Path) -> list[dict[str, Any]]:
@@ -23,11 +23,7 @@ def rows_of_tokens(folder: Path) -> list[dict[str, Any]]:
         return []
     path = file_inside(folder, WEIGHTS)
     header = {key: one for key, one in read_header(path).items() if key.endswith(TOKENS)}
-    try:
-        settings, _ = read_settings(read_json(file_inside(folder, CONFIG)))
-    except ValueError as error:
-        raise DamagedAdapter(f"{CONFIG} is not JSON", where=folder, found=error) from error
-    ids = settings.token_rows
+    ids = trusted_settings(folder)[1].token_rows
     named, faults = read_tokens(folder, ids, ours=False)
     faults += [
         f"{key}: shape {list(one.shape)}, for {len(ids)} tokens"

@@ -146,7 +146,7 @@ def labels_of(adapter: str | Path | None) -> tuple[str, ...] | None:
     if adapter is None:
         return None
     folder = adapter_place(str(adapter))
-    if not (folder / manifests.NAME).exists():
+    if not manifests.is_ours(folder):
         return None
     labels = manifests.trusted_manifest(folder).labels
     return tuple(labels) if labels else None

@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from sidepath.errors import ConfigError, StoreError
-from sidepath.store.configs import config_of, quiet, skeleton, understood
+from sidepath.store.configs import (
+    config_of,
+    labelled,
+    quiet,
+    skeleton,
+    tokenizer_in,
+    understood,
+)
 from sidepath.store.hub import ADAPTER, BASE, CONFIG, GRAMMAR, is_hub, local
 from sidepath.store.new_tokens import extend, tokens_at
 
@@ -69,12 +76,7 @@ def adapter_place(given: str) -> Path:
 
 def load_tokenizer(folder: Path) -> Any:
     """The base's tokenizer, with a padding token when the folder names none."""
-    from transformers import AutoTokenizer
-
-    with understood(folder, "the base's tokenizer cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+    tokenizer = tokenizer_in(folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -136,25 +138,22 @@ def load_classifier(
 
     Those are drawn from torch's random state and have to be trained whole.
     """
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification as Classifier
 
-    from sidepath.injection.quantising import HEAD_PARTS
-
-    names = dict(enumerate(labels))
-    options = {
-        "num_labels": len(labels),
-        "id2label": names,
-        "label2id": {label: number for number, label in names.items()},
-    }
     model: Any
-    model, fresh = _load(
-        AutoModelForSequenceClassification, folder, dtype, device, options, quantise
-    )
+    model, fresh = _load(Classifier, folder, dtype, device, labelled(labels), quantise)
     text_config: Any = model.config.get_text_config()
     if text_config.pad_token_id is None:
         # A classifier reads the last token that is no padding, so it has to know which is.
         text_config.pad_token_id = pad_id
-    body = str(model.base_model_prefix)
+    _require_body(fresh, folder, str(model.base_model_prefix))
+    return model, tuple(dict.fromkeys(name.rpartition(".")[0] for name in fresh))
+
+
+def _require_body(fresh: Sequence[str], folder: Path, body: str) -> None:
+    """Raise `StoreError` where parameters that no checkpoint filled are others than a head's."""
+    from sidepath.injection.quantising import HEAD_PARTS
+
     foreign = [
         name
         for name in fresh
@@ -164,7 +163,6 @@ def load_classifier(
         raise StoreError(
             "the base's checkpoint lacks weights of its body", where=folder, faults=foreign
         )
-    return model, tuple(dict.fromkeys(name.rpartition(".")[0] for name in fresh))
 
 
 def context_tokens(folder: Path) -> int | None:

@@ -18,18 +18,13 @@ from sidepath.store.configs import model_without_weights
 from sidepath.store.fingerprint import fingerprint, same_base
 from sidepath.store.stored import Checkpoint
 
-TRANSPOSED = ("conv1d_transposed", "embedding")
-"""Kinds of modules that store their matrix with inputs first."""
-
 
 def require_base(adapter: Path, folder: Path) -> None:
     """Raise `WrongBase` unless the base in `folder` is the one the adapter's manifest names."""
-    if not (adapter / manifests.NAME).exists():
+    if not manifests.is_ours(adapter):
         note(f"note: {adapter}: no {manifests.NAME}: its base could not be verified")
         return
-    manifest, _ = manifests.read_manifest(adapter)
-    assert manifest is not None, "factors_of has read it"
-    faults = same_base(manifest.base, fingerprint(folder))
+    faults = same_base(manifests.trusted_manifest(adapter).base, fingerprint(folder))
     if faults:
         raise WrongBase("the adapter was made for another base", where=folder, faults=faults)
 
@@ -44,16 +39,16 @@ def held_against(folder: Path, found: Mapping[str, Factors], widest: int) -> lis
 
     Errors: `DamagedAdapter` where an update has not the size of its weight.
     """
-    kinds = {
-        path: view.kind
+    views = {
+        path: view
         for path, module in modules_of(model_without_weights(folder, "auto"))
         if (view := view_of(module)) is not None
     }
     rows: dict[str, dict[str, Any]] = {}
     left, faults = 0, []
     with progress("layers") as advance:
-        for name, weight in _weights(folder, found):
-            matrix = weight.T if kinds.get(name) in TRANSPOSED else weight.flatten(1)
+        for number, (name, weight) in enumerate(_weights(folder, found), 1):
+            matrix = views[name].as_matrix(weight) if name in views else weight.flatten(1)
             if tuple(matrix.shape) != found[name].shape:
                 shape, update = list(matrix.shape), list(found[name].shape)
                 faults.append(f"{name}: the update is {update}, the weight {shape}")
@@ -61,7 +56,7 @@ def held_against(folder: Path, found: Mapping[str, Factors], widest: int) -> lis
                 left += 1
             else:
                 rows[name] = {"name": name, **against(matrix, found[name]).as_dict()}
-            advance(len(rows) + left, len(found), name)
+            advance(number, len(found), name)
     if faults:
         raise DamagedAdapter("the adapter does not fit the base", where=folder, faults=faults)
     if left:

@@ -21,6 +21,7 @@ from sidepath.errors import ConfigError, StoreError
 from sidepath.injection.surgery import remove
 from sidepath.store.adapter import load
 from sidepath.store.refactored import write_refactored
+from sidepath.store.saving import replaceable
 from sidepath.training.metrics import LOWER_IS_BETTER
 
 NAME = "inspected"
@@ -35,7 +36,7 @@ def truncated(
     assert run.output is not None
     _require_folder(place)
     output = Path(run.output)
-    require_output(output, overwrite=run.overwrite)
+    require_output(output, overwrite=run.overwrite, ours=replaceable)
     cut = _cut(found, _keep(run.truncate), list(found))
     measure = None if run.data is None else _measure(place, run)
     before = None if measure is None else measure(place)
@@ -73,7 +74,7 @@ def advised(
     """
     _require_folder(place)
     if run.output is not None:
-        require_output(Path(run.output), overwrite=run.overwrite)
+        require_output(Path(run.output), overwrite=run.overwrite, ours=replaceable)
     measure = _measure(place, run)
     r = max(len(factors.A_RI) for factors in found.values())
     kinds = list(energy_of_kinds(found))

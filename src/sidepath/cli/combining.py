@@ -13,6 +13,7 @@ from sidepath.cli.output import Report, Table, note, progress
 from sidepath.cli.surface import Call
 from sidepath.combining.combine import combine as combine_adapters
 from sidepath.combining.extract import extract as extract_adapter
+from sidepath.store.saving import replaceable
 
 _COLUMNS = ("layer", "r", "norm", "error")
 
@@ -21,7 +22,7 @@ def combine(call: Call) -> Report:
     """One adapter made of several, and the error of each layer."""
     run = call.settings.build("combine", CombineRun)
     *adapters, output = call.places
-    require_output(Path(output), overwrite=run.overwrite)
+    require_output(Path(output), overwrite=run.overwrite, ours=replaceable)
     found = combine_adapters(
         adapters,
         output,
@@ -45,7 +46,7 @@ def extract(call: Call) -> Report:
     """An adapter made of two checkpoints, the error of each layer, and what else differs."""
     run = call.settings.build("extract", ExtractRun)
     base, tuned, output = call.places
-    require_output(Path(output), overwrite=run.overwrite)
+    require_output(Path(output), overwrite=run.overwrite, ours=replaceable)
     with progress("layers") as advance:
         found = extract_adapter(
             base_folder(base),

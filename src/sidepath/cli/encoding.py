@@ -9,8 +9,8 @@ from sidepath.cli.bases import load_classifier, load_encoder, load_tokenizer
 from sidepath.cli.gating import renewed_on_hangup, terms_of, web_server
 from sidepath.cli.launch import stopped_by_sigterm
 from sidepath.cli.output import Report, Table, note
-from sidepath.cli.serve_run import ServeRun
-from sidepath.cli.serving import HOST, listening, load_all
+from sidepath.cli.serve_run import HOST, ServeRun
+from sidepath.cli.serving import listening, load_all
 from sidepath.errors import ConfigError
 from sidepath.serve.encoder_http import application
 from sidepath.serve.encoders import Encoder
@@ -65,13 +65,16 @@ def _encoder(run: ServeRun, folder: Path, found: Found) -> Encoder:
     labels = next((labels for place in places if (labels := labels_of(place))), None)
     if not own and labels is None:
         model = load_encoder(folder, *options)
-        return Encoder(model, tokenizer, pooling_of(folder), memory=memory)
+        pooling = pooling_of(folder)
+        return Encoder(model, tokenizer, pooling, memory=memory, laid_out=run.laid_out)
     if own:
         names = config_of(folder).id2label
         labels = tuple(str(names[number]) for number in sorted(names))
     assert labels is not None
     classifier, fresh = load_classifier(folder, labels, tokenizer.pad_token_id, *options)
-    return Encoder(classifier, tokenizer, None, memory=memory, alone=not fresh)
+    return Encoder(
+        classifier, tokenizer, None, memory=memory, alone=not fresh, laid_out=run.laid_out
+    )
 
 
 def _architectures(folder: Path) -> list[str]:

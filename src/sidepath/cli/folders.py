@@ -8,16 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sidepath.errors import StoreError, WriteFailed
-from sidepath.store.folder import lists_all_files, names_in
+from sidepath.store.folder import names_in
 from sidepath.store.hub import refuse_hub
 
 
-def require_output(
-    output: Path, *, overwrite: bool, ours: Callable[[Path], bool] = lists_all_files
-) -> None:
+def require_output(output: Path, *, overwrite: bool, ours: Callable[[Path], bool]) -> None:
     """Raise unless a folder can be published as `output`; nothing is left on disk.
 
-    `ours` tells whether a folder that is there is an earlier result.
+    `ours` tells whether a folder that is there may be replaced: what will publish asks the same.
 
     Errors: `StoreError` for a file, for a folder of someone else's, and for one of ours without
     `overwrite`; `WriteFailed` when nothing can be written there.
@@ -61,7 +59,7 @@ def _require_writable(above: Path, output: Path) -> None:
 def _require_ours(output: Path, overwrite: bool, ours: Callable[[Path], bool]) -> None:
     if not ours(output):
         raise StoreError(
-            "the output folder holds files that no earlier command of ours wrote",
+            "the output folder holds files that no earlier command of this kind wrote",
             where=output,
             found=names_in(output),
             hint="choose another folder",

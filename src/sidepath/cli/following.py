@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from sidepath.cli.launch import stopped_by_sigterm
 from sidepath.cli.output import note, progress
 from sidepath.errors import Interrupted, StoreError
+from sidepath.store.aside import discard
 from sidepath.store.folder import lists_all_files
 from sidepath.training.loop import Training
 from sidepath.training.measured import Peak, watched
@@ -117,6 +117,6 @@ def drop_checkpoints(output: Path) -> None:
     folder = checkpoints_of(output)
     for path in folder.glob("*"):
         if path.is_dir() and lists_all_files(path):
-            shutil.rmtree(path)
+            discard(path)
     with contextlib.suppress(OSError):
         folder.rmdir()

@@ -19,6 +19,7 @@ from sidepath.cli.origins import audit_of, origins
 from sidepath.cli.output import Report, Table, cell, finite, note
 from sidepath.cli.surface import Call
 from sidepath.errors import ConfigError, StoreError
+from sidepath.store.file import publish_file
 from sidepath.store.hub import name_of
 
 LARGEST_SHOWN = 4
@@ -40,7 +41,8 @@ def inspect(call: Call) -> Report:
     if run.html is None:
         return result
     page = report(finite(result.document), audit_of(result.document))
-    Path(run.html).write_text(page, encoding="utf-8")
+    with publish_file(run.html, overwrite=True) as file:
+        file.write_text(page, encoding="utf-8")
     return Report({**result.document, "html": run.html}, [*result.parts, f"report in {run.html}"])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,13 @@ from typing import Any
 from sidepath.data.audit import told
 from sidepath.errors import ConfigError, DamagedAdapter, StoreError
 from sidepath.store import manifest as manifests
-from sidepath.store.adapter import PARITY
 from sidepath.store.folder import sha256_file
 from sidepath.store.manifest import Manifest
+from sidepath.store.parity import PARITY, read_parity
 from sidepath.store.peft_format import WEIGHTS
-from sidepath.store.tensors import file_inside, read_json
+from sidepath.store.tensors import file_inside
 from sidepath.training import history as histories
 
-_MEASURES = ("max_abs", "mean_abs", "top1", "kl")
-_MORE = ("tolerance", "mean_tolerance", "effect", "positions")
 _MADE_SMALLER = ("truncated", "advised")
 """What the record says of an adapter that `inspect` wrote: its file is no longer the planned."""
 
@@ -32,9 +29,8 @@ def origins(place: Path, merged: str | None = None) -> dict[str, Any]:
     or a merged folder that this adapter is not in.
     """
     found: dict[str, Any] = {"record": {}}
-    if (place / manifests.NAME).exists():
-        manifest, _ = manifests.read_manifest(place)
-        assert manifest is not None, "factors_of has read it"
+    if manifests.is_ours(place):
+        manifest = manifests.trusted_manifest(place)
         found["record"] = manifest.record
         if histories.FILE in manifest.files:
             path = file_inside(place, histories.FILE)
@@ -91,22 +87,11 @@ def _parity(folder: Path, place: Path) -> dict[str, Any]:
     """What the merged folder says of its parity, if this adapter is in it."""
     if not (folder / PARITY).is_file():
         raise StoreError("the folder was not made by sidepath merge", where=folder, expected=PARITY)
-    try:
-        values = read_json(file_inside(folder, PARITY))
-        digests = {entry["digest"] for entry in values["adapters"]}
-        skipped = values.get("skipped") is True
-        found = {} if skipped else {name: values[name] for name in _MEASURES}
-        found |= {name: values[name] for name in _MORE if name in values}
-        if not all(type(one) in (int, float) and math.isfinite(one) for one in found.values()):
-            raise ValueError("a measure is no finite number")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedAdapter(
-            "the merged folder's record is malformed", where=folder / PARITY, found=repr(error)
-        ) from error
-    if not place.is_dir() or sha256_file(place / WEIGHTS) not in digests:
+    merged, measured = read_parity(file_inside(folder, PARITY))
+    if not place.is_dir() or sha256_file(place / WEIGHTS) not in merged:
         raise ConfigError(
             "--merged: this adapter is not in that folder",
             where=folder,
-            found=", ".join(str(entry["name"]) for entry in values["adapters"]),
+            found=", ".join(merged.values()),
         )
-    return {"folder": folder.name, **({"skipped": True} if skipped else {}), **found}
+    return {"folder": folder.name, **({"skipped": True} if measured is None else vars(measured))}

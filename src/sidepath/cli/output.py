@@ -160,7 +160,7 @@ def _lines(what: str) -> Advance:
         if done != total and now - last < SECONDS_BETWEEN_LINES:
             return
         last = now
-        left = f"{(now - began) / done * (total - done):.0f} s left" if done < total else ""
+        left = f"{(now - began) / done * (total - done):.0f} s left" if 0 < done < total else ""
         note(", ".join(part for part in (f"{what} {done}/{total}", facts, left) if part))
 
     return advance

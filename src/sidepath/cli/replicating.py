@@ -14,8 +14,8 @@ from sidepath.cli.encoding import encodes
 from sidepath.cli.gating import renewed_on_hangup, terms_of, web_server
 from sidepath.cli.launch import stopped_by_sigterm
 from sidepath.cli.output import Report, Table, note
-from sidepath.cli.serve_run import ServeRun
-from sidepath.cli.serving import HOST, engine_for, listening
+from sidepath.cli.serve_run import HOST, ServeRun
+from sidepath.cli.serving import engine_for, listening
 from sidepath.errors import ConfigError, MissingExtra
 from sidepath.serve.http import chats
 from sidepath.serve.ingress import ingress

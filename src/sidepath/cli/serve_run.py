@@ -11,6 +11,9 @@ from typing import Literal
 from sidepath.cli.runs import BaseRun
 from sidepath.config import require
 
+HOST = "127.0.0.1"
+"""The one interface that is listened on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GateRun(BaseRun):
@@ -109,6 +112,9 @@ class ServeRun(GateRun):
 
     prefixes: int = 16
     """Rows of ended requests that are kept, for those that begin alike; 0: none."""
+    laid_out: bool = True
+    """Keep the linear layers of a base on the CPU a second time, laid out in blocks, which multiply
+    few rows in half to two thirds of the time."""
     merge: str | None = None
     """Serve this adapter alone, merged into the base, at the base's own speed."""
     replicas: int | None = None

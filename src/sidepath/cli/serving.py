@@ -10,17 +10,15 @@ from sidepath.cli.bases import base_folder, load_causal, load_tokenizer
 from sidepath.cli.gating import new_key, refuse_gate, renewed_on_hangup, terms_of, web_server
 from sidepath.cli.launch import stopped_by_sigterm
 from sidepath.cli.output import Report, Table, note
-from sidepath.cli.serve_run import ServeRun
+from sidepath.cli.serve_run import HOST, ServeRun
 from sidepath.cli.surface import Call
 from sidepath.cli.vllm_command import vllm_command
 from sidepath.errors import ConfigError, MissingExtra, SidepathError, StoreError, in_one_line
-from sidepath.store.hub import ADAPTER, is_hub, local, parse_place
+from sidepath.store.hub import ADAPTER, is_hub, local, name_of, parse_place
 
 if TYPE_CHECKING:
     from sidepath.serve.adapters import Adapters
     from sidepath.serve.engine import Engine
-
-HOST = "127.0.0.1"
 
 
 def serve(call: Call) -> Report:
@@ -31,13 +29,12 @@ def serve(call: Call) -> Report:
     if run.new_key is not None:
         return new_key(run)
     folder = base_folder(run.base)
-    base = run.name if run.name is not None else folder.resolve().name
+    base = run.name if run.name is not None else name_of(folder)
     found = folders_in(run.adapters, base)
     if run.engine == "vllm":
         refuse_gate(run)
-        return vllm_command(
-            run, base, folder, {n: local(each, ADAPTER) for n, each in found.items()}
-        )
+        places = {name: local(place, ADAPTER) for name, place in found.items()}
+        return vllm_command(run, base, folder, places)
     _require_web_server()
     from sidepath.cli.encoding import encodes, serve_encoder
 
@@ -47,6 +44,11 @@ def serve(call: Call) -> Report:
         return serve_replicas(run, folder, base, found)
     if encodes(folder):
         return serve_encoder(run, folder, base, found)
+    return _serve_engine(run, folder, base, found)
+
+
+def _serve_engine(run: ServeRun, folder: Path, base: str, found: dict[str, str | Path]) -> Report:
+    """Serve a language model until SIGTERM or Ctrl-C."""
     from sidepath.serve.http import application
 
     terms = terms_of(run)
@@ -96,7 +98,9 @@ def engine_for(run: ServeRun, folder: Path, found: dict[str, str | Path]) -> Eng
     model = load_causal(folder, run.dtype, run.device, run.quantise)
     memory = Memory(run.adapter_memory, run.host_memory)
     merged = run.merge is not None
-    engine = Engine(model, load_tokenizer(folder), limits, memory, merged=merged)
+    engine = Engine(
+        model, load_tokenizer(folder), limits, memory, merged=merged, laid_out=run.laid_out
+    )
     load_all(engine.adapters, found, run.allow_other_base)
     if run.merge is not None:
         engine.adapters.dedicate(run.merge)
@@ -126,22 +130,17 @@ def listening(port: int) -> socket.socket:
 def folders_in(given: str | None, base: str) -> dict[str, str | Path]:
     """The adapters' folders, or one's name on the hub, by the names they are served under.
 
-    Errors: `StoreError` for a folder without any; `ConfigError` for one that is called as the base.
+    Hidden folders are left out: a save in progress is one.
+
+    Errors: `StoreError` for a folder without any, and for two of one name; `ConfigError` for one
+    that is called as the base.
     """
     if given is None:
         return {}
     if is_hub(given):
         return {parse_place(given).name.partition("/")[2]: given}
     root = Path(given)
-    if not root.is_dir():
-        raise StoreError("no such folder of adapters", where=root)
-    places = [root] if _is_adapter(root) else sorted(place for place in root.iterdir())
-    found: dict[str, str | Path] = {
-        place.resolve().name: place for place in places if _is_adapter(place)
-    }
-    for place in places:
-        if place.is_dir() and not _is_adapter(place):
-            note(f"note: {place} is passed over: it has no adapter_config.json")
+    found = _adapters_in(root)
     if not found:
         raise StoreError(
             "the folder holds no adapter",
@@ -154,6 +153,24 @@ def folders_in(given: str | None, base: str) -> dict[str, str | Path]:
             where=found[base],
             hint="give the base another name with --name",
         )
+    return found
+
+
+def _adapters_in(root: Path) -> dict[str, str | Path]:
+    """The adapters' folders in one, or that one itself, by name; what is passed over is told."""
+    if not root.is_dir():
+        raise StoreError("no such folder of adapters", where=root)
+    visible = (place for place in root.iterdir() if not place.name.startswith("."))
+    found: dict[str, str | Path] = {}
+    faults = []
+    for place in [root] if _is_adapter(root) else sorted(visible):
+        if _is_adapter(place):
+            first = found.setdefault(name_of(place), place)
+            faults += [] if first is place else [f"{first} and {place}: {name_of(place)}"]
+        elif place.is_dir():
+            note(f"note: {place} is passed over: it has no adapter_config.json")
+    if faults:
+        raise StoreError("links lead to adapters of one name", where=root, faults=faults)
     return found
 
 

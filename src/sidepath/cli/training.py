@@ -34,6 +34,7 @@ from sidepath.methods.base import Method
 from sidepath.store.adapter import Adapter, inject
 from sidepath.store.new_tokens import add_tokens, with_rows
 from sidepath.store.plan import Plan, plan, readable
+from sidepath.store.saving import replaceable
 from sidepath.training.evaluate import CAUSAL, GENERATED, evaluate
 from sidepath.training.feed import largest_batch
 from sidepath.training.forgetting import Forgetting, forgetting
@@ -95,7 +96,7 @@ def _ready(run: TrainRun, output: Path) -> bool:
     check_name(None, output.name)
     resume = run.resume or restarted()
     if not run.dry_run:
-        require_output(output, overwrite=run.overwrite)
+        require_output(output, overwrite=run.overwrite, ours=replaceable)
         if not resume:
             require_no_leftovers(output)
     return resume

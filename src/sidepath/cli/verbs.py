@@ -41,12 +41,12 @@ def merge(call: Call) -> Report:
     from sidepath.cli.bases import base_folder
     from sidepath.cli.calibration import calibration_of
     from sidepath.cli.folders import require_output
-    from sidepath.merging.merge import merge_folder
+    from sidepath.merging.merge import merge_folder, replaceable
     from sidepath.store.configs import quiet
 
     run = call.settings.build("merge", MergeRun)
     base, *adapters, output = call.places
-    require_output(Path(output), overwrite=run.overwrite)
+    require_output(Path(output), overwrite=run.overwrite, ours=replaceable)
     calibration = None if run.data is None else calibration_of(run.data)
     quiet()
     note(f"merging {', '.join(adapters)} into a copy of {base}")

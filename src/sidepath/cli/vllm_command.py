@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sidepath.cli.bases import config_place
 from sidepath.cli.output import Report, Table
-from sidepath.cli.serve_run import ServeRun
+from sidepath.cli.serve_run import HOST, ServeRun
 from sidepath.convert.formats import read
 from sidepath.convert.portable import Base, Options
 from sidepath.convert.vllm import Verdict, judged
@@ -19,7 +19,6 @@ from sidepath.errors import ConfigError, SidepathError, StoreError, in_one_line
 from sidepath.store.configs import model_without_weights, quiet
 from sidepath.store.fingerprint import fingerprint, same_base
 
-HOST = "127.0.0.1"
 _QUANTISED = {"none": (), "nf4": ("--quantization", "bitsandbytes")}
 
 

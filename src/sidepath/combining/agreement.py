@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from sidepath.combining.ingredients import Ingredient, Weights
 from sidepath.combining.recipe import Combination
-from sidepath.errors import ConfigError, StoreError, WrongBase, nearest
+from sidepath.errors import ConfigError, WrongBase, nearest
 from sidepath.methods.lora import name_matches
-from sidepath.store.fingerprint import Fingerprint, fingerprint, same_base
+from sidepath.store.fingerprint import fingerprint, same_base
 from sidepath.store.manifest import Manifest
 from sidepath.store.refactored import keys_at
-
-
-def refuse_places(folders: Sequence[Path], output: Path) -> None:
-    """Raise unless there are adapters, and the output is none of them, nor inside of one."""
-    if not folders:
-        raise ConfigError("no adapter to combine")
-    target = Path(os.path.realpath(output))
-    read = {Path(os.path.realpath(folder)) for folder in folders}
-    if read & {target, *target.parents}:
-        raise StoreError(
-            "the output is one of the folders that are read", where=output, hint="choose another"
-        )
 
 
 def weights_of(recipe: Combination, adapters: Sequence[Ingredient]) -> Weights:
@@ -104,14 +91,9 @@ def _differing(
     one: Ingredient, manifest: Manifest, other: Ingredient, theirs: Manifest
 ) -> list[str]:
     """Why two manifests are not of one base; what either trains whole is not looked at."""
-    outside = tuple(f"{path}." for path in (*one.whole, *other.whole))
-    first, second = (_without(each.base, outside) for each in (manifest, theirs))
+    outside = [*one.whole, *other.whole]
+    first, second = (each.base.without(outside) for each in (manifest, theirs))
     return same_base(first, second) or same_base(second, first)
-
-
-def _without(base: Fingerprint, outside: tuple[str, ...]) -> Fingerprint:
-    kept = {name: s for name, s in base.samples.items() if not name.startswith(outside)}
-    return Fingerprint(kept)
 
 
 def faults_of(adapters: Sequence[Ingredient]) -> list[str]:

@@ -13,13 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from sidepath.analyse import spectrum
-from sidepath.combining.agreement import (
-    faults_of,
-    is_itself,
-    refuse_places,
-    require_one_base,
-    weights_of,
-)
+from sidepath.combining.agreement import faults_of, is_itself, require_one_base, weights_of
 from sidepath.combining.ingredients import Ingredient, Weights, read_all
 from sidepath.combining.layers import Layer, combined
 from sidepath.combining.others import biases_of_base, combined_others
@@ -27,6 +21,7 @@ from sidepath.combining.recipe import Combination
 from sidepath.combining.result import Result, biases_missing
 from sidepath.config import as_dict, field_types
 from sidepath.errors import StoreError
+from sidepath.store.folder import refuse_within
 from sidepath.store.saving import merged_record, publish_adapter, saved_beside
 from sidepath.store.stored import Checkpoint
 
@@ -74,17 +69,15 @@ def combine(
 ) -> Combined:
     """Write `output`: one adapter, `ΔW = Σ w_i ΔW_i` in each layer, or what the recipe says.
 
-    `adapters` are folders of low-rank adapters of one base, ours or PEFT's; none is changed, and no
-    base is built. Each update counts as `w_i s_i B_i A_i`, whatever its alpha, rank or scaling; a
-    layer that one adapter alone has stays. `concatenate` is exact but for one rounding of B (no
-    rounding where the scalings agree); every other kind tells its error a layer. One adapter at
-    weight 1 whose ranks are not cut is itself, to the bit, for every kind.
+    `adapters`: folders of low-rank adapters of one base, ours or PEFT's; no base is built. Updates
+    count as `w_i s_i B_i A_i`, whatever their alpha, rank or scaling; a layer that only one of them
+    has stays. `concatenate` is exact but for one rounding of B (none where the scalings agree);
+    every other kind tells its error a layer. One adapter at weight 1, uncut, is itself to the bit.
 
-    Biases and modules trained whole are held in full: their sum of changes is known without the
-    base where the weights sum to 1, else with `base`, its folder, from which only they are read.
-    DoRA's updates have no sum: such an adapter is combined alone and uncut. The folder has a
-    manifest with the parents' names, digests and weights (and `record`), unless all adapters are
-    plain folders of PEFT's and there is no `base`.
+    Biases and modules trained whole need `base`, its folder, unless their weights sum to 1; only
+    they are read from it. DoRA's updates have no sum: such an adapter is combined alone and uncut.
+    The folder has a manifest with the parents' names, digests and weights (and `record`), unless
+    all adapters are plain folders of PEFT's and there is no `base`.
 
     Errors: `WrongBase` for different bases (`allow_other_base` combines all the same),
     `StoreError` with all reasons why the adapters do not go together, `ConfigError` for weights
@@ -92,7 +85,7 @@ def combine(
     """
     recipe = recipe or Combination()
     folders, target = [Path(folder) for folder in adapters], Path(output)
-    refuse_places(folders, target)
+    refuse_within(folders, target)
     found = read_all(folders)
     weights = weights_of(recipe, found)
     origin = None if base is None else Path(base)
@@ -102,11 +95,7 @@ def combine(
     if is_itself(found, weights, recipe, origin):
         layers = _copied(found[0], target, told)
     else:
-        result = _result(found, weights, recipe, origin)
-        layers = _rows(result.layers)
-        tensors = result.tensors()
-        manifest = result.manifest(origin, merged_record({}, None, told))
-        publish_adapter(target, tensors, result.settings(tensors), manifest, {})
+        layers = _published(_result(found, weights, recipe, origin), target, origin, told)
     return Combined(target, recipe.kind, parents, layers, notes)
 
 
@@ -120,7 +109,9 @@ def _result(
     if not faults:  # sizes agree
         others, faults = combined_others(adapters, weights, recipe, stored)
     copies = [key for one in adapters for key in one.copies if _changed(key, adapters)]
-    faults += [f"{key}: the base's, and not the same in all adapters" for key in set(copies)]
+    faults += [
+        f"{key}: the base's, and not the same in all adapters" for key in dict.fromkeys(copies)
+    ]
     if not faults:
         layers = _layers(adapters, weights, recipe)
         result = Result(adapters, layers, others)
@@ -167,10 +158,16 @@ def _said(recipe: Combination) -> dict[str, Any]:
     return {name: values[name] for name in field_types(Combination) if values[name]}
 
 
-def _rows(layers: Mapping[str, Layer]) -> list[dict[str, Any]]:
+def _published(
+    result: Result, target: Path, base: Path | None, told: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Write what was combined; returns its layers."""
+    tensors = result.tensors()
+    manifest = result.manifest(base, merged_record({}, None, told))
+    publish_adapter(target, tensors, result.settings(tensors), manifest, {})
     return [
         {"name": path, "r": layer.factors.r, "error": layer.error, "norm": layer.norm}
-        for path, layer in layers.items()
+        for path, layer in result.layers.items()
     ]
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from sidepath.analyse import Keep, Truncated
-from sidepath.combining.agreement import refuse_places
 from sidepath.combining.checkpoints import Change, Pair
 from sidepath.combining.dense import nearest
 from sidepath.combining.recipe import Extraction
@@ -27,12 +26,14 @@ from sidepath.injection.architecture import modules_of
 from sidepath.injection.targets import resolve
 from sidepath.kernels.hashed import seed_of
 from sidepath.methods.base import Site
-from sidepath.methods.lora import LoRA, by_path
+from sidepath.methods.lora import LoRA
 from sidepath.store.configs import model_without_weights
 from sidepath.store.fingerprint import fingerprint
-from sidepath.store.peft_config import commonest, write_settings
-from sidepath.store.peft_format import Slot, base_state, slots_of
-from sidepath.store.refactored import formed
+from sidepath.store.folder import refuse_within
+from sidepath.store.hub import origin_of
+from sidepath.store.peft_format import Slot, base_state, by_place, slots_of
+from sidepath.store.peft_writing import write_settings
+from sidepath.store.refactored import formed, scaled_already
 from sidepath.store.saving import merged_record, publish_adapter
 
 Progress = Callable[[int, int, str], None]
@@ -91,19 +92,13 @@ def extract(
     `WriteFailed`.
     """
     folders, target = [Path(base), Path(tuned)], Path(output)
-    refuse_places(folders, target)
+    refuse_within(folders, target)
     model = model_without_weights(folders[1], "auto")
     sites = resolve(model, LoRA(targets=how.targets, exclude=how.exclude))
     pair = Pair(model, *folders)
     modules = dict(modules_of(model))
     _refuse_sites(sites, modules, pair)
     updates = _updates(sites, modules, pair, how, progress)
-    if not updates:
-        raise StoreError(
-            "the checkpoints do not differ in any target",
-            where=folders[1],
-            found=", ".join(how.targets),
-        )
     changes = _changes(pair, sites)
     places = {one.name: _place_of(one, updates, modules) for one in changes if how.whole}
     unchanged = [site.path for site in sites if site.path not in updates]
@@ -121,7 +116,7 @@ def _changes(pair: Pair, sites: Sequence[Site]) -> list[Change]:
 
 
 def _record(how: Extraction, tuned: Path) -> dict[str, Any]:
-    origin = {"name": tuned.resolve().name, "fingerprint": fingerprint(tuned).id}
+    origin = {**origin_of(tuned), "fingerprint": fingerprint(tuned).id}
     values = as_dict(how)
     said = {name: values[name] for name in field_types(Extraction) if values[name]}
     return {"extracted": {**said, "tuned": origin}}
@@ -135,11 +130,11 @@ def _publish(
     pair: Pair,
     told: Mapping[str, Any],
 ) -> None:
-    base = pair.base.folder
     sites = _sites(config, updates, dict(modules_of(model)))
     tensors = _tensors(model, config, sites, updates, pair)
-    settings = write_settings(model, config, {site.path: site for site in sites}, str(base))
-    manifest = described(base, config, sites, merged_record({}, None, told), model)
+    manifest = described(pair.base.folder, config, sites, merged_record({}, None, told), model)
+    by_path = {site.path: site for site in sites}
+    settings = write_settings(model, config, by_path, manifest.base_name, manifest.base_revision)
     publish_adapter(target, tensors, settings, manifest, {})
 
 
@@ -165,7 +160,7 @@ def _updates(
     how: Extraction,
     progress: Progress | None,
 ) -> dict[str, Truncated]:
-    """The update of each target that differs, one at a time."""
+    """The update of each target that differs, one at a time. Errors: `StoreError` if none does."""
     found: dict[str, Truncated] = {}
     for number, site in enumerate(sites, 1):
         view = view_of(modules[site.path])
@@ -178,6 +173,12 @@ def _updates(
             found[site.path] = _in_dtype(nearest(matrix, Keep(how.r, how.energy), seed), matrix)
         if progress is not None:
             progress(number, len(sites), site.path)
+    if not found:
+        raise StoreError(
+            "the checkpoints do not differ in any target",
+            where=pair.tuned.folder,
+            found=", ".join(how.targets),
+        )
     return found
 
 
@@ -212,19 +213,13 @@ def _config(
     unchanged: Sequence[str],
     places: Mapping[str, Site | None],
 ) -> LoRA:
-    ranks = {path: update.r for path, update in updates.items()}
-    r = commonest(ranks.values())
-    patterns = by_path(ranks, usual=r)
     kinds = {site.path: site.kind for site in places.values() if site is not None}
     whole = [path for path, kind in kinds.items() if kind == "whole"]
     stored = {update.A_KI.dtype for update in updates.values()}
     return LoRA(
-        r=r,
-        alpha=float(r),
+        **scaled_already({path: update.r for path, update in updates.items()}),
         targets=how.targets,
         exclude=(*how.exclude, *map(glob.escape, unchanged)),
-        rank_pattern=patterns,
-        alpha_pattern={pattern: float(rank) for pattern, rank in patterns.items()},
         bias="lora" if "bias" in kinds.values() else "none",
         train_whole=tuple(p for p in whole if not p.startswith(tuple(f"{o}." for o in whole))),
         dtype=next(name for dtype, name in DTYPES.items() if dtype in stored),
@@ -250,9 +245,8 @@ def _tensors(
     """The adapter's file by PEFT's keys."""
     slots, faults = slots_of(dict(modules_of(model)), config, sites)
     assert not faults, faults
-    shapes: dict[str, dict[str, Tensor]] = {}
-    for slot in slots:
-        shapes.setdefault(slot.path, {})[slot.local] = torch.empty(slot.shape, device="meta")
+    empty = {slot.key: torch.empty(slot.shape, device="meta") for slot in slots}
+    shapes = by_place(empty, slots)
     pairs = {
         path: formed(one.A_KI, one.B_OK, shapes[path]["A"], shapes[path]["B"])
         for path, one in updates.items()

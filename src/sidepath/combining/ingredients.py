@@ -12,18 +12,18 @@ from torch import Tensor
 
 from sidepath.analyse import Factors
 from sidepath.analyse.factors import updates_in
-from sidepath.errors import DamagedAdapter, SidepathError, StoreError, in_one_line
+from sidepath.errors import ConfigError, DamagedAdapter, SidepathError, StoreError, in_one_line
 from sidepath.methods.base import Site
 from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
 from sidepath.store.contents import refuse_other_folders
-from sidepath.store.folder import sha256_file
+from sidepath.store.folder import readable, sha256_file
+from sidepath.store.hub import name_of
 from sidepath.store.loading import load_tensors
 from sidepath.store.manifest import Manifest, check_tensors, read_manifest
-from sidepath.store.peft_config import PeftSettings, read_settings
+from sidepath.store.peft_config import PeftSettings
 from sidepath.store.peft_format import (
     BASE_BIAS,
-    CONFIG,
     ENDINGS,
     LEFT_BY_PEFT,
     MAGNITUDE,
@@ -31,7 +31,8 @@ from sidepath.store.peft_format import (
     TOKENS,
     WEIGHTS,
 )
-from sidepath.store.tensors import file_inside, read_header, read_json
+from sidepath.store.peft_reading import other_ranks, settings_at
+from sidepath.store.tensors import file_inside, read_header
 
 Place = tuple[str, str]
 """A module's path, and the name of a tensor in it."""
@@ -59,8 +60,8 @@ class Ingredient:
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
-        return self.folder.resolve().name
+        """The folder's own name, or its repository's."""
+        return name_of(self.folder)
 
     @property
     def whole(self) -> list[str]:
@@ -86,16 +87,20 @@ class Ingredient:
 def read_all(folders: Iterable[Path]) -> list[Ingredient]:
     """Every adapter, read and checked; what is wrong with any of them is said at once.
 
-    Errors: that of the one adapter that has some, else a `StoreError` with the faults of all.
+    Errors: that of the one adapter that has some, else a `StoreError` with the faults of all;
+    `ConfigError` where there are none to read.
     """
     found, errors = [], {}
     for folder in folders:
         try:
-            one = read(folder)
+            with readable(folder):
+                one = read(folder)
             assert one.factors
             found.append(one)
         except SidepathError as error:
             errors[folder] = error
+    if not found and not errors:
+        raise ConfigError("no adapter to combine")
     if len(errors) == 1:
         raise next(iter(errors.values()))
     if errors:
@@ -113,16 +118,19 @@ def read(folder: Path) -> Ingredient:
     path = file_inside(folder, WEIGHTS)
     manifest: Manifest | None = None
     faults: list[str] = []
-    if (folder / manifests.NAME).exists():
+    if manifests.is_ours(folder):
         manifest, faults = read_manifest(folder)
     if manifest is not None and not isinstance(manifest.config, LoRA):
         raise StoreError(
             f"{manifest.config.method} has no low-rank updates to combine", where=folder
         )
     header = read_header(path)
-    settings, theirs, more = _settings(folder)
+    settings, theirs, more = settings_at(folder)
     faults += more
-    faults += [] if manifest is None else check_tensors(manifest, header)
+    if manifest is not None:
+        faults += check_tensors(manifest, header)
+    elif not faults:
+        faults = other_ranks(theirs, header)
     if faults:
         raise DamagedAdapter("the adapter cannot be trusted", where=folder, faults=faults)
     tensors = load_tensors(path, header)
@@ -135,15 +143,6 @@ def read(folder: Path) -> Ingredient:
     others, copies = _others(tensors, sites)
     digest = manifest.files[WEIGHTS][1] if manifest else sha256_file(path)
     return Ingredient(folder, digest, settings, manifest, method, sites, tensors, others, copies)
-
-
-def _settings(folder: Path) -> tuple[dict[str, Any], PeftSettings, list[str]]:
-    try:
-        values = read_json(file_inside(folder, CONFIG))
-    except ValueError as error:
-        return {}, PeftSettings(), [f"{CONFIG}: not JSON: {error}"]
-    settings, faults = read_settings(values)
-    return values, settings, [f"{CONFIG}: {fault}" for fault in faults]
 
 
 def _peft_sites(tensors: Mapping[str, Tensor], settings: PeftSettings) -> Iterable[Site]:

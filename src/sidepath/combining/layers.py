@@ -16,6 +16,7 @@ from sidepath.analyse import Factors, Keep, spectrum, truncate
 from sidepath.combining.dense import nearest
 from sidepath.combining.elements import put_together
 from sidepath.combining.recipe import ELEMENTWISE, Combination
+from sidepath.core.delta import accumulation_dtype
 from sidepath.kernels.hashed import seed_of
 from sidepath.methods.lora import MAX_ALPHA
 
@@ -89,11 +90,11 @@ def stacked(carriers: Weighed) -> Factors:
 
 def _working(carriers: Weighed) -> torch.dtype:
     """float32, or float64 where an adapter is."""
-    double = any(one.A_RI.dtype == torch.float64 for _, one in carriers)
-    return torch.float64 if double else torch.float32
+    dtypes = [accumulation_dtype(one.A_RI.dtype) for _, one in carriers]
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _matrix(weight: float, one: Factors) -> Tensor:
     """`w ΔW` (O, I), in float32 or float64."""
-    dtype = torch.float64 if one.A_RI.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(one.A_RI.dtype)
     return (weight * one.scaling * one.B_Or.to(dtype)) @ one.A_RI.to(dtype)

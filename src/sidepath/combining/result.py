@@ -137,20 +137,19 @@ class Result:
                 return None
             return described(base, self.config(), sites, record)
         first = known[0]
-        outside = tuple(f"{path}." for path in self.whole)
         samples = {
             name: sample
             for manifest in reversed(known)
             for name, sample in manifest.base.samples.items()
-            if not name.startswith(outside)
         }
         return Manifest(
             config=self.config(),
             sites=sites,
             base_name=first.base_name,
+            base_revision=first.base_revision,
             model_class=first.model_class,
             labels=first.labels,
-            base=Fingerprint(samples),
+            base=Fingerprint(samples).without(self.whole),
             tensors={},
             record=record,
         )

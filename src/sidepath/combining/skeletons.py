@@ -14,7 +14,7 @@ from sidepath.methods.lora import LoRA
 from sidepath.store.configs import model_without_weights
 from sidepath.store.fingerprint import Fingerprint, fingerprint
 from sidepath.store.manifest import Manifest
-from sidepath.store.saving import labels_of
+from sidepath.store.saving import called, labels_of
 from sidepath.store.stored import stored_name
 
 
@@ -31,10 +31,12 @@ def described(
     """
     model = model_without_weights(base, "auto") if skeleton is None else skeleton
     whole = [site.path for site in sites if site.kind == "whole"]
+    name, revision = called(base)
     return Manifest(
         config=config,
         sites=tuple(sites),
-        base_name=str(base),
+        base_name=name,
+        base_revision=revision,
         model_class=type(model).__name__,
         labels=labels_of(model),
         base=fingerprint_as(model, base, whole),
@@ -49,11 +51,10 @@ def fingerprint_as(model: nn.Module, base: Path, leave_out: Iterable[str] = ()) 
     Each parameter once and by the model's own name, as `fingerprint` reads a model; parameters that
     the folder does not store are new at each load and left out.
     """
-    outside = tuple(f"{path}." for path in leave_out)
     samples = fingerprint(base).samples
     found = {}
     for name, _ in base_parameters(model):
         own = stored_name(name, samples)
-        if own is not None and not name.startswith(outside):
+        if own is not None:
             found[name] = samples[own]
-    return Fingerprint(found)
+    return Fingerprint(found).without(leave_out)

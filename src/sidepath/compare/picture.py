@@ -29,9 +29,6 @@ def frontier(points: Sequence[tuple[str, float, float]], *, higher: bool) -> lis
 
 def picture(document: Mapping[str, Any]) -> bytes:
     """`drawn`, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("agg")
     buffer = io.BytesIO()
     drawn(document).savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     return buffer.getvalue()

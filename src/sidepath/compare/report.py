@@ -10,6 +10,7 @@ from typing import Any
 from sidepath.compare.picture import picture
 from sidepath.errors import in_one_line
 from sidepath.page import has_matplotlib
+from sidepath.store.file import publish_file
 
 Document = Mapping[str, Any]
 JSON, MARKDOWN, PICTURE = "compare.json", "compare.md", "pareto.png"
@@ -208,7 +209,10 @@ def _cell(value: object) -> str:
 
 
 def write(folder: Path, document: Document) -> list[str]:
-    """Write document, Markdown and (with matplotlib) the picture; the names of what was written."""
+    """Write document, Markdown and (with matplotlib) the picture; the names of what was written.
+
+    Each file is replaced whole. Errors: `StoreError`, `WriteFailed`.
+    """
     files = {
         JSON: (json.dumps(document, indent=2) + "\n").encode(),
         MARKDOWN: markdown(document).encode(),
@@ -216,8 +220,6 @@ def write(folder: Path, document: Document) -> list[str]:
     if has_matplotlib() and any(row["metric"] for row in document["rows"]):
         files[PICTURE] = picture(document)
     for name, content in files.items():
-        path = folder / name
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(content)
-        part.replace(path)
+        with publish_file(folder / name, overwrite=True) as file:
+            file.write_bytes(content)
     return list(files)

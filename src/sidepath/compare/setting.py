@@ -19,8 +19,8 @@ from sidepath.compare.entrants import Entrant
 from sidepath.config import TrainConfig, as_dict
 
 Phase = Literal["sweep", "final"]
-ROOMS = ("config.py", "kernels", "core", "methods", "injection", "data", "training")
-"""Code that a trial's figures depend on."""
+ROOMS = ("config.py", "kernels", "core", "methods", "injection", "store", "data", "training")
+"""Code that a trial's figures depend on: `store` puts the adapter in, and counts bytes."""
 
 
 class Bases(Protocol):

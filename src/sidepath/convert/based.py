@@ -15,7 +15,7 @@ from sidepath.methods.lora import LoRA
 from sidepath.store.contents import Contents, contents_of
 from sidepath.store.fingerprint import Fingerprint, fingerprint, same_base
 from sidepath.store.manifest import Manifest
-from sidepath.store.peft_config import write_settings
+from sidepath.store.peft_writing import write_settings
 from sidepath.store.saving import base_name, labels_of
 from sidepath.store.stored import Checkpoint
 from sidepath.store.tensors import DTYPE_NAMES, TensorInfo

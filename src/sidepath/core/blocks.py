@@ -88,30 +88,31 @@ class GPT2MLP(PhiMLP):
         return None if y is None else self.module.dropout(y)  # type: ignore[operator]
 
 
-_MODELS = "transformers.models."
+MODELS = "transformers.models."
+"""Where transformers keeps the classes of its models."""
 BLOCKS: dict[str, type[Block]] = {
-    f"{_MODELS}llama.modeling_llama.LlamaRMSNorm": Norm,
-    f"{_MODELS}mistral.modeling_mistral.MistralRMSNorm": Norm,
-    f"{_MODELS}qwen2.modeling_qwen2.Qwen2RMSNorm": Norm,
-    f"{_MODELS}qwen3.modeling_qwen3.Qwen3RMSNorm": Norm,
-    f"{_MODELS}smollm3.modeling_smollm3.SmolLM3RMSNorm": Norm,
-    f"{_MODELS}llama.modeling_llama.LlamaMLP": GatedMLP,
-    f"{_MODELS}mistral.modeling_mistral.MistralMLP": GatedMLP,
-    f"{_MODELS}qwen2.modeling_qwen2.Qwen2MLP": GatedMLP,
-    f"{_MODELS}qwen3.modeling_qwen3.Qwen3MLP": GatedMLP,
-    f"{_MODELS}smollm3.modeling_smollm3.SmolLM3MLP": GatedMLP,
-    f"{_MODELS}olmo2.modeling_olmo2.Olmo2MLP": GatedMLP,
-    f"{_MODELS}gemma.modeling_gemma.GemmaMLP": GatedMLP,
-    f"{_MODELS}gpt2.modeling_gpt2.GPT2MLP": GPT2MLP,
-    f"{_MODELS}phi.modeling_phi.PhiMLP": PhiMLP,
-    f"{_MODELS}llama.modeling_llama.LlamaAttention": Projections,
-    f"{_MODELS}mistral.modeling_mistral.MistralAttention": Projections,
-    f"{_MODELS}qwen2.modeling_qwen2.Qwen2Attention": Projections,
-    f"{_MODELS}qwen3.modeling_qwen3.Qwen3Attention": Projections,
-    f"{_MODELS}smollm3.modeling_smollm3.SmolLM3Attention": Projections,
-    f"{_MODELS}gemma.modeling_gemma.GemmaAttention": Projections,
-    f"{_MODELS}olmo2.modeling_olmo2.Olmo2Attention": Projections,
-    f"{_MODELS}phi.modeling_phi.PhiAttention": Projections,
+    f"{MODELS}llama.modeling_llama.LlamaRMSNorm": Norm,
+    f"{MODELS}mistral.modeling_mistral.MistralRMSNorm": Norm,
+    f"{MODELS}qwen2.modeling_qwen2.Qwen2RMSNorm": Norm,
+    f"{MODELS}qwen3.modeling_qwen3.Qwen3RMSNorm": Norm,
+    f"{MODELS}smollm3.modeling_smollm3.SmolLM3RMSNorm": Norm,
+    f"{MODELS}llama.modeling_llama.LlamaMLP": GatedMLP,
+    f"{MODELS}mistral.modeling_mistral.MistralMLP": GatedMLP,
+    f"{MODELS}qwen2.modeling_qwen2.Qwen2MLP": GatedMLP,
+    f"{MODELS}qwen3.modeling_qwen3.Qwen3MLP": GatedMLP,
+    f"{MODELS}smollm3.modeling_smollm3.SmolLM3MLP": GatedMLP,
+    f"{MODELS}olmo2.modeling_olmo2.Olmo2MLP": GatedMLP,
+    f"{MODELS}gemma.modeling_gemma.GemmaMLP": GatedMLP,
+    f"{MODELS}gpt2.modeling_gpt2.GPT2MLP": GPT2MLP,
+    f"{MODELS}phi.modeling_phi.PhiMLP": PhiMLP,
+    f"{MODELS}llama.modeling_llama.LlamaAttention": Projections,
+    f"{MODELS}mistral.modeling_mistral.MistralAttention": Projections,
+    f"{MODELS}qwen2.modeling_qwen2.Qwen2Attention": Projections,
+    f"{MODELS}qwen3.modeling_qwen3.Qwen3Attention": Projections,
+    f"{MODELS}smollm3.modeling_smollm3.SmolLM3Attention": Projections,
+    f"{MODELS}gemma.modeling_gemma.GemmaAttention": Projections,
+    f"{MODELS}olmo2.modeling_olmo2.Olmo2Attention": Projections,
+    f"{MODELS}phi.modeling_phi.PhiAttention": Projections,
 }
 """Which module is computed how; exactly these classes, none that inherits from one."""
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from sidepath.core.adapted import CHILD, SidePaths, restore
 from sidepath.core.blocks import unfuse
+from sidepath.core.laid_out import put_back
 
 
 def pristine_copy(module: nn.Module) -> nn.Module:
@@ -25,4 +26,5 @@ def pristine_copy(module: nn.Module) -> nn.Module:
         if isinstance(side, SidePaths):
             restore(side)
         unfuse(inner)
+    put_back(twin)
     return twin

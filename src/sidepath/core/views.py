@@ -131,10 +131,8 @@ class LinearView(DenseView):
         return low_rank(x, A_RI, B_OR)
 
 
-class TransposedView(LinearView):
-    """transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored (I, O)."""
-
-    kind: ClassVar[Kind] = "conv1d_transposed"
+class _InputsFirst(DenseView, ABC):
+    """A weight that is stored (I, O)."""
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         return weight.T
@@ -143,7 +141,13 @@ class TransposedView(LinearView):
         return W_OI.T.contiguous()
 
 
-class EmbeddingView(DenseView):
+class TransposedView(_InputsFirst, LinearView):
+    """transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored (I, O)."""
+
+    kind: ClassVar[Kind] = "conv1d_transposed"
+
+
+class EmbeddingView(_InputsFirst):
     """`nn.Embedding`: the input is a one-hot of the vocabulary, the weight is stored (I, O)."""
 
     kind: ClassVar[Kind] = "embedding"
@@ -153,12 +157,6 @@ class EmbeddingView(DenseView):
         # Gemma multiplies its embeddings' output; a delta of the weight is multiplied alike.
         self.output_scale = float(getattr(module, "scalar_embed_scale", 1.0))
         self.padding_idx: int | None = getattr(module, "padding_idx", None)
-
-    def as_matrix(self, weight: Tensor) -> Tensor:
-        return weight.T
-
-    def from_matrix(self, W_OI: Tensor) -> Tensor:
-        return W_OI.T.contiguous()
 
     def product(self, x: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
         hidden_R = F.embedding(x, A_RI.T, padding_idx=self.padding_idx)

@@ -73,6 +73,6 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _sorted_classes(found: Sequence[str]) -> tuple[str, ...]:
-    if all(name.lstrip("-").isdecimal() for name in found):
+    if all(name.removeprefix("-").isdecimal() for name in found):
         return tuple(sorted(found, key=int))
     return tuple(sorted(found))

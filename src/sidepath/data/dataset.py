@@ -32,7 +32,17 @@ from sidepath.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Tokenised rows of one task."""
+    """Tokenised rows of one task.
+
+    A completion is tokenised apart from its prompt, so that generation starts from the very
+    tokens training saw: [start] prompt completion [end], with the completion and the end token
+    supervised. Of `messages` the assistant's turns are supervised, of plain `text` everything.
+
+    A row longer than `max_tokens` (never more than the tokenizer's own limit) is cut: prompts
+    and conversations from the left, keeping the (last) completion whole; plain and labelled
+    texts from the right. A row whose completion alone is too long, or empty, is dropped, and so
+    is a text without a token. The audit counts each of these.
+    """
 
     name: str
     """The file, or what stands for it in messages."""
@@ -207,20 +217,12 @@ def load_data(
     source. With `stream` the examples are kept in memory-mapped files instead of in memory, in
     a temporary folder (TMPDIR says where) that goes with the `Data`. `transform` is called on a
     row's fields each time the row is used in training (`Data.example`), and may draw from the
-    global random generators.
-
-    A completion is tokenised apart from its prompt, so that generation starts from the very
-    tokens training saw: [start] prompt completion [end], with the completion and the end token
-    supervised. Of `messages` the assistant's turns are supervised, of plain `text` everything.
-
-    A row longer than `max_tokens` (never more than the tokenizer's own limit) is cut: prompts
-    and conversations from the left, keeping the (last) completion whole; plain and labelled
-    texts from the right. A row whose completion alone is too long, or empty, is dropped. The
-    audit counts each of these.
+    global random generators. What is supervised, cut or dropped: see `Data`.
 
     Raises:
         DataError: with the first 20 faults by source and line, and the number of the rest.
     """
+    # Longer than 40 lines for its words: ten settings, each said once, and one straight path.
     _require_possible(max_tokens, limit, stream, transform)
     sources = sources_of(source, limit)
     shares(weights, [1] * len(sources))

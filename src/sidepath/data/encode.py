@@ -1,6 +1,6 @@
 """Texts become token ids with a mask of what is supervised.
 
-A row that does not fit is cut or dropped, and each case is counted; see `fit`.
+A row that does not fit is cut or dropped, and each case is counted; see `Data`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sidepath.data.chat import Rendered, render
 from sidepath.data.example import Example
@@ -88,7 +89,7 @@ def encode(
     Rows that cannot be rendered become faults of `source`.
     """
     if schema == "classify":
-        return _classified(encoder, rows, class_of)
+        return _classified(encoder, rows, class_of, dropped)
     if schema == "completion":
         return _completions(encoder, rows, dropped)
     if schema == "text":
@@ -96,7 +97,9 @@ def encode(
     return _chats(encoder, source, rows, dropped)
 
 
-def _classified(encoder: Encoder, rows: Sequence[Row], class_of: Sequence[int]) -> list[Example]:
+def _classified(
+    encoder: Encoder, rows: Sequence[Row], class_of: Sequence[int], dropped: Dropped
+) -> list[Example]:
     texts = [row.fields["text"] for row in rows]
     if not texts:
         return []
@@ -104,6 +107,7 @@ def _classified(encoder: Encoder, rows: Sequence[Row], class_of: Sequence[int]) 
     cut = encoder.tokenizer(texts, truncation=True, max_length=encoder.max_tokens, verbose=False)[
         "input_ids"
     ]
+    dropped.empty += sum(not ids for ids in cut)  # a tokenizer without a frame around the text
     return [
         Example(
             np.asarray(ids, dtype=np.int64),
@@ -113,6 +117,7 @@ def _classified(encoder: Encoder, rows: Sequence[Row], class_of: Sequence[int]) 
             truncated=len(ids) < len(full),
         )
         for row, full, ids, label in zip(rows, whole, cut, class_of, strict=True)
+        if ids
     ]
 
 
@@ -196,9 +201,7 @@ def _fit_chat(rendered: Rendered, max_tokens: int, ends: set[int]) -> Example | 
     )
 
 
-def _targets(
-    supervised: np.ndarray[Any, np.dtype[np.bool_]],
-) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def _targets(supervised: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """The mask without its first token: nothing stands before it to predict it from."""
     supervised = supervised.copy()
     supervised[:1] = False

@@ -8,6 +8,7 @@ the objects that read it, or when the process ends.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -99,7 +100,7 @@ class MappedExamples(Sequence[Example]):
 
     def __reduce__(self) -> Any:
         """A worker process maps the same files, and does not own them."""
-        return MappedExamples, (Folder(self._folder.path, owned=False), self._chosen)
+        return MappedExamples, (self._folder, self._chosen)
 
 
 class Folder:
@@ -197,6 +198,9 @@ class MappedWriter:
         return MappedExamples(self._folder)
 
     def close(self) -> None:
-        """Close the files; the folder goes when nothing reads it."""
+        """Close the files; the folder goes when nothing reads it. Raises nothing: where the disk
+        is full, closing fails as the write did, and that error is under way.
+        """
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):
+                file.close()

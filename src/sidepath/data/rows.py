@@ -106,7 +106,7 @@ def _wrong(name: str, value: Any) -> str | None:
     if name == "messages":
         return _wrong_messages(value)
     if name == "label":
-        fits = isinstance(value, (str, int)) and value != ""
+        fits = isinstance(value, int) or (isinstance(value, str) and value.strip())
         return None if fits else f"expected a name or an integer, found {value!r:.40}"
     return wrong_text(value)
 

@@ -118,6 +118,9 @@ def _tsv(stream: TextIO, path: Path) -> Items:
 
 
 def _table(reader: Any) -> Items:
+    # The module's own limit, 128 KiB a field, is less than a long document; it holds for all of
+    # a process, so it is only ever raised.
+    csv.field_size_limit(max(csv.field_size_limit(), LINE))
     header: list[str] | None = None
     line = 1
     while True:
@@ -130,6 +133,9 @@ def _table(reader: Any) -> Items:
             return
         if record and header is None:
             header = record
+            if twice := sorted({name for name in header if name and header.count(name) > 1}):
+                yield line, None, f"the header names {', '.join(twice)} twice; nothing was read"
+                return
         elif record and header is not None:
             if len(record) == len(header):
                 yield line, dict(zip(header, record, strict=True)), None

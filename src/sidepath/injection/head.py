@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sidepath.core.adapted import CHILD
+from sidepath.core.blocks import MODELS
 from sidepath.core.fused import all_watched, watched
 from sidepath.core.quant import qualified
 from sidepath.errors import UnsupportedModule
@@ -23,17 +24,16 @@ from sidepath.injection.body import body_path
 from sidepath.injection.registry import registry_of
 from sidepath.kernels.head import head_loss
 
-_MODELS = "transformers.models."
 BODIES: dict[str, str] = {
-    f"{_MODELS}llama.modeling_llama.LlamaForCausalLM": "model",
-    f"{_MODELS}mistral.modeling_mistral.MistralForCausalLM": "model",
-    f"{_MODELS}qwen2.modeling_qwen2.Qwen2ForCausalLM": "model",
-    f"{_MODELS}qwen3.modeling_qwen3.Qwen3ForCausalLM": "model",
-    f"{_MODELS}smollm3.modeling_smollm3.SmolLM3ForCausalLM": "model",
-    f"{_MODELS}gemma.modeling_gemma.GemmaForCausalLM": "model",
-    f"{_MODELS}olmo2.modeling_olmo2.Olmo2ForCausalLM": "model",
-    f"{_MODELS}phi.modeling_phi.PhiForCausalLM": "model",
-    f"{_MODELS}gpt2.modeling_gpt2.GPT2LMHeadModel": "transformer",
+    f"{MODELS}llama.modeling_llama.LlamaForCausalLM": "model",
+    f"{MODELS}mistral.modeling_mistral.MistralForCausalLM": "model",
+    f"{MODELS}qwen2.modeling_qwen2.Qwen2ForCausalLM": "model",
+    f"{MODELS}qwen3.modeling_qwen3.Qwen3ForCausalLM": "model",
+    f"{MODELS}smollm3.modeling_smollm3.SmolLM3ForCausalLM": "model",
+    f"{MODELS}gemma.modeling_gemma.GemmaForCausalLM": "model",
+    f"{MODELS}olmo2.modeling_olmo2.Olmo2ForCausalLM": "model",
+    f"{MODELS}phi.modeling_phi.PhiForCausalLM": "model",
+    f"{MODELS}gpt2.modeling_gpt2.GPT2LMHeadModel": "transformer",
 }
 """Models whose logits are their head's product of the body's output and nothing more."""
 

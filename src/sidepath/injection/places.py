@@ -108,8 +108,7 @@ def _blocks(model: nn.Module) -> list[str]:
 
 def _token_embeddings(model: nn.Module) -> list[str]:
     """Of modules that share one table the innermost: T5 has one a stack, and one never run."""
-    getter = getattr(model, "get_input_embeddings", None)
-    table = getattr(getter() if callable(getter) else None, "weight", None)
+    table = _input_table(model)
     found = [
         path
         for path, module in modules_of(model)
@@ -120,13 +119,17 @@ def _token_embeddings(model: nn.Module) -> list[str]:
     return [path for path in found if path.count(".") == depth]
 
 
+def _input_table(model: nn.Module) -> object:
+    """The tensor token ids are looked up in, if there is one."""
+    getter = getattr(model, "get_input_embeddings", None)
+    return getattr(getter() if callable(getter) else None, "weight", None)
+
+
 def token_tables(model: nn.Module) -> list[str]:
     """The modules that hold the table token ids are looked up in, or that of the head; tied ones
     are one table. Empty for a model that takes no tokens.
     """
-    getter = getattr(model, "get_input_embeddings", None)
-    table = getattr(getter() if callable(getter) else None, "weight", None)
-    tables = [table, getattr(output_embedding(model), "weight", None)]
+    tables = [_input_table(model), getattr(output_embedding(model), "weight", None)]
     found = {
         path: module
         for path, module in modules_of(model)

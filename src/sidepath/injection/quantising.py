@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -56,19 +56,24 @@ def quantise_(
         for path in preset_paths(model, "all-linear")
         if can_pack(modules[path]) and not any(name_matches(one, path) for one in exclude)
     ]
-    weights = {path: modules[path].weight for path in paths}
+    _require_packable({path: modules[path].weight for path in paths})
+    return _exchange(model, paths, lambda module: packed_linear(module, dtype=dtype, double=double))
+
+
+def _require_packable(weights: Mapping[str, object]) -> None:
+    if not weights:
+        raise UnsupportedModule("no linear layer to pack")
     faults = [
         f"{path}: {weight.dtype} on {weight.device}"
         for path, weight in weights.items()
         if isinstance(weight, Tensor) and (weight.dtype not in _PACKABLE or weight.is_meta)
     ]
-    if faults or not paths:
+    if faults:
         raise UnsupportedModule(
-            "these layers cannot be packed into 4 bits" if faults else "no linear layer to pack",
-            expected="weights in float32, bfloat16 or float16" if faults else None,
+            "these layers cannot be packed into 4 bits",
+            expected="weights in float32, bfloat16 or float16",
             faults=faults,
         )
-    return _exchange(model, paths, lambda module: packed_linear(module, dtype=dtype, double=double))
 
 
 def dequantise_(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> list[str]:

@@ -51,7 +51,7 @@ def put_in(
     refuse_merged(registry_of(model), f'"{name}" cannot be put in')
     registry = open_registry(model)
     places = {site.path: site for site in sites}
-    try:
+    with _closed_again(model, registry):
         views = {path: _view_at(model, registry, site) for path, site in places.items()}
         if tensors is None:
             config = config.completed(views.values())
@@ -60,10 +60,6 @@ def put_in(
             _as_the_module(delta, views[path].module.training, trainable)
         if settle is not None:
             settle()
-    except BaseException:  # no memory, or wrong bytes: nothing stands on the model yet
-        if not registry.adapters:
-            close_registry(model, registry)
-        raise
     for path, delta in deltas.items():
         if path not in registry.sides:
             registry.sides[path] = adapt(views[path], registry.routing, path)
@@ -72,6 +68,17 @@ def put_in(
     registry.adapters[name] = installed
     learn_tokens(model, registry, installed)
     return installed
+
+
+@contextmanager
+def _closed_again(model: nn.Module, registry: Registry) -> Iterator[None]:
+    """After an error in the block (no memory, wrong bytes) nothing of ours is left on the model."""
+    try:
+        yield
+    except BaseException:
+        if not registry.adapters:
+            close_registry(model, registry)
+        raise
 
 
 def _view_at(model: nn.Module, registry: Registry, site: Site) -> View:

@@ -61,8 +61,7 @@ def _dense_sites(
             view = views.get(path)  # a preset may name modules that hold no matrix
             parts = () if view is None else _parts(model, pattern, view, path)
             sites[path] = Site(path, "dense" if view else "module", parts, pattern)
-    if faults:
-        raise TargetNotFound(_headline(faults), faults=faults[1:])
+    _refuse_missed(faults)
     return list(sites.values())
 
 
@@ -95,8 +94,7 @@ def _narrowed(dense: list[Site], selection: Selection, whole: Mapping[str, str])
         kept = [site for site in kept if block_index(site.path) in selection.layers]
     inside = _in_blocks([site.path for site in kept], selection.blocks)
     kept = [site for site in kept if site.path in inside]
-    if faults:
-        raise TargetNotFound(_headline(faults), faults=faults[1:])
+    _refuse_missed(faults)
     roots = tuple(f"{path}." for path in whole)
     kept = [site for site in kept if not f"{site.path}.".startswith(roots)]
     if not kept and not whole:
@@ -155,8 +153,7 @@ def _whole_paths(
         for path in paths:
             if not any(path.startswith(f"{outer}.") for outer in found):
                 found[path] = pattern
-    if faults:
-        raise TargetNotFound(_headline(faults), faults=faults[1:])
+    _refuse_missed(faults)
     _refuse_packed(modules, found)
     return found
 
@@ -220,17 +217,19 @@ def _bias(module: nn.Module) -> object:
 
 def _check_patterns(patterns: Iterable[str], dense: list[Site]) -> None:
     paths = [site.path for site in dense]
-    faults = [
-        _not_found(pattern, paths)
-        for pattern in patterns
-        if not any(name_matches(pattern, path) for path in paths)
-    ]
+    _refuse_missed(
+        [
+            _not_found(pattern, paths)
+            for pattern in patterns
+            if not any(name_matches(pattern, path) for path in paths)
+        ]
+    )
+
+
+def _refuse_missed(faults: Sequence[str]) -> None:
+    """Raise a `TargetNotFound` with everything that was not found, if anything was not."""
     if faults:
-        raise TargetNotFound(_headline(faults), faults=faults[1:])
-
-
-def _headline(faults: list[str]) -> str:
-    return faults[0] if faults else ""
+        raise TargetNotFound(faults[0], faults=faults[1:])
 
 
 def _not_found(pattern: str, paths: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from sidepath.injection.registry import require_registry
 from sidepath.injection.surgery import remove
 from sidepath.store import manifest as manifests
 from sidepath.store.adapter import load
-from sidepath.store.configs import config_of, understood
+from sidepath.store.configs import config_of, labelled, understood
 from sidepath.store.fingerprint import checkpoint_files
 from sidepath.store.manifest import Manifest, read_manifest
 from sidepath.store.precision import make_plain, recorded_packing
@@ -61,12 +61,7 @@ def load_base(base: Path, folders: Sequence[Path]) -> Opened:
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise StoreError("the base's class is not one of transformers'", where=base, found=names)
     if manifest is not None and manifest.labels is not None:
-        labels = dict(enumerate(manifest.labels))
-        options |= {
-            "num_labels": len(labels),
-            "id2label": labels,
-            "label2id": {label: number for number, label in labels.items()},
-        }
+        options |= labelled(manifest.labels)
     packed = _packed_options(cls, base, options) if _is_packed(settings) else options
     model, fresh, unread = read_model(cls, base, packed)
     return Opened(settle(model), cls, options, fresh, unread)
@@ -109,7 +104,7 @@ def _packed_options(cls: Any, base: Path, options: Mapping[str, Any]) -> dict[st
 
 
 def _manifest_of(folder: Path) -> Manifest | None:
-    return read_manifest(folder)[0] if (folder / manifests.NAME).is_file() else None
+    return read_manifest(folder)[0] if manifests.is_ours(folder) else None
 
 
 def read_model(

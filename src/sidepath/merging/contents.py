@@ -13,15 +13,15 @@ from torch import Tensor
 
 from sidepath.errors import SidepathNotice
 from sidepath.injection.registry import require_registry
-from sidepath.merging.folded import Folded, first_names, state_of_base
+from sidepath.merging.folded import Folded, first_names
 from sidepath.merging.mapped import Mapped
 from sidepath.merging.names import as_on_disk, names_on_disk, stored_once, untie
 from sidepath.merging.proof import Loaded
 from sidepath.merging.writing import Entry, write_file, write_index
-from sidepath.store.fingerprint import checkpoint_files
-from sidepath.store.tensors import read_header, strict_json
+from sidepath.store.fingerprint import INDEX, WHOLE, checkpoint_files
+from sidepath.store.peft_format import base_state
+from sidepath.store.tensors import read_header, read_json
 
-INDEX = "model.safetensors.index.json"
 _HELD_WHOLE = (
     "{}: its folder holds other tensors than the model ({} puts some together while it loads): the "
     "merged model is held in memory whole"
@@ -50,7 +50,7 @@ def write_tensors(
     """
     model = loaded.model
     folded = Folded(model, name, stored)
-    names = stored_once(model, state_of_base(model))
+    names = stored_once(model, base_state(model))
     parted = untie(model, cls, require_registry(model).adapter(name), folded.touched)
     names += [full for full in parted if full not in names]
     on_disk = names_on_disk(model, names)
@@ -65,8 +65,13 @@ def write_tensors(
     for file, own in files.items():
         write_file(folder / file, own)
         written(folder / file)
-    if (base / INDEX).is_file() and not (base / "model.safetensors").is_file():
-        earlier = strict_json((base / INDEX).read_bytes()).get("metadata") or {}
+    _write_index(base, folder, files)
+
+
+def _write_index(base: Path, folder: Path, files: Mapping[str, list[Entry]]) -> None:
+    """The list of the files, where the base has one."""
+    if (base / INDEX).is_file() and not (base / WHOLE).is_file():
+        earlier = read_json(base / INDEX).get("metadata") or {}
         write_index(folder / INDEX, earlier, files)
 
 
@@ -78,7 +83,7 @@ def _entries(
     loaded: Loaded, folded: Folded, on_disk: Mapping[str, str], stored: Mapping[str, torch.dtype]
 ) -> list[Entry]:
     model, mapped = loaded
-    state, first = state_of_base(model), first_names(model)
+    state, first = base_state(model), first_names(model)
     entries = []
     for full, written in on_disk.items():
         tensor, own = state[full], first[full]

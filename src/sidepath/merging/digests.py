@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
+from sidepath.store.aside import fsync
 from sidepath.store.folder import sha256_file
 
 
@@ -41,9 +42,5 @@ class Digests:
 
 
 def _settled(path: Path) -> str:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    fsync(path)
     return sha256_file(path)

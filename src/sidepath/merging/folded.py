@@ -8,16 +8,9 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from sidepath.core.adapted import CHILD
 from sidepath.injection.architecture import modules_of
 from sidepath.injection.registry import require_registry
 from sidepath.methods.own import held_by
-
-
-def state_of_base(model: nn.Module) -> dict[str, Tensor]:
-    """The base's own entries of a model's state dict, parameters as they are; no side paths."""
-    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in state.items() if CHILD not in name.split(".")}
 
 
 class Folded:

@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from sidepath.errors import StoreError
-from sidepath.merging.folded import state_of_base
 from sidepath.merging.mapped import Place
 from sidepath.merging.names import names_on_disk
 from sidepath.merging.writing import DTYPES, Entry
 from sidepath.store.fingerprint import checkpoint_files, renamed
+from sidepath.store.peft_format import base_state
 from sidepath.store.stored import stored_name
 from sidepath.store.tensors import TensorInfo, read_header
 
@@ -71,7 +71,7 @@ def told(entries: Iterable[Entry]) -> Mapping[str, Any]:
 
 def _names_of(model: Any) -> dict[str, str]:
     """Every name that a tensor of the model may have in a folder."""
-    state = state_of_base(model)
+    state = base_state(model)
     on_disk = names_on_disk(model, state) or {}
     return dict.fromkeys([*state, *on_disk.values()], "")
 

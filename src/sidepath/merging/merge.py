@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sidepath.errors import ConfigError, ParityError, SidepathNotice, StoreError
+from sidepath.errors import ConfigError, ParityError, SidepathNotice
 from sidepath.injection.registry import open_registry, require_registry
 from sidepath.injection.surgery import activate
 from sidepath.merging.base import Base, load_base, make_float, read_model, refuse_fresh
@@ -32,11 +32,11 @@ from sidepath.merging.proof import Loaded, Rounding, parity
 from sidepath.merging.settings import write_settings, write_tokens
 from sidepath.merging.writing import Entry
 from sidepath.methods.lora import LoRA
-from sidepath.store.adapter import PARITY, load
+from sidepath.store.adapter import load
 from sidepath.store.fingerprint import Fingerprint, checkpoint_files, fingerprint
-from sidepath.store.folder import publish, sha256_file
+from sidepath.store.folder import lists_all_files, publish, refuse_within, sha256_file
 from sidepath.store.hub import ADAPTER, BASE, local, origin_of
-from sidepath.store.parity import Parity, calibration_rows, rows_with
+from sidepath.store.parity import PARITY, Parity, calibration_rows, rows_with
 from sidepath.store.peft_format import WEIGHTS
 from sidepath.store.precision import survivals, together
 from sidepath.store.sums import add_up
@@ -78,6 +78,12 @@ class Merged:
         return document
 
 
+def replaceable(folder: Path) -> bool:
+    """Whether a folder holds a merged model and nothing else: another one may replace it."""
+    return lists_all_files(folder, (PARITY,))
+
+
+# Over 40 lines: what becomes of each kind of base is told where users look for it.
 def merge_folder(
     base: str | Path,
     adapters: Sequence[str | Path],
@@ -115,25 +121,21 @@ def merge_folder(
     """
     base, output = local(base, BASE), Path(output)
     folders = [local(adapter, ADAPTER) for adapter in adapters]
-    target = None if dtype is None else _dtype(dtype)
-    _refuse_places(base, folders, output)
+    refuse_within([base, *folders], output)
     reset_peak()
-    ready = _prepare(base, folders, target, calibration, allow_other_base)
+    ready = _prepare(base, folders, dtype, calibration, allow_other_base)
     left = None if requantise is None else _left(ready, requantise)
-    measured = None
     with publish(output, manifests=(PARITY,)) as temporary, Digests() as digests:
         _write(ready, base, temporary, digests)
-        peaks: dict[str, int | None] = {"merge": peak_bytes(), "parity": None}
-        if skip_parity:
-            warnings.warn(_UNCHECKED.format(output), SidepathNotice, stacklevel=2)
-        else:
-            reset_peak()
-            measured = _proved(_measured(ready, temporary), output)
-            peaks["parity"] = peak_bytes()
-        known = {**origin_of(base), "fingerprint": ready.identity.id}
+        peaks = {"merge": peak_bytes()}
+        measured = None if skip_parity else _proved(ready, temporary, output)
+        peaks["parity"] = None if skip_parity else peak_bytes()
         carried = told(ready.carried)
+        known = {**origin_of(base), "fingerprint": ready.identity.id}
         record = {"base": known, "peak_memory_bytes": peaks, "carried": carried}
         _write_record(temporary, measured, folders, digests, record)
+    if skip_parity:
+        warnings.warn(_UNCHECKED.format(output), SidepathNotice, stacklevel=2)
     return Merged(output, measured, peaks, ready.dequantised, left, carried)
 
 
@@ -159,11 +161,14 @@ class _Ready(NamedTuple):
 def _prepare(
     base: Path,
     folders: Sequence[Path],
-    target: torch.dtype | None,
+    dtype: str | None,
     calibration: Sequence[str] | None,
     allow_other_base: bool,
 ) -> _Ready:
     """Load the base and the adapters; everything that the user can be wrong about is found here."""
+    if not folders:
+        raise ConfigError("no adapter to merge")
+    target = None if dtype is None else _dtype(dtype)
     opened = load_base(base, folders)
     model, cls, options, _, unread = opened
     carried = leftovers(model, unread, base)
@@ -193,12 +198,27 @@ def _write(ready: _Ready, base: Path, folder: Path, digests: Digests) -> None:
     write_tokens(require_registry(loaded.model).adapter(ready.name), base, folder)
 
 
-def _measured(ready: _Ready, folder: Path) -> Parity:
-    """Read what was written as plain transformers does, and compare it with the un-merged model."""
+def _proved(ready: _Ready, folder: Path, output: Path) -> Parity:
+    """Read what was written as plain transformers does, and compare it with the un-merged model.
+
+    Errors: `ParityError` where they differ by more than rounding explains.
+    """
+    reset_peak()
     options = {**ready.options, "dtype": _reading_dtype(folder)}
     merged, _, _ = read_model(ready.cls, folder, options)
     written = Loaded(merged, Mapped(checkpoint_files(folder)))
-    return parity(ready.loaded, ready.name, ready.rows, ready.rounding, written)
+    found = parity(ready.loaded, ready.name, ready.rows, ready.rounding, written)
+    if not found.holds:
+        raise ParityError(
+            "the merged model does not give the un-merged model's outputs; nothing was published",
+            where=output,
+            found=f"largest difference {found.max_abs:.3g}, mean {found.mean_abs:.3g}, same "
+            f"first choice at {found.top1:.1%} of {found.positions} positions",
+            expected=f"at most {found.tolerance:.3g}, mean {found.mean_tolerance:.3g}",
+            hint="merge in float32 (dtype), or keep the adapter beside the base; skip_parity "
+            "publishes all the same",
+        )
+    return found
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -206,15 +226,6 @@ def _dtype(name: str) -> torch.dtype:
     if name not in known:
         raise ConfigError("unknown dtype to merge to", found=name, expected=", ".join(known))
     return known[name]
-
-
-def _refuse_places(base: Path, folders: Sequence[Path], output: Path) -> None:
-    if not folders:
-        raise ConfigError("no adapter to merge")
-    if output.resolve() in {path.resolve() for path in (base, *folders)}:
-        raise StoreError(
-            "the output is one of the folders that are read", where=output, hint="choose another"
-        )
 
 
 def _trained_tokens(model: nn.Module) -> list[int]:
@@ -257,21 +268,6 @@ def _load_adapters(
         return add_up(model, names)
     activate(model, names[0])
     return names[0]
-
-
-def _proved(parity: Parity, output: Path) -> Parity:
-    """The measured difference; raises `ParityError` where it is too large."""
-    if not parity.holds:
-        raise ParityError(
-            "the merged model does not give the un-merged model's outputs; nothing was published",
-            where=output,
-            found=f"largest difference {parity.max_abs:.3g}, mean {parity.mean_abs:.3g}, same "
-            f"first choice at {parity.top1:.1%} of {parity.positions} positions",
-            expected=f"at most {parity.tolerance:.3g}, mean {parity.mean_tolerance:.3g}",
-            hint="merge in float32 (dtype), or keep the adapter beside the base; skip_parity "
-            "publishes all the same",
-        )
-    return parity
 
 
 def _write_record(

@@ -12,13 +12,14 @@ import torch
 from sidepath.errors import StoreError
 from sidepath.injection.registry import Installed
 from sidepath.store import manifest as manifests
-from sidepath.store.adapter import PARITY
-from sidepath.store.configs import understood
-from sidepath.store.new_tokens import extend, has_tokenizer
+from sidepath.store.configs import has_tokenizer, tokenizer_in, understood
+from sidepath.store.fingerprint import INDEX
+from sidepath.store.new_tokens import extend
+from sidepath.store.parity import PARITY
 
 _REFUSED = "transformers does not write the settings of the merged model"
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-_NOT_COPIED = (PARITY, manifests.NAME, "config.json", "model.safetensors.index.json")
+_NOT_COPIED = (PARITY, manifests.NAME, "config.json", INDEX)
 
 
 def write_settings(
@@ -50,12 +51,7 @@ def write_tokens(installed: Installed, base: Path, folder: Path) -> None:
     """
     if not installed.tokens or not has_tokenizer(base):
         return
-    from transformers import AutoTokenizer
-
-    with understood(base, "the base's tokenizer cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            base, local_files_only=True, trust_remote_code=False
-        )
+    tokenizer = tokenizer_in(base)
     if extend(tokenizer, installed.tokens):
         with understood(base, "the tokenizer cannot be written", not_of_it=(OSError, StoreError)):
             tokenizer.save_pretrained(folder)

@@ -94,6 +94,7 @@ def in_float32(
     Afterwards the model holds the tensors that it held.
     """
     parts = {name: _Part(own, mapped, alter) for name, own in _by_block(model).items()}
+    held: set[_Part] = set()
     kept = 0
 
     def before(part: _Part) -> Callable[..., None]:
@@ -111,7 +112,6 @@ def in_float32(
 
         return hook
 
-    held: set[_Part] = set()
     with ExitStack() as stack:
         for part in parts.values():
             stack.callback(part.narrow)

@@ -64,6 +64,7 @@ class Encoder(Worker):
         memory: Memory | None = None,
         *,
         alone: bool = True,
+        laid_out: bool = True,
     ) -> None:
         self.alone = alone
         """Whether the base answers without an adapter."""
@@ -72,7 +73,7 @@ class Encoder(Worker):
         self.calls = self.answered = 0
         self._waiting: dict[int, _Text] = {}
         self._numbers = 0
-        super().__init__(model, memory, _nothing, _nothing)
+        super().__init__(model, memory, _nothing, _nothing, laid_out=laid_out)
 
     def submit(
         self, adapter: str | None, texts: Sequence[tuple[int, ...]]

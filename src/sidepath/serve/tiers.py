@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from sidepath.core.laid_out import renew
 from sidepath.errors import ConfigError, ServeError, StoreError
 from sidepath.injection.merging import merge, unmerge
 from sidepath.injection.registry import Installed, require_registry
@@ -209,6 +210,7 @@ class Tiers:
             return checked.stand_up(self._model, internal)
         if leaving:  # the base's own tensors come back; the memory of the merged ones is kept
             unmerge(self._model, keep=True)
+            renew(self._model)
         try:
             installed = checked.stand_up(self._model, internal)
         finally:
@@ -216,6 +218,7 @@ class Tiers:
                 self.take_off(each)
         try:
             merge(self._model, internal)
+            renew(self._model)
         except BaseException:
             remove(self._model, internal)
             raise
@@ -228,6 +231,7 @@ class Tiers:
         registry = require_registry(self._model)
         if registry.merged == version.internal:
             unmerge(self._model)
+            renew(self._model)
         remove(self._model, version.internal)
         version.standing = "away"
         if not keep:

@@ -9,6 +9,7 @@ from typing import Self
 
 from torch import nn
 
+from sidepath.core.laid_out import lay_out, put_back
 from sidepath.errors import ServeError
 from sidepath.serve.adapters import Adapters
 from sidepath.serve.errands import Errands
@@ -35,8 +36,14 @@ class Worker(ABC):
         gone: Callable[[str], None],
         *,
         merged: bool = False,
+        laid_out: bool = True,
     ) -> None:
-        """`forget` and `gone` are told of adapters that left the model, and the server."""
+        """`forget` and `gone` are told of adapters that left the model, and the server.
+        `laid_out`: until it is closed, see `core/laid_out.py`.
+        """
+        self._model = model
+        if laid_out:
+            lay_out(model)
         self.closed = False
         """Whether new requests are refused."""
         self._lock = threading.Lock()
@@ -142,7 +149,9 @@ class Worker(ABC):
         self.close()
 
     def close(self) -> None:
-        """Refuse new requests, and answer those that wait. The adapters stay on the model."""
+        """Refuse new requests, and answer those that wait. The adapters stay on the model, whose
+        layers are no longer laid out.
+        """
         with self._lock:
             self.closed = True
         self._wake.set()
@@ -151,6 +160,7 @@ class Worker(ABC):
         else:
             while self.step():
                 pass
+        put_back(self._model)
 
     def _refuse_closed(self) -> None:
         if self.closed:

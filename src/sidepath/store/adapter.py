@@ -18,7 +18,6 @@ from sidepath.injection.registry import Installed, check_name, registry_of, requ
 from sidepath.injection.surgery import activate, put_in, refuse_merged, remove
 from sidepath.injection.targets import resolve
 from sidepath.methods.base import Method, Site
-from sidepath.store import manifest as manifests
 from sidepath.store.contents import Contents, read_folder
 from sidepath.store.fingerprint import fingerprint, same_base
 from sidepath.store.folder import publish, sha256_file
@@ -26,17 +25,15 @@ from sidepath.store.hub import ADAPTER, local, name_of
 from sidepath.store.loading import Loaded
 from sidepath.store.new_tokens import extend, with_rows
 from sidepath.store.originals import Originals, residual_source, start_at_residuals
-from sidepath.store.parity import read_parity
+from sidepath.store.parity import PARITY, read_parity
 from sidepath.store.peft_format import WEIGHTS
 from sidepath.store.saving import (
     base_name,
     loaded_from,
     merged_record,
-    plain_peft,
+    replaceable,
     write_adapter,
 )
-
-PARITY = "parity.json"
 
 
 @dataclass(frozen=True)
@@ -103,9 +100,10 @@ class Adapter:
         holds other files.
         """
         installed = self.installed
-        installed.record = merged_record(installed.record, metrics, record)
-        with publish(folder, manifests=(manifests.NAME,), replace=plain_peft) as temporary:
-            write_adapter(self.model, installed, temporary, files or {})
+        made = merged_record(installed.record, metrics, record)
+        with publish(folder, manifests=(), replace=replaceable) as temporary:
+            write_adapter(self.model, installed, temporary, files or {}, made)
+        installed.record = made
         return Path(folder)
 
 

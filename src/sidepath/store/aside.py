@@ -100,7 +100,8 @@ def _abandoned(path: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        yield lock(handle)
+        # Another process may have cleared it between our opening it and locking it.
+        yield lock(handle) and path.exists()
     finally:
         os.close(handle)
 

@@ -1,9 +1,9 @@
-"""Bases from their configs alone: nothing of their weights is read (floor 4)."""
+"""Bases from their configs alone, and their tokenizers: no weight is read (floor 4)."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,15 @@ def config_of(folder: Path, **options: Any) -> Any:
         return AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **options
         )
+
+
+def labelled(labels: Sequence[str]) -> dict[str, Any]:
+    """The options of a classifier's config that name its classes, in the order of its outputs."""
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: number for number, label in enumerate(labels)},
+    }
 
 
 MOST_LAYERS, MOST = 4096, 2**20
@@ -104,6 +113,28 @@ def skeleton(kind: Any, settings: Any, folder: Path) -> nn.Module:
     with understood(folder, "the base's config cannot be used"), torch.device("meta"):
         model: nn.Module = kind.from_config(settings, trust_remote_code=False)
     return model
+
+
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a transformers folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in _TOKENIZER)
+
+
+def tokenizer_in(folder: Path) -> Any:
+    """The tokenizer of a transformers folder. Errors: `StoreError` for one that cannot be used."""
+    from transformers import AutoTokenizer
+
+    with understood(folder, "the base's tokenizer cannot be loaded"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def quiet() -> None:

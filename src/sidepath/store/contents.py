@@ -21,16 +21,24 @@ from sidepath.injection.registry import base_parameters
 from sidepath.methods.base import Method, Site
 from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
-from sidepath.store.folder import names_in
+from sidepath.store.folder import names_in, readable
 from sidepath.store.loading import Loaded, loading
 from sidepath.store.manifest import Manifest, all_but, check_file, check_tensors, read_manifest
 from sidepath.store.new_tokens import NAME as TOKENS_FILE
 from sidepath.store.new_tokens import read_tokens
 from sidepath.store.peft_config import read_settings
-from sidepath.store.peft_format import CONFIG, WEIGHTS, Slot, check_keys, slots_of, unpack
+from sidepath.store.peft_format import (
+    CONFIG,
+    WEIGHTS,
+    Slot,
+    by_place,
+    check_keys,
+    slots_of,
+    unpack,
+)
 from sidepath.store.peft_reading import lora_of, sites_of
 from sidepath.store.peft_tokens import misfits
-from sidepath.store.plain_format import by_place, expected_slots
+from sidepath.store.plain_format import expected_slots
 from sidepath.store.tensors import (
     PICKLES,
     TensorInfo,
@@ -38,6 +46,7 @@ from sidepath.store.tensors import (
     read_head,
     read_json,
     refuse_pickle,
+    there,
 )
 
 
@@ -101,8 +110,14 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def read_folder(model: nn.Module, folder: Path) -> Contents:
     """Check an adapter's folder against `model`; loads and changes nothing.
 
-    Errors: one `DamagedAdapter` with all faults; `StoreError` when the folder is no adapter's.
+    Errors: one `DamagedAdapter` with all faults; `StoreError` when the folder is no adapter's, or
+    cannot be read.
     """
+    with readable(folder):
+        return _read_folder(model, folder)
+
+
+def _read_folder(model: nn.Module, folder: Path) -> Contents:
     refuse_other_folders(folder)
     modules = dict(modules_of(model))
     faults: list[str] = []
@@ -113,7 +128,7 @@ def read_folder(model: nn.Module, folder: Path) -> Contents:
         header, head = read_head(path)
     except DamagedAdapter as error:
         faults += [f"{WEIGHTS}: {fault}" for fault in error.faults or [error.what]]
-    if (folder / manifests.NAME).exists() or (folder / manifests.NAME).is_symlink():
+    if manifests.is_ours(folder):
         contents, found = _ours(model, modules, folder, path, header)
     else:
         contents, found = _peft(model, modules, folder, path, header)
@@ -152,7 +167,7 @@ def refuse_other_folders(folder: Path) -> None:
     """Raise `StoreError` where there is no adapter, and why not; a pickle is named."""
     if not folder.is_dir():
         raise StoreError("there is no adapter folder of this name", where=folder)
-    if (folder / WEIGHTS).exists() or (folder / WEIGHTS).is_symlink():
+    if there(folder / WEIGHTS):
         return
     for path in sorted(folder.iterdir()):
         if path.name.startswith("adapter_model") and path.name.endswith(PICKLES):

@@ -111,10 +111,7 @@ def inject_eva(
     paths = [site.path for site in resolve(model, config) if site.kind == "dense"]
     found = {path: Directions(wanted) for path in paths}
     _observe(model, found, batches)
-    few = [f"{path}: {seen.seen} rows" for path, seen in found.items() if seen.seen < wanted]
-    if few:
-        raise ConfigError(f"EVA needs at least {wanted} rows of input a layer", faults=few,
-                          hint="give more batches, or a smaller r or rho")  # fmt: skip
+    _require_enough(found, wanted)
     ranks = spread_ranks({path: d.explained() for path, d in found.items()}, config.r * len(paths))
     adapter = inject(model, _with_ranks(config, ranks), name)
     for path, delta in adapter.deltas.items():
@@ -139,6 +136,16 @@ def _require_free(config: LoRA, rho: float) -> None:
     ]
     if faults:
         raise ConfigError("these settings leave EVA nothing to choose", faults=faults)
+
+
+def _require_enough(found: Mapping[str, Directions], wanted: int) -> None:
+    few = [f"{path}: {one.seen} rows" for path, one in found.items() if one.seen < wanted]
+    if few:
+        raise ConfigError(
+            f"EVA needs at least {wanted} rows of input a layer",
+            faults=few,
+            hint="give more batches, or a smaller r or rho",
+        )
 
 
 def _with_ranks(config: LoRA, ranks: Mapping[str, int]) -> LoRA:
@@ -171,8 +178,10 @@ def _observe(
     def watch(directions: Directions) -> Any:
         def see(_: nn.Module, args: tuple[Any, ...]) -> None:
             x, real = args[0].detach(), mask[0]
-            fits = real is not None and real.shape == x.shape[:-1]
-            directions.add(x[real.bool()] if fits and real is not None else x.flatten(0, -2))
+            if real is not None and real.shape == x.shape[:-1]:
+                directions.add(x[real.bool()])
+            else:
+                directions.add(x.flatten(0, -2))
 
         return see
 

@@ -43,7 +43,7 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
 
 def _swap_in(file: Path, target: Path) -> None:
     """Put `file` in `target`'s place; the old file stands again where that cannot be made sure."""
-    before = file.with_suffix(".before")
+    before = file.with_name(f"{file.name}.before")
     if target.exists():
         os.link(target, before)
     os.replace(file, target)

@@ -50,6 +50,8 @@ from sidepath.store.tensors import (
     read_json,
 )
 
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""The file of a checkpoint that lies in one, and the list of files of one that does not."""
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
@@ -100,6 +102,12 @@ class Fingerprint:
         """A short name to print. It differs between dtypes; `same_base` is the comparison."""
         text = json.dumps(self._tensors(), sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def without(self, paths: Iterable[str]) -> Fingerprint:
+        """The same, the modules at these paths left out."""
+        outside = tuple(f"{path}." for path in paths)
+        samples = self.samples.items()
+        return Fingerprint({name: one for name, one in samples if not name.startswith(outside)})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` is the inverse."""
@@ -153,10 +161,9 @@ def fingerprint(
     if not isinstance(base, nn.Module):
         return Fingerprint(_of_folder(Path(base)))
     registry = registry_of(base)
-    outside = tuple(f"{path}." for path in leave_out)
     if registry is not None and registry.sampled is not None:
-        known = registry.sampled.items()
-        return Fingerprint({name: one for name, one in known if not name.startswith(outside)})
+        return Fingerprint(registry.sampled).without(leave_out)
+    outside = tuple(f"{path}." for path in leave_out)
     named = base_parameters(base) if registry is None else registry.pristine_parameters(base)
     kept = ((name, tensor) for name, tensor in named if not name.startswith(outside))
     return Fingerprint(_samples(base, kept, done_with))
@@ -234,9 +241,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
     Errors: `StoreError` when there are none (a pickle is named as the reason).
     """
-    if (folder / "model.safetensors").is_file():
-        return [file_inside(folder, "model.safetensors")]
-    index = folder / "model.safetensors.index.json"
+    if (folder / WHOLE).is_file():
+        return [file_inside(folder, WHOLE)]
+    index = folder / INDEX
     if index.is_file():
         try:
             names = set(read_json(index)["weight_map"].values())
@@ -250,7 +257,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
         "no safetensors checkpoint in the base's folder",
         where=folder,
         found=", ".join(pickles) or None,
-        expected="model.safetensors or model.safetensors.index.json",
+        expected=f"{WHOLE} or {INDEX}",
         hint="pickle files are never loaded; save the base again with save_pretrained"
         if pickles
         else "give the folder of a transformers model",

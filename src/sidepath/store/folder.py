@@ -13,7 +13,7 @@ import functools
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -93,6 +93,26 @@ def _refuse_foreign(
         expected="no folder, an empty one, or one that an earlier save wrote",
         hint="choose another folder, or move its files away",
     )
+
+
+def refuse_within(read: Iterable[Path], output: Path) -> None:
+    """Raise `StoreError` where an output is one of the folders that are read, or lies in one."""
+    target = Path(os.path.realpath(output))
+    if {Path(os.path.realpath(folder)) for folder in read} & {target, *target.parents}:
+        raise StoreError(
+            "the output is one of the folders that are read, or lies in one",
+            where=output,
+            hint="choose another",
+        )
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turn any `OSError` of reading a folder into a `StoreError`."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"cannot read {folder}: {error.strerror}", where=folder) from error
 
 
 def names_in(folder: Path) -> str:

@@ -284,15 +284,15 @@ def quiet_hub(*others: Any) -> Iterator[None]:
     levels = [(log, log.get_verbosity()) for log in logs]
     # By the user's environment.
     chosen = constants.HF_HUB_DISABLE_PROGRESS_BARS is not None
-    hidden = chosen or sys.stderr.isatty() or utils.are_progress_bars_disabled()
+    as_they_are = chosen or sys.stderr.isatty() or utils.are_progress_bars_disabled()
     for log in logs:
         log.set_verbosity_error()
-    if not hidden:
+    if not as_they_are:
         utils.disable_progress_bars()
     try:
         yield
     finally:
         for log, level in levels:
             log.set_verbosity(level)
-        if not hidden:
+        if not as_they_are:
             utils.enable_progress_bars()

@@ -28,11 +28,11 @@ from sidepath.methods.lora import LoRA
 from sidepath.store import manifest as manifests
 from sidepath.store.adapter import Adapter, load
 from sidepath.store.fingerprint import Fingerprint, fingerprint, same_base
-from sidepath.store.folder import names_in
+from sidepath.store.folder import names_in, readable
 from sidepath.store.manifest import check_tensors, read_manifest, sizes
-from sidepath.store.peft_config import read_settings
 from sidepath.store.peft_format import CONFIG, WEIGHTS
-from sidepath.store.tensors import TensorInfo, file_inside, read_header, read_json
+from sidepath.store.peft_reading import trusted_settings
+from sidepath.store.tensors import TensorInfo, file_inside, read_header
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,13 @@ class Library(Mapping[str, Entry]):
         if found.is_symlink():
             self.damaged.append(Damaged(found.name, "a link: not followed"))
             return
-        names = set(os.listdir(found.path)) if found.is_dir() else set()
-        if not names & {WEIGHTS, CONFIG, manifests.NAME}:
-            self.others.append(found.name)
-            return
         try:
-            self._entries[found.name] = read_entry(Path(found.path))
+            with readable(Path(found.path)):
+                names = set(os.listdir(found.path)) if found.is_dir() else set()
+            if names & {WEIGHTS, CONFIG, manifests.NAME}:
+                self._entries[found.name] = read_entry(Path(found.path))
+            else:
+                self.others.append(found.name)
         except SidepathError as error:
             self.damaged.append(Damaged(found.name, in_one_line(error)))
 
@@ -202,13 +203,9 @@ def read_entry(folder: Path) -> Entry:
 
     Errors: `DamagedAdapter` with all faults; `StoreError` for what cannot be read.
     """
-    try:
+    with readable(folder):
         header = read_header(file_inside(folder, WEIGHTS))
-        if (folder / manifests.NAME).exists() or (folder / manifests.NAME).is_symlink():
-            return _ours(folder, header)
-        return _peft(folder, header)
-    except OSError as error:
-        raise StoreError(f"cannot read {folder}: {error.strerror}", where=folder) from error
+        return _ours(folder, header) if manifests.is_ours(folder) else _peft(folder, header)
 
 
 def _ours(folder: Path, header: Mapping[str, TensorInfo]) -> Entry:
@@ -236,14 +233,7 @@ def _ours(folder: Path, header: Mapping[str, TensorInfo]) -> Entry:
 
 
 def _peft(folder: Path, header: Mapping[str, TensorInfo]) -> Entry:
-    path = file_inside(folder, CONFIG)
-    try:
-        values = read_json(path)
-    except ValueError as error:
-        raise DamagedAdapter(f"{CONFIG} is not JSON", where=folder, found=error) from error
-    settings, faults = read_settings(values)
-    if faults:
-        raise DamagedAdapter(f"{CONFIG} has faults", where=folder, faults=faults)
+    values, settings = trusted_settings(folder)
     name = values.get("base_model_name_or_path")
     return Entry(
         name=folder.name,

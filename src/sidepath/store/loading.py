@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sidepath.store.tensors import FLOATING, TensorInfo, damaged
+from sidepath.store.tensors import FLOATING, TensorInfo, damaged, read_header
 
 Named = tuple[str, TensorInfo]
 _PIECE = 2**18
@@ -40,6 +40,14 @@ def load_tensors(
     """
     with loading(path, header) as loaded:
         return loaded.tensors
+
+
+def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """`load_tensors` of a whole file, once its header is checked.
+
+    Errors: `DamagedAdapter`; `StoreError` for a pickle.
+    """
+    return load_tensors(path, read_header(path))
 
 
 class Loaded(NamedTuple):

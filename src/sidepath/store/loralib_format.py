@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +27,13 @@ from sidepath.kernels.lowrank import Part
 from sidepath.methods.base import Site
 from sidepath.methods.lora import LoRA, name_matches
 from sidepath.store.adapter import Adapter, stand_up
-from sidepath.store.loading import load_tensors
-from sidepath.store.peft_reading import per_path
-from sidepath.store.tensors import DTYPE_NAMES, read_header
+from sidepath.store.loading import load_file
+from sidepath.store.peft_reading import dtype_of, per_path
+from sidepath.store.tensors import DTYPE_NAMES
 
-_ENDINGS = {".lora_A": "A", ".lora_B": "B", ".bias": "bias"}
+FACTORS = (".lora_A", ".lora_B")
+"""Endings of a layer's A and B."""
+_ENDINGS = dict(zip((*FACTORS, ".bias"), ("A", "B", "bias"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def load_loralib(
     """
     check_name(registry_of(model), name)
     refuse_merged(registry_of(model), f'"{name}" cannot be loaded')
-    state = dict(source) if isinstance(source, Mapping) else read_file(Path(source))
+    state = dict(source) if isinstance(source, Mapping) else load_file(source)
     where = None if isinstance(source, Mapping) else source
     config, sites, tensors = read_state(model, state, alpha, fused or {}, where)
     return stand_up(model, config, name, sites, tensors, trainable)
@@ -99,11 +100,6 @@ def read_state(
         raise DamagedAdapter("the loralib weights do not fit", where=where, faults=faults)
     config, sites = _config(modules, found, layers)
     return config, sites, _own_tensors(sites, found, layers)
-
-
-def read_file(path: Path) -> dict[str, Tensor]:
-    """A checked safetensors file's tensors. Errors: `DamagedAdapter`; `StoreError` for a pickle."""
-    return load_tensors(path, read_header(path))
 
 
 def _by_path(
@@ -198,9 +194,6 @@ def _config(
     alpha, alpha_pattern = per_path({path: layer.alpha for path, layer in layers.items()})
     others = [path for path in modules if path in found and path not in layers]
     with_bias = any("bias" in found[path] for path in layers)
-    dtypes = {layer.A_RI.dtype for layer in layers.values()}
-    known = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-    dtype = known.get(dtypes.pop(), "float32") if len(dtypes) == 1 else "float32"
     config = LoRA(
         r=r,
         alpha=alpha,
@@ -208,7 +201,7 @@ def _config(
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         bias="all" if others else "lora" if with_bias else "none",
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype_of(DTYPE_NAMES[layer.A_RI.dtype] for layer in layers.values()),
     )
     sites = [
         Site(path, "dense", layers[path].parts, path)

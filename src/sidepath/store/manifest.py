@@ -23,7 +23,7 @@ from sidepath.methods.lora import LoRA
 from sidepath.store.fingerprint import Fingerprint
 from sidepath.store.folder import sha256_file
 from sidepath.store.peft_format import CONFIG, WEIGHTS
-from sidepath.store.tensors import TensorInfo, file_inside, small_file, strict_json
+from sidepath.store.tensors import TensorInfo, file_inside, small_file, strict_json, there
 
 NAME = "sidepath.json"
 FORMAT = 1
@@ -53,6 +53,11 @@ class Manifest:
     """How the adapter came to be: data digest, seed, versions, metrics, command."""
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether a folder has a manifest; a link that leads nowhere counts, and is then refused."""
+    return there(folder / NAME)
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `sidepath.json` for the files that lie in `folder` now (`manifest.files` is unused)."""
     files = {
@@ -63,8 +68,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    values = as_values(manifest)
-    values = {**values, "files": files, "record": values.pop("record")}
+    values = {**as_values(manifest), "files": files}
     try:
         text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:

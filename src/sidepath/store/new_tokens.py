@@ -15,26 +15,13 @@ from sidepath.errors import ConfigError, DamagedAdapter, StoreError
 from sidepath.methods.base import Method
 from sidepath.methods.lora import LoRA
 from sidepath.methods.tokens import LARGEST_ID, MOST_TOKENS
-from sidepath.store.peft_config import read_settings
 from sidepath.store.peft_format import CONFIG
-from sidepath.store.tensors import file_inside, read_json
+from sidepath.store.peft_reading import trusted_settings
+from sidepath.store.tensors import file_inside, read_json, there
 
 NAME = "added_tokens.json"
 LONGEST = 256
 """Characters of the longest token."""
-_TOKENIZER = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
-)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a transformers folder holds a tokenizer."""
-    return any((folder / name).is_file() for name in _TOKENIZER)
-
-
-def there(path: Path) -> bool:
-    """Whether anything is at a path, a link that leads nowhere too."""
-    return path.exists() or path.is_symlink()
 
 
 def add_tokens(tokenizer: Any, texts: Iterable[str]) -> dict[str, int]:
@@ -169,14 +156,11 @@ def _bad_texts(texts: Collection[str]) -> list[str]:
 def tokens_at(folder: Path) -> dict[str, int]:
     """The tokens that an adapter's folder, ours or PEFT's, brings; its base need not be there.
 
-    Errors: `DamagedAdapter` where the folder's settings or the document cannot be read.
+    Errors: `DamagedAdapter` where the folder's settings or the document have faults.
     """
     if not there(folder / NAME) or not there(folder / CONFIG):
         return {}
-    try:
-        settings, _ = read_settings(read_json(file_inside(folder, CONFIG)))
-    except ValueError as error:
-        raise DamagedAdapter(f"{CONFIG} is not JSON", where=folder, found=error) from error
+    _, settings = trusted_settings(folder)
     tokens, faults = read_tokens(folder, settings.token_rows, ours=False)
     if faults:
         raise DamagedAdapter("the adapter's tokens cannot be read", where=folder, faults=faults)

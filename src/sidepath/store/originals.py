@@ -23,6 +23,7 @@ from sidepath.store.fingerprint import (
     fingerprint_of,
     same_base,
 )
+from sidepath.store.saving import loaded_from
 from sidepath.store.stored import Checkpoint, stored_name
 
 Originals = str | os.PathLike[str] | Mapping[str, Tensor] | None
@@ -54,11 +55,17 @@ def residual_source(
             hint="load the base with --quantise nf4, or choose another start",
         )
     readers = _readers(model, originals)
-    names = {path: stored_name(f"{path}.weight", readers) for path in packed}
-    faults = [f"{path}.weight: missing" for path, name in names.items() if name is None]
+    found: dict[str, Callable[[], Tensor]] = {}
+    faults = []
+    for path, view in packed.items():
+        name = stored_name(f"{path}.weight", readers)
+        if name is None:
+            faults.append(f"{path}.weight: missing")
+        else:
+            found[path] = _residual(path, view, readers[name])
     if faults:
         raise StoreError("the originals lack weights of the base", faults=faults)
-    return {path: _residual(path, view, readers[str(names[path])]) for path, view in packed.items()}
+    return found
 
 
 def start_at_residuals(installed: Installed, residuals: Residuals) -> None:
@@ -84,9 +91,7 @@ def _readers(model: nn.Module, originals: Originals) -> dict[str, Callable[[], T
     if isinstance(originals, Mapping):
         _refuse_other(model, fingerprint_of(originals), None)
         return {name: tensor.detach for name, tensor in originals.items()}
-    folder = originals
-    if folder is None:
-        folder = getattr(getattr(model, "config", None), "name_or_path", None) or None
+    folder = loaded_from(model) if originals is None else originals
     if folder is None or not Path(folder).is_dir():
         raise ConfigError(
             'start="loftq" needs the unquantised weights',

@@ -117,9 +117,9 @@ def _recorded(where: Where, name: str) -> Packing:
         int(values["nested_blocksize"]) if nested else 0,
         float(values["nested_offset"]) if nested else 0.0,
     )
-    whole = math.prod(packing.shape)
-    codes, stored = where[name][1], min(packing.shape, default=0)
-    if stored < 1 or math.prod(codes.shape) * _BYTE[codes.dtype] != (whole + 1) // 2:
+    whole, codes = math.prod(packing.shape), where[name][1]
+    empty = min(packing.shape, default=0) < 1
+    if empty or math.prod(codes.shape) * _BYTE[codes.dtype] != (whole + 1) // 2:
         raise ValueError(f"{list(codes.shape)} bytes of codes for {list(packing.shape)} numbers")
     return packing
 

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from sidepath.errors import DataError, StoreError
+from sidepath.store.configs import has_tokenizer, tokenizer_in
 from sidepath.store.tensors import read_json
 
+PARITY = "parity.json"
+"""The file of a merged folder that holds what was measured."""
 CALIBRATION = (
     "The harbour master counted the boats twice that evening, because the first number had "
     "seemed too small and the wind was rising.",
@@ -84,21 +87,19 @@ def read_parity(path: Path) -> tuple[dict[str, str], Parity | None]:
         skipped = values.get("skipped") is True
         names = [field.name for field in fields(Parity)]
         measured = {} if skipped else {name: values[name] for name in names}
-        numbers = all(type(value) in (int, float) for value in measured.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _malformed(path, error) from error
-    if not texts or not numbers:
-        raise _malformed(path, "names and digests are texts, measures are numbers")
+        numbers = all(
+            type(value) in (int, float) and math.isfinite(value) for value in measured.values()
+        )
+        if not texts or not numbers:
+            raise ValueError("names and digests are texts, measures are finite numbers")
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(
+            "a merged folder's record of its adapters is malformed",
+            where=path,
+            found=repr(error),
+            hint="merge again",
+        ) from error
     return merged, None if skipped else Parity(**measured)
-
-
-def _malformed(path: Path, found: object) -> StoreError:
-    return StoreError(
-        "the base's record of merged adapters is malformed",
-        where=path,
-        found=found,
-        hint="merge again",
-    )
 
 
 def compare(
@@ -201,31 +202,15 @@ def calibration_rows(
     the outputs of in five runs. Without a tokenizer and without texts: fixed pseudo-random ids,
     never 0, the usual padding.
 
-    Errors: `DataError` for texts that no tokenizer is there for, or that give no tokens.
+    Errors: `DataError` for texts that no tokenizer is there for, or that give no tokens;
+    `StoreError` for a tokenizer that cannot be used.
     """
-    from transformers import AutoTokenizer
-
-    known = (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-        "vocab.json",
-        "vocab.txt",
-    )
-    if not any((folder / name).is_file() for name in known):
+    if not has_tokenizer(folder):
         if texts is not None:
             raise DataError("calibration texts need a tokenizer in the base's folder", where=folder)
-        return [
-            [
-                1 + (row * 7919 + 104_729 * (column + 1) * (column + row + 1)) % (vocabulary - 1)
-                for column in range(24)
-            ]
-            for row in range(len(CALIBRATION))
-        ]
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
-    encoded = [tokenizer(text)["input_ids"][:MAX_TOKENS] for text in texts or CALIBRATION]
+        return _made_up_rows(vocabulary)
+    tokenizer, given = tokenizer_in(folder), CALIBRATION if texts is None else texts
+    encoded = [tokenizer(text)["input_ids"][:MAX_TOKENS] for text in given]
     rows = [[token for token in row if token < vocabulary] for row in encoded]
     left = max(1, min(MAX_POSITIONS, _OUTPUT_BYTES // (_RUNS * 4 * vocabulary)))
     kept = []
@@ -236,3 +221,13 @@ def calibration_rows(
     if not kept:
         raise DataError("the calibration texts give no tokens", where=folder)
     return kept
+
+
+def _made_up_rows(vocabulary: int) -> list[list[int]]:
+    return [
+        [
+            1 + (row * 7919 + 104_729 * (column + 1) * (column + row + 1)) % (vocabulary - 1)
+            for column in range(24)
+        ]
+        for row in range(len(CALIBRATION))
+    ]

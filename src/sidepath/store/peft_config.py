@@ -1,4 +1,4 @@
-"""`adapter_config.json`, PEFT's settings of an adapter, both ways (floor 4).
+"""`adapter_config.json`, PEFT's settings of an adapter: its fields and patterns, checked (floor 4).
 
 A file is data: where the deltas stand is read from the tensors' names, never from a pattern of
 the file, and keys of rank_pattern and alpha_pattern are taken literally.
@@ -13,33 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from torch import nn
-
-from sidepath.core.views import view_of
-from sidepath.injection.architecture import modules_of
-from sidepath.methods.base import Site
-from sidepath.methods.lora import MAX_ALPHA, MAX_RANK, LoRA
-from sidepath.store.peft_format import groups_of
-from sidepath.store.peft_tokens import INDICES, ids_of, indices_for
+from sidepath.methods.lora import MAX_ALPHA, MAX_RANK
+from sidepath.store.peft_tokens import INDICES, ids_of
 
 T = TypeVar("T")
 BIAS = {"none": "none", "all": "all", "lora": "lora_only"}
 """PEFT's word for each of ours."""
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-}
-_TASK_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-"""Heads that PEFT trains whole on its own for a task, and insists on finding in the file."""
-
 _ANY_VALUE = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "layers_pattern", "layers_to_transform", "megatron_core", "peft_version",
@@ -104,21 +83,10 @@ def read_settings(values: Any) -> tuple[PeftSettings, list[str]]:
             "plain one where it was trained"
         )
     settings = PeftSettings()
-    readers: dict[str, Callable[[Any], Any]] = {
-        "r": rank_from, "lora_alpha": positive, "lora_dropout": dropout_from, "use_rslora": _flag,
-        "use_dora": _flag,
-        "bias": _bias_name, "modules_to_save": _names,
-        "rank_pattern": _ranks, "alpha_pattern": _alphas, INDICES: ids_of,
-    }  # fmt: skip
-    targets = {
-        "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora",
-        "use_dora": "dora",
-        "rank_pattern": "ranks", "alpha_pattern": "alphas", INDICES: "token_rows",
-    }  # fmt: skip
-    for name, reader in readers.items():
+    for name, (own, read) in _READERS.items():
         if name in values:
             try:
-                setattr(settings, targets.get(name, name), reader(values.pop(name)))
+                setattr(settings, own, read(values.pop(name)))
             except ValueError as error:
                 faults.append(f"{name}: {error}")
     for name, value in values.items():
@@ -149,8 +117,8 @@ def _tail(key: str, path: str) -> bool:
     return path == name or (not whole and path.endswith(f".{name}"))
 
 
-def rank_from(value: Any) -> int:
-    """A rank, of a file. Errors: `ValueError`."""
+def rank(value: Any) -> int:
+    """A rank of a file. Errors: `ValueError` for what is none."""
     if type(value) is not int or not 1 <= value <= MAX_RANK:
         raise ValueError(f"{value!r}, expected a whole number from 1 to {MAX_RANK}")
     return value
@@ -193,7 +161,7 @@ def _names(value: Any) -> tuple[str, ...]:
 
 
 def _ranks(value: Any) -> dict[str, int]:
-    return {key: rank_from(rank) for key, rank in _patterns(value)}
+    return {key: rank(one) for key, one in _patterns(value)}
 
 
 def _alphas(value: Any) -> dict[str, float]:
@@ -210,51 +178,19 @@ def _patterns(value: Any) -> Iterable[tuple[str, Any]]:
     return value.items()
 
 
-def write_settings(
-    model: nn.Module,
-    config: LoRA,
-    sites: Mapping[str, Site],
-    base_name: str | None,
-    base_revision: str | None = None,
-) -> dict[str, Any]:
-    """The `adapter_config.json` with which PEFT computes what we compute.
-
-    Modules are named by their whole paths. Parts and groups raise a module's rank to m r (see
-    `peft_format`); its alpha rises with it so that the factor stays the same.
-    """
-    modules = dict(modules_of(model))
-    dense = [path for path, site in sites.items() if site.kind == "dense"]
-    ranks, alphas = {}, {}
-    for path in dense:
-        view = view_of(modules[path])
-        times = (len(sites[path].parts) or 1) * (groups_of(view) if view else 1)
-        root = times if config.scaling == "alpha/r" else math.sqrt(times)
-        ranks[path] = config.rank_of(path) * times
-        alphas[path] = number(config.alpha_of(path) * root)
-    r = commonest(ranks.values()) if ranks else config.r
-    alpha = commonest(alphas.values()) if alphas else number(config.alpha)
-    whole = [path for path, site in sites.items() if site.kind == "whole"]
-    kinds = {view.kind for path in dense if (view := view_of(modules[path]))}
-    return {
-        "peft_type": "LORA",
-        "task_type": _task(model, whole, modules),
-        "base_model_name_or_path": base_name,
-        "revision": base_revision,
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": config.dropout,
-        "use_rslora": config.scaling == "alpha/sqrt(r)",
-        "use_dora": config.dora,
-        "bias": BIAS[config.bias],
-        "fan_in_fan_out": "conv1d_transposed" in kinds and "linear" not in kinds,
-        "init_lora_weights": True,
-        "target_modules": targets_for(dense, modules),
-        "modules_to_save": whole or None,
-        "rank_pattern": {anchored(path): n for path, n in ranks.items() if n != r},
-        "alpha_pattern": {anchored(path): n for path, n in alphas.items() if n != alpha},
-        **indices_for(sites, modules, config.token_rows),
-    }
+_READERS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+    "r": ("r", rank),
+    "lora_alpha": ("alpha", positive),
+    "lora_dropout": ("dropout", dropout_from),
+    "use_rslora": ("rslora", _flag),
+    "use_dora": ("dora", _flag),
+    "bias": ("bias", _bias_name),
+    "modules_to_save": ("modules_to_save", _names),
+    "rank_pattern": ("ranks", _ranks),
+    "alpha_pattern": ("alphas", _alphas),
+    INDICES: ("token_rows", ids_of),
+}
+"""PEFT's fields: the setting of ours that each is, and how it is read."""
 
 
 def number(value: float) -> float:
@@ -272,6 +208,11 @@ def anchored(path: str) -> str:
     return "^" + re.escape(path)
 
 
+def patterns_for(values: Mapping[str, T], usual: T) -> dict[str, T]:
+    """PEFT's patterns of the values by path that are other than usual."""
+    return {anchored(path): value for path, value in values.items() if value != usual}
+
+
 def targets_for(paths: list[str], modules: Iterable[str] | None) -> list[str] | str:
     """The paths as a list, which PEFT also holds against tails of names; where that would hit
     another module too, or the base's `modules` are not known, the one expression that names
@@ -281,14 +222,3 @@ def targets_for(paths: list[str], modules: Iterable[str] | None) -> list[str] | 
     if modules is None or any(path.endswith(tails) for path in modules if path not in paths):
         return "|".join(re.escape(path) for path in paths)
     return paths
-
-
-def _task(model: nn.Module, whole: list[str], modules: Iterable[str]) -> str | None:
-    name = next((kind.__name__ for kind in type(model).__mro__ if _task_of(kind.__name__)), "")
-    task = _task_of(name)
-    heads = [path for path in modules if path.endswith(_TASK_HEADS.get(task or "", ()))]
-    return task if all(path in whole for path in heads) else None
-
-
-def _task_of(name: str) -> str | None:
-    return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)

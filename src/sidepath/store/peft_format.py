@@ -264,6 +264,14 @@ def pack(
     return packed
 
 
+def by_place(tensors: Mapping[str, Tensor], slots: Iterable[Slot]) -> dict[str, dict[str, Tensor]]:
+    """A file's tensors, as they are, by module path and name within the delta."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for slot in slots:
+        found.setdefault(slot.path, {})[slot.local] = tensors[slot.key]
+    return found
+
+
 def unpack(
     tensors: Mapping[str, Tensor],
     sites: Iterable[Site],
@@ -275,9 +283,7 @@ def unpack(
     They share the storage of `tensors` where their form is the file's.
     Errors: `DamagedAdapter` with the faults of every delta whose form is not exact.
     """
-    by_path: dict[str, dict[str, Tensor]] = {}
-    for slot in slots:
-        by_path.setdefault(slot.path, {})[slot.local] = tensors[slot.key]
+    by_path = by_place(tensors, slots)
     faults = []
     for site in sites:
         try:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from sidepath.core.delta import Delta
 from sidepath.core.views import View, view_of
@@ -58,11 +58,3 @@ def expected_slots(
             return plain_slots(config.deltas(sites, views)), []
         except (SidepathError, ValueError, AssertionError) as error:
             return [], [f"{config.method}: {error}"]
-
-
-def by_place(tensors: Mapping[str, Tensor], slots: Iterable[Slot]) -> dict[str, dict[str, Tensor]]:
-    """A file's tensors by module path and name within the delta."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for slot in slots:
-        found.setdefault(slot.path, {})[slot.local] = tensors[slot.key]
-    return found

@@ -111,6 +111,7 @@ class Plan:
         return "\n".join(lines)
 
 
+# Over 40 lines: each thing that a step can be, and each field of the plan, has a line of its own.
 def plan(
     model: nn.Module,
     config: Method,

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sidepath.core.quant import TRANSPOSED, is_packed, nearest_levels, qualified, state_of
-from sidepath.core.views import DenseView
+from sidepath.core.quant import is_packed, nearest_levels, state_of
+from sidepath.core.views import DenseView, view_of
 from sidepath.errors import MergeError
 from sidepath.injection.architecture import modules_of
 from sidepath.injection.places import preset_paths
@@ -68,14 +68,13 @@ def make_plain(model: nn.Module, packing: Mapping[str, str]) -> dict[str, torch.
     dtypes = {}
     for name, kind in packing.items():
         quant_type, source, block, nested = kind.split("-")
-        module = model.get_submodule(name.rpartition(".")[0])
-        weight = model.get_parameter(name)
-        turned = any(qualified(cls) == TRANSPOSED for cls in type(module).__mro__)
-        W_OI = (weight.T if turned else weight).to(FLOATING[source])
+        view = view_of(model.get_submodule(name.rpartition(".")[0]))
+        assert view is not None, "what was packed is a linear layer"
+        W_OI = view.matrix().to(FLOATING[source])
         Q_OI = nearest_levels(
             W_OI, quant_type=quant_type.lower(), blocksize=int(block), double=int(nested) > 0
         )
-        weight.data = (Q_OI.T if turned else Q_OI).contiguous()
+        view.weight.data = view.from_matrix(Q_OI)
         dtypes[name] = FLOATING[source]
     return dtypes
 

@@ -19,6 +19,7 @@ from sidepath.store.card import CARD, LICENCE, PARITY, model_card
 from sidepath.store.folder import sha256_file
 from sidepath.store.hub import ADAPTER, PREFIX, HubPlace, is_hub, name_of, parse_place, reaching
 from sidepath.store.manifest import Manifest, check_tensors, read_manifest, write_manifest
+from sidepath.store.parity import PARITY as MEASURED
 from sidepath.store.parity import read_parity
 from sidepath.store.peft_format import WEIGHTS
 from sidepath.store.tensors import file_inside, read_header
@@ -65,23 +66,14 @@ def push(
     """
     place = _target(target)
     manifest = _enriched(_verified(folder), licence, parity)
+    said = message or f"Adapter {name_of(folder)}, {manifest.config.method}, by sidepath"
     with tempfile.TemporaryDirectory(prefix="sidepath-push-") as temporary:
         staged = Path(temporary, place.name.partition("/")[2])
         staged.mkdir()
         _stage(folder, staged, manifest, place)
         files = {path.name: path.stat().st_size for path in sorted(staged.iterdir())}
-        said = message or f"Adapter {name_of(folder)}, {manifest.config.method}, by sidepath"
-        with reaching(place, "written to", _AGAIN):
-            commit, url = _send(place, staged, private, said)
-            faults = _differing(HubPlace(place.name, commit), staged)
-    if faults:
-        raise HubError(
-            "the hub does not hold what was sent",
-            where=HubPlace(place.name, commit),
-            faults=faults,
-            hint="push again; the folder here is as it was",
-        )
-    return Pushed(HubPlace(place.name, commit), url, files)
+        held, url = _sent(place, staged, private, said)
+    return Pushed(held, url, files)
 
 
 def _target(target: str) -> HubPlace:
@@ -96,7 +88,7 @@ def _verified(folder: Path) -> Manifest:
     """The manifest of a folder that holds what was saved and nothing else."""
     if not folder.is_dir():
         raise StoreError("there is no such adapter folder", where=folder)
-    if not (folder / manifests.NAME).exists():
+    if not manifests.is_ours(folder):
         raise StoreError(
             f"the folder has no {manifests.NAME}: nothing says what it should hold",
             where=folder,
@@ -137,7 +129,7 @@ def _enriched(manifest: Manifest, licence: str | None, parity: Path | None) -> M
 
 def _parity_of(place: Path, manifest: Manifest) -> dict[str, Any]:
     """What a merge of this adapter measured."""
-    merged, parity = read_parity(place / "parity.json" if place.is_dir() else place)
+    merged, parity = read_parity(place / MEASURED if place.is_dir() else place)
     if set(merged) != {manifest.files[WEIGHTS][1]}:
         raise StoreError(
             "the parity was measured for another adapter, or for several",
@@ -163,6 +155,22 @@ def _stage(folder: Path, staged: Path, manifest: Manifest, place: HubPlace) -> N
     card = model_card(manifest, staged.name, numbers, str(place))
     (staged / CARD).write_text(card, encoding="utf-8")
     write_manifest(staged, manifest)
+
+
+def _sent(place: HubPlace, staged: Path, private: bool, message: str) -> tuple[HubPlace, str]:
+    """Send the staged files and look at them again there; the commit, and its page."""
+    with reaching(place, "written to", _AGAIN):
+        commit, url = _send(place, staged, private, message)
+        held = HubPlace(place.name, commit)
+        faults = _differing(held, staged)
+    if faults:
+        raise HubError(
+            "the hub does not hold what was sent",
+            where=held,
+            faults=faults,
+            hint="push again; the folder here is as it was",
+        )
+    return held, url
 
 
 def _send(place: HubPlace, staged: Path, private: bool, message: str) -> tuple[str, str]:

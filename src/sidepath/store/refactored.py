@@ -18,12 +18,13 @@ from torch import Tensor
 from sidepath.errors import StoreError
 from sidepath.methods.lora import LoRA, by_path
 from sidepath.store import manifest as manifests
-from sidepath.store.loading import load_tensors
+from sidepath.store.folder import refuse_within
+from sidepath.store.loading import load_file
 from sidepath.store.manifest import Manifest, trusted_manifest
-from sidepath.store.peft_config import anchored, commonest
+from sidepath.store.peft_config import commonest, patterns_for
 from sidepath.store.peft_format import CONFIG, ENDINGS, PAIRS, PREFIX, WEIGHTS, spread_groups
 from sidepath.store.saving import merged_record, publish_adapter, saved_beside
-from sidepath.store.tensors import file_inside, read_header, read_json
+from sidepath.store.tensors import file_inside, read_json
 
 Pair = tuple[Tensor, Tensor]
 _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
@@ -45,16 +46,14 @@ def write_refactored(
     fused projection become one update of the whole matrix, zero in the rows that had none.
     `source` is not changed; all or nothing. Returns the folder.
 
-    Errors: `StoreError` for the same folder twice, or no update left; `DamagedAdapter` for a
+    Errors: `StoreError` for a target in the source, or no update left; `DamagedAdapter` for a
     source that cannot be trusted; `WriteFailed`.
     """
     target = Path(target)
-    if os.path.realpath(source) == os.path.realpath(target):
-        raise StoreError("an adapter is not written over the one it comes from", where=target)
+    refuse_within([source], target)
     if not factors:
         raise StoreError("an adapter without any update left is not written", where=source)
-    path = file_inside(source, WEIGHTS)
-    old = load_tensors(path, read_header(path))
+    old = load_file(file_inside(source, WEIGHTS))
     new = _tensors(old, factors)
     manifest = _manifest(source, factors, record)
     files = saved_beside(source, manifest)
@@ -118,15 +117,15 @@ def settings_for(
         "lora_alpha": alpha,
         "use_rslora": False,
         "target_modules": "|".join(map(re.escape, ranks)) if expression else list(ranks),
-        "rank_pattern": {anchored(path): n for path, n in ranks.items() if n != r},
-        "alpha_pattern": {anchored(path): n for path, n in alphas.items() if n != alpha},
+        "rank_pattern": patterns_for(ranks, r),
+        "alpha_pattern": patterns_for(alphas, alpha),
     } | {name: None for name in _NARROWING if name in settings}
 
 
 def _manifest(
     source: Path, factors: Mapping[str, Pair], record: Mapping[str, Any]
 ) -> Manifest | None:
-    if not (source / manifests.NAME).exists():
+    if not manifests.is_ours(source):
         return None
     manifest = trusted_manifest(source)
     assert isinstance(manifest.config, LoRA), "factors were read of it"
@@ -146,17 +145,19 @@ def _manifest(
 
 
 def _config(config: LoRA, factors: Mapping[str, Pair], dropped: list[str]) -> LoRA:
-    ranks = {path: len(A_KI) for path, (A_KI, _) in factors.items()}
-    r = commonest(ranks.values())
-    patterns = by_path(ranks, usual=r)
     return dataclasses.replace(
         config,
-        r=r,
-        alpha=float(r),
+        **scaled_already({path: len(A_KI) for path, (A_KI, _) in factors.items()}),
         scaling="alpha/r",
         start="kaiming",
         targets=tuple(pattern.partition(":")[0] for pattern in config.targets),
         exclude=(*config.exclude, *map(glob.escape, dropped)),
-        rank_pattern=patterns,
-        alpha_pattern={pattern: float(rank) for pattern, rank in patterns.items()},
     )
+
+
+def scaled_already(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """LoRA's settings of factors at these ranks that carry their scaling: alpha is the rank."""
+    r = commonest(ranks.values())
+    patterns = by_path(ranks, usual=r)
+    alphas = {pattern: float(rank) for pattern, rank in patterns.items()}
+    return {"r": r, "alpha": float(r), "rank_pattern": patterns, "alpha_pattern": alphas}

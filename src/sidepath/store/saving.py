@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -22,11 +23,11 @@ from sidepath.store import manifest as manifests
 from sidepath.store import new_tokens
 from sidepath.store.card import CARD, model_card
 from sidepath.store.fingerprint import fingerprint
-from sidepath.store.folder import publish
-from sidepath.store.hub import snapshot_of
+from sidepath.store.folder import lists_all_files, publish
+from sidepath.store.hub import Place, snapshot_of
 from sidepath.store.manifest import Manifest, write_manifest
-from sidepath.store.peft_config import write_settings
 from sidepath.store.peft_format import CONFIG, WEIGHTS, pack
+from sidepath.store.peft_writing import write_settings
 from sidepath.store.plain_format import slots_of
 from sidepath.store.tensors import DTYPE_NAMES, file_inside
 
@@ -34,14 +35,18 @@ OWN_NAMES = (WEIGHTS, CONFIG, CARD, new_tokens.NAME, manifests.NAME)
 
 
 def write_adapter(
-    model: nn.Module, installed: Installed, folder: Path, files: Mapping[str, str]
+    model: nn.Module,
+    installed: Installed,
+    folder: Path,
+    files: Mapping[str, str],
+    record: Mapping[str, Any],
 ) -> None:
     """Write an adapter's files into an empty folder, the manifest last. Changes nothing else.
 
+    `files`: more text files by name; `record`: how the adapter came to be.
     Errors: `StoreError` for a method or a tensor that the format cannot hold.
     """
     config = installed.config.saved()
-    sites = installed.sites
     slots = slots_of(installed, dict(modules_of(model)))
     tensors = pack(installed.deltas, views_of(model, installed), slots)
     for name, text in files.items():
@@ -53,24 +58,41 @@ def write_adapter(
         (folder / new_tokens.NAME).write_text(text, encoding="utf-8")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     if isinstance(config, LoRA):  # the one method here that PEFT has a form for
-        settings = write_settings(model, config, sites, base_name(model), base_revision(model))
+        named = base_name(model), base_revision(model)
+        settings = write_settings(model, config, installed.sites, *named)
         (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    whole = [path for path, site in sites.items() if site.kind == "whole"]
-    manifest = Manifest(
-        config=config,
+    manifest = _manifest_of(model, installed, tensors, record)
+    trained = sum(parameter.numel() for parameter in installed.parameters())
+    card = model_card(manifest, installed.name, trained)
+    (folder / CARD).write_text(card, encoding="utf-8")
+    write_manifest(folder, manifest)
+
+
+def _manifest_of(
+    model: nn.Module,
+    installed: Installed,
+    tensors: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+) -> Manifest:
+    sites = installed.sites
+    return Manifest(
+        config=installed.config.saved(),
         sites=tuple(sites.values()),
         base_name=base_name(model),
         base_revision=base_revision(model),
         model_class=type(model).__name__,
         labels=labels_of(model),
-        base=fingerprint(model, leave_out=whole),
-        tensors={key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in tensors.items()},
-        record=installed.record,
+        base=fingerprint(
+            model, leave_out=[path for path, site in sites.items() if site.kind == "whole"]
+        ),
+        tensors=_held(tensors),
+        record=record,
     )
-    trained = sum(parameter.numel() for parameter in installed.parameters())
-    card = model_card(manifest, installed.name, trained)
-    (folder / CARD).write_text(card, encoding="utf-8")
-    write_manifest(folder, manifest)
+
+
+def _held(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtypes and shapes by key, as a manifest lists them."""
+    return {key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in tensors.items()}
 
 
 def publish_adapter(
@@ -86,15 +108,14 @@ def publish_adapter(
     a `manifest` (whose list of tensors is made here) the folder is one of ours, without one
     PEFT's. Errors: `WriteFailed`, `StoreError` for a folder that holds other files.
     """
-    with publish(target, manifests=(manifests.NAME,), replace=plain_peft) as temporary:
+    with publish(target, manifests=(), replace=replaceable) as temporary:
         for name, content in files.items():
             (temporary / name).write_bytes(content)
         save_file(dict(tensors), temporary / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(settings, indent=2) + "\n"
         (temporary / CONFIG).write_text(text, encoding="utf-8")
         if manifest is not None:
-            held = {key: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in tensors.items()}
-            manifest = dataclasses.replace(manifest, tensors=held)
+            manifest = dataclasses.replace(manifest, tensors=_held(tensors))
             card = model_card(manifest, target.name, sum(t.numel() for t in tensors.values()))
             (temporary / CARD).write_text(card, encoding="utf-8")
             write_manifest(temporary, manifest)
@@ -132,20 +153,25 @@ def loaded_from(model: nn.Module) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
+def called(base: Place) -> tuple[str, str | None]:
+    """What a base's folder is called in a record: its repository and commit where it is one of the
+    hub's cache; else as it was given, and None.
+    """
+    place = snapshot_of(base)
+    return (os.fspath(base), None) if place is None else (place.name, place.revision)
+
+
 def base_name(model: nn.Module) -> str | None:
     """What a transformers model is called: a name on the hub, or the folder it was loaded from."""
     name = loaded_from(model)
-    snapshot = snapshot_of(name) if name else None
-    return snapshot.name if snapshot else name
+    return None if name is None else called(name)[0]
 
 
 def base_revision(model: nn.Module) -> str | None:
     """The commit of a model that was loaded from the hub, by us or by transformers."""
     name = loaded_from(model)
-    snapshot = snapshot_of(name) if name else None
-    if snapshot is not None:
-        return snapshot.revision
-    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    commit = None if name is None else called(name)[1]
+    commit = commit or getattr(getattr(model, "config", None), "_commit_hash", None)
     return commit if isinstance(commit, str) and commit else None
 
 
@@ -167,6 +193,11 @@ def saved_beside(folder: Path, manifest: Manifest | None) -> dict[str, bytes]:
     if manifest is None and (folder / new_tokens.NAME).is_file():
         names = [new_tokens.NAME]
     return {name: file_inside(folder, name).read_bytes() for name in names}
+
+
+def replaceable(folder: Path) -> bool:
+    """Whether a folder holds an adapter, ours or PEFT's, and nothing else: it may be replaced."""
+    return lists_all_files(folder, (manifests.NAME,)) or plain_peft(folder)
 
 
 def plain_peft(folder: Path) -> bool:

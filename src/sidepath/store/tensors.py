@@ -53,6 +53,11 @@ class TensorInfo:
     stop: int
 
 
+def there(path: Path) -> bool:
+    """Whether anything is at a path, a link that leads nowhere too."""
+    return path.exists() or path.is_symlink()
+
+
 def file_inside(folder: str | os.PathLike[str], name: str) -> Path:
     """The regular file `name` of `folder`; links may not leave the folder.
 

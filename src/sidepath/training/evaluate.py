@@ -63,11 +63,9 @@ def evaluate(
     wanted = _wanted(data, metrics)
     if data.task == "classify":
         loss, predicted, expected = _classified(model, data, batch_size, processes)
-        result = {"loss": loss}
-        for name in wanted:
-            if name in CLASSES:
-                result[name] = CLASSES[name](predicted, expected)
-        return {name: result[name] for name in wanted}
+        return {
+            name: loss if name == "loss" else CLASSES[name](predicted, expected) for name in wanted
+        }
     result = {}
     if set(wanted) - set(GENERATED):
         result = measure(model, data, batch_size=batch_size, processes=processes)
@@ -242,19 +240,23 @@ def _require_room(model: nn.Module, ids: Sequence[Sequence[int]], new: int) -> N
 def _generation_config(model: Any, tokenizer: Any, new: int, temperature: float) -> Any:
     from transformers import GenerationConfig
 
-    own = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     return GenerationConfig(
         max_new_tokens=new,
         do_sample=temperature > 0,
         num_beams=1,
-        eos_token_id=sorted(ends) or None,
+        eos_token_id=sorted(end_tokens(model, tokenizer)) or None,
         pad_token_id=pad_id_of(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         use_cache=True,
         **sampling,
     )
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Every token that ends a text: the tokenizer's, and those the model's own settings name."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    return {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
 
 
 def _continue(

@@ -5,7 +5,6 @@ Dimensions: B rows, T tokens, N predicted tokens, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sidepath.data.dataset import Data
-from sidepath.errors import DataError
+from sidepath.errors import DataError, UnknownAdapter
 from sidepath.injection.registry import require_registry
 from sidepath.injection.surgery import disabled, refuse_merged
-from sidepath.training.trained import context_of, device_of, modes_kept
+from sidepath.training.evaluate import end_tokens
+from sidepath.training.loss import accepted
+from sidepath.training.trained import context_of, device_of, modes_kept, require_fit
 
 SAMPLED = "sampled from the base"
 _ROWS_AT_ONCE = 4
@@ -44,6 +45,20 @@ class Forgetting:
     """Predicted tokens that the means are over."""
     source: str
     """Whose text it is: `SAMPLED`, or the name of the data."""
+
+    @classmethod
+    def of(
+        cls, before: Sequence[float], after: Sequence[float], counts: Sequence[int], source: str
+    ) -> Forgetting:
+        """From the summed losses of each row, and the predicted tokens it has."""
+        total = sum(counts)
+        return cls(
+            before=math.fsum(before) / total,
+            after=math.fsum(after) / total,
+            error=_error([b - a for a, b in zip(before, after, strict=True)], counts),
+            tokens=total,
+            source=source,
+        )
 
     @property
     def difference(self) -> float:
@@ -75,42 +90,28 @@ def forgetting(
 
         E[log base(x) - log adapted(x)] / E[length] = KL(base || adapted) a token,
 
-    so no data are needed and the same `seed` gives the same figures. A tokenizer without a begin
-    token (chat models) starts from the config's, else from the end token, which separates
-    documents, else from a space. With `data` the text is the user's: their supervised tokens.
-
-    None for models that write no text (classifiers, encoders). Nothing is changed: modes, active
-    adapter and random states are put back.
+    so no data are needed and the same `seed` gives the same figures. With `data` the text is the
+    user's: their supervised tokens. None for models that write no text (classifiers, encoders).
+    Modes, active adapter and random states are put back.
 
     Raises:
         UnknownAdapter: no adapter of that name is on the model, or none is active.
         MergeError: an adapter is merged into the base.
-        DataError: nothing to start from; data without a predicted token.
+        DataError: nothing to start from; data that do not fit, or without a predicted token.
     """
     if not _writes_text(model):
         return None
-    registry = require_registry(model)
-    refuse_merged(registry, "forgetting cannot be measured")
-    name = registry.adapter(adapter or str(registry.routing.active)).name
-    with modes_kept(model), torch.no_grad():
+    with modes_kept(model), torch.no_grad(), _answered_by(model, adapter):
         model.eval()
         with disabled(model):
             if data is None:
                 texts = _sampled(model, tokenizer, rows, tokens, seed)
             else:
-                texts = _rows_of(data)
+                texts = _rows_of(model, data)
             before = _losses(model, texts)
-        with _answered_by(model, name):
-            after = _losses(model, texts)
+        after = _losses(model, texts)
     counts = [sum(predicted) for _, predicted in texts]
-    total = sum(counts)
-    return Forgetting(
-        before=math.fsum(before) / total,
-        after=math.fsum(after) / total,
-        error=_error([b - a for a, b in zip(before, after, strict=True)], counts),
-        tokens=total,
-        source=SAMPLED if data is None else data.name,
-    )
+    return Forgetting.of(before, after, counts, SAMPLED if data is None else data.name)
 
 
 def _writes_text(model: Any) -> bool:
@@ -121,9 +122,14 @@ def _writes_text(model: Any) -> bool:
 
 
 @contextmanager
-def _answered_by(model: nn.Module, name: str) -> Iterator[None]:
-    """One adapter answers every row, whatever the caller routes or silences."""
-    routing = require_registry(model).routing
+def _answered_by(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """One adapter, or the active one, answers every row, whatever the caller routes or silences."""
+    registry = require_registry(model)
+    refuse_merged(registry, "forgetting cannot be measured")
+    routing = registry.routing
+    name = routing.active if adapter is None else registry.adapter(adapter).name
+    if name is None:
+        raise UnknownAdapter("no adapter is active, and none is named")
     kept = routing.active, routing.rows, routing.silent
     routing.active, routing.rows, routing.silent = name, None, False
     try:
@@ -134,13 +140,16 @@ def _answered_by(model: nn.Module, name: str) -> Iterator[None]:
 
 def _sampled(model: Any, tokenizer: Any, rows: int, tokens: int, seed: int) -> list[Row]:
     """Rows drawn from the model as it stands, token by token at temperature 1."""
-    begin, ends = begin_token(model, tokenizer), _end_tokens(model, tokenizer)
+    begin, ends = begin_token(model, tokenizer), end_tokens(model, tokenizer)
     generator = torch.Generator().manual_seed(seed)
     device = device_of(model)
+    length = int(min(tokens, context_of(model) - 1))
+    if rows < 1 or length < 1:
+        raise DataError("no text can be sampled", found=f"{rows} rows of {length} tokens")
     texts = [[begin] for _ in range(rows)]
     open_ = [True] * rows
     ids_BT, cache = torch.full((rows, 1), begin, device=device), None
-    for _ in range(int(min(tokens, context_of(model) - 1))):
+    for _ in range(length):
         output = model(input_ids=ids_BT, **_cached(model, cache))
         cache = getattr(output, "past_key_values", None)
         chances_BV = output.logits[:, -1].float().softmax(dim=-1).cpu()
@@ -158,14 +167,15 @@ def _sampled(model: Any, tokenizer: Any, rows: int, tokens: int, seed: int) -> l
 
 
 def _cached(model: Any, cache: Any) -> dict[str, Any]:
-    known = inspect.signature(type(model).forward).parameters
-    if "past_key_values" not in known:
+    if "past_key_values" not in accepted(type(model).forward):
         return {}
     return {"past_key_values": cache, "use_cache": True}
 
 
 def begin_token(model: Any, tokenizer: Any) -> int:
-    """What a text of the base starts with: a begin token, an end token, or a space."""
+    """What a text of the base starts with: the tokenizer's begin token or, where there is none
+    (chat models), the config's; else the end token, which separates documents; else a space.
+    """
     settings = model.config.get_text_config()
     known = (tokenizer.bos_token_id, settings.bos_token_id, tokenizer.eos_token_id)
     for token in known:
@@ -181,13 +191,9 @@ def begin_token(model: Any, tokenizer: Any) -> int:
     return int(space[0])
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    own = getattr(model.generation_config, "eos_token_id", None)
-    return {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-
-
-def _rows_of(data: Data) -> list[Row]:
+def _rows_of(model: nn.Module, data: Data) -> list[Row]:
     """The user's rows; one without a predicted token says nothing."""
+    require_fit(model, data)
     texts = [
         (example.ids_T.tolist(), [False, *example.supervised_T[1:].tolist()])
         for example in data.examples

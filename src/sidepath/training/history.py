@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,6 @@ FILE = "history.json"
 FORMAT = 1
 MAX_BYTES = 256 * 2**20
 """The largest file that is read."""
-MAX_FAULTS = 20
-"""Faults that an error names."""
 Series = tuple[float | None, ...]
 """A number for each watched step; None where it was not finite."""
 
@@ -86,10 +85,7 @@ def read_history(path: str | os.PathLike[str]) -> History:
         raise DamagedAdapter("the history is not JSON", where=path, found=error) from error
     faults = _faults(values)
     if faults:
-        more = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
-        raise DamagedAdapter(
-            "the history has faults", where=path, faults=[*faults[:MAX_FAULTS], *more]
-        )
+        raise DamagedAdapter("the history has faults", where=path, faults=faults)
     return _built(values)
 
 
@@ -165,7 +161,10 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether it is a number that a float can hold."""
+    if type(value) is int:  # JSON's integers have no end, and `isfinite` asks for a float
+        return abs(value) <= sys.float_info.max
+    return type(value) is float and math.isfinite(value)
 
 
 def _rises(steps: Any, last: int) -> bool:

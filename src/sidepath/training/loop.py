@@ -16,7 +16,6 @@ from sidepath.config import TrainConfig
 from sidepath.data.dataset import Data
 from sidepath.errors import TrainError
 from sidepath.training import state
-from sidepath.training.checkpoint import require_none
 from sidepath.training.history import History
 from sidepath.training.processes import Processes
 from sidepath.training.report import StepReport
@@ -36,25 +35,16 @@ def train(
     checkpoints: str | os.PathLike[str] | None = None,
     resume: bool = False,
 ) -> Training:
-    """Train in place, yielding a `StepReport` after each optimiser step.
+    """Train in place, yielding a `StepReport` after each optimiser step; see also `Training`.
 
-    Trained is the adapter named, else the active one; on a model without adapters, every
-    parameter that requires a gradient. Everything else stays as it is, other adapters too.
+    Trained is the adapter named, else the active one; without adapters, every parameter that
+    requires a gradient. Everything else stays as it is, other adapters too.
 
-    A step's loss is the sum over its targets divided by their number over all of its forward
-    passes: accumulation changes neither loss nor gradient. With `held_out` rows (or
-    `config.eval_share`) the state with the lowest held-out loss is back in the model when the
-    last report is yielded. With `checkpoints` and `config.checkpoint_every` a run can be
-    resumed; on a CPU the resumed run ends with the unbroken run's bits.
-
-    Where nothing in the model's body is trained (`LinearProbe`), its dropout is off and each row
-    goes through it once in the run, if that can be (`training/features.py`): a notice says so.
-
-    Where torch.distributed was started (torchrun), every process calls this with the same
-    model, data and config, and the rows of each step are dealt out among them: the number of
-    processes changes neither the steps nor, within rounding, the result.
-
-    All checks are made before this returns; the model is touched from the first step on.
+    A step's loss is the sum over its targets by their number over all of its forward passes:
+    accumulation changes neither loss nor gradient. With `held_out` rows (or `config.eval_share`)
+    the state with the lowest held-out loss is back when the last report is yielded. With `checkpoints` and `config.checkpoint_every` a run can be
+    resumed; on a CPU the resumed run ends with the unbroken run's bits. All checks are made before
+    this returns; the model is touched from the first step on.
 
     Raises:
         DataError: the audit refuses the data, or they do not fit the model.
@@ -72,11 +62,7 @@ def train(
     _require_consistent(config, data, held_out, folder, resume)
     _require_fit(model, data, held_out)
     run = Run(trained, data, held_out, config, folder, Processes.of_this_run())
-    if folder is not None:
-        if resume:
-            state.resume(run)
-        else:
-            require_none(folder)
+    state.begin(run, resume=resume)
     return Training(run)
 
 
@@ -96,7 +82,15 @@ def probe(
 
 
 class Training(Iterator[StepReport]):
-    """A run under way: iterate over it for its steps."""
+    """A run under way: iterate over it for its steps.
+
+    Where nothing in the model's body is trained (`LinearProbe`), its dropout is off and each row
+    goes through it once in the run, if that can be (`training/features.py`): a notice says so.
+
+    Where torch.distributed was started (torchrun), every process trains the same model on the
+    same data with the same config, and the rows of each step are dealt out among them: the number
+    of processes changes neither the steps nor, within rounding, the result.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run = run

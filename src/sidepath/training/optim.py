@@ -34,12 +34,12 @@ def make_optimizer(
     Errors: `TrainError` for paged state without a GPU, `MissingExtra` without bitsandbytes.
     """
     tensors = list(parameters.values())
-    filled = _groups(parameters, config, rates or {})
+    groups = _groups(parameters, config, rates or {})
     betas = (config.beta1, config.beta2)
     if config.optimizer == "paged_adamw_8bit":
-        return _paged(filled, tensors, config.learning_rate, betas)
+        return _paged(groups, tensors, config.learning_rate, betas)
     return torch.optim.AdamW(
-        filled,
+        groups,
         lr=config.learning_rate,
         betas=betas,
         fused=all(tensor.device.type in _FUSED_DEVICES for tensor in tensors),

@@ -100,12 +100,12 @@ class Order:
 
     def steps_of(self, epochs: float) -> int:
         """Steps that this many epochs are, rounded up."""
-        whole = math.floor(epochs)
-        rest = epochs - whole
-        start = self.start_of(whole)
+        rest, whole = math.modf(epochs)
+        start = self.start_of(int(whole))
         if rest == 0:
             return start
-        return start + math.ceil(rest * (self.start_of(whole + 1) - start))
+        steps = rest * (self.start_of(int(whole) + 1) - start)
+        return start + math.ceil(round(steps, 9))  # 1.1 - 1 is a little more than a tenth
 
     def _drawn(self, epoch: int) -> list[list[Bin]]:
         generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))

@@ -17,7 +17,7 @@ from sidepath.data.example import Example
 from sidepath.errors import TrainError
 from sidepath.training.batching import collate_packed
 from sidepath.training.loss import accepted, logits_of
-from sidepath.training.trained import modes_kept
+from sidepath.training.trained import device_of, modes_kept
 
 PROBED_TOKENS = 64
 """Most tokens of an example that the proof looks at."""
@@ -71,6 +71,5 @@ def _behind(model: nn.Module, before: Example, example: Example) -> Tensor:
 
 
 def _logits(model: Any, examples: list[Example]) -> Tensor:
-    device = next(model.parameters()).device
-    batch = collate_packed([examples], range(len(examples)), 0).to(device)
+    batch = collate_packed([examples], range(len(examples)), 0).to(device_of(model))
     return logits_of(model, batch)

@@ -54,8 +54,14 @@ class Step:
     rate: float
     started: float
 
+    def share(self, batch: Batch, total: Tensor) -> Tensor:
+        """What a batch with this summed loss adds to the step's loss. An idle pass takes part
+        with nothing: its weight is 0, and so is its gradient.
+        """
+        return total / self.weight if batch.weight else total * 0.0
 
-class Run(state.Standing):
+
+class Run(state.Resumable):
     """The state of one run; `reports` moves it on."""
 
     def __init__(
@@ -74,8 +80,8 @@ class Run(state.Standing):
             trained, data, held_out, config, folder, processes, order, optimizer, watch
         )
         self.device = device_of(trained.model)
-        rank, count = processes.rank, processes.count
-        self.feed = Feed(data, order, config.batch_size, config.seed, rank, count)
+        size, seed = config.batch_size, config.seed
+        self.feed = Feed(data, order, size, seed, processes.rank, processes.count)
         self.total = self._total()
         self.asked_to_stop = False
         """This process was, perhaps by a signal in the middle of a step."""
@@ -113,7 +119,7 @@ class Run(state.Standing):
                 require_packable(self.trained.model, self.data)
             self.processes.require_equal("the trained tensors", self.trained.tensors)
             again = self.total > self.order.start_of(1)
-            with self._autocast():
+            with self.autocast():
                 self.features = features_of(self.trained, self.data, self.config, again=again)
             if self.features.notice is not None:
                 self.notices.append(self.features.notice)
@@ -143,18 +149,18 @@ class Run(state.Standing):
     def backward(self, step: Step) -> list[Tensor]:
         """Add the step's gradients to the parameters; each batch's share of the loss."""
         with derived(self.config.seed, self.step, self.processes.rank, device=self.device):
-            return [self._backward(batch, step.weight) for batch in step.batches]
+            return [self._backward(step, batch) for batch in step.batches]
 
-    def _backward(self, batch: Batch, weight: float) -> Tensor:
+    def _backward(self, step: Step, batch: Batch) -> Tensor:
         batch = batch.to(self.device)
-        with self._autocast(), self.features.answering(batch):
+        with self.autocast(), self.features.answering(batch):
             total = batch_loss(self.trained.model, batch, smoothing=self.config.label_smoothing)
-        # An idle pass takes part with nothing: its weight is 0, and so is its gradient.
-        loss = total / weight if batch.weight else total * 0.0
+        loss = step.share(batch, total)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """The dtype that forward passes run in."""
         enabled = self.config.autocast == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
@@ -215,11 +221,10 @@ class Run(state.Standing):
         pairs = list(zip(batches, losses, strict=True))
         wrong = [row for batch, value in pairs if not math.isfinite(value) for row in batch.rows]
         rows = self.processes.all_of(wrong)
-        in_loss = bool(rows)
-        if not in_loss:
-            rows = self.processes.all_of([row for batch in batches for row in batch.rows])
+        what = "loss" if rows else "gradient"
+        rows = rows or self.processes.all_of([row for batch in batches for row in batch.rows])
         raise NonFinite(
-            f"step {self.step + 1}: the {'loss' if in_loss else 'gradient'} is not finite",
+            f"step {self.step + 1}: the {what} is not finite",
             where=self._places(rows),
             found=f"loss {loss}, gradient norm {norm}",
             hint="the weights were not touched and the last checkpoint stands, but resuming meets "

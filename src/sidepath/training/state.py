@@ -28,8 +28,8 @@ from sidepath.training.watch import Watch
 
 
 @dataclass
-class Standing:
-    """Where a run stands, and what it is a run of."""
+class Resumable:
+    """Where a run stands, and what it is a run of: what its checkpoints are made from."""
 
     trained: Trained
     data: Data
@@ -50,7 +50,7 @@ class Standing:
     """What the next report tells the user."""
 
 
-def save(run: Standing) -> Path:
+def save(run: Resumable) -> Path:
     """Write a checkpoint of the run as it stands; its path. In every process or in none.
 
     Errors: `WriteFailed`; `TrainError` when the processes do not hold the same tensors.
@@ -65,14 +65,14 @@ def save(run: Standing) -> Path:
     return checkpoints.path_of(run.folder, run.step)
 
 
-def _tensors(run: Standing) -> dict[str, Any]:
+def _tensors(run: Resumable) -> dict[str, Any]:
     tensors = {f"model/{name}": tensor for name, tensor in run.trained.tensors.items()}
     tensors |= state_tensors(run.optimizer, run.trained.parameters)
     tensors |= {f"best/{name}": tensor for name, tensor in run.best.state.items()}
     return tensors | {f"watch/{name}": tensor for name, tensor in run.watch.tensors().items()}
 
 
-def _progress(run: Standing) -> dict[str, Any]:
+def _progress(run: Resumable) -> dict[str, Any]:
     epoch, position = run.order.place(run.step)
     return {
         "best": run.best.as_dict(),
@@ -83,36 +83,42 @@ def _progress(run: Standing) -> dict[str, Any]:
     }
 
 
-def resume(run: Standing) -> None:
-    """Take up the newest whole checkpoint of the folder; without any, start at step 1. In place.
+def begin(run: Resumable, *, resume: bool) -> None:
+    """Look into the folder for checkpoints, where there is one, before the first step. In place.
+
+    With `resume` the newest whole checkpoint is taken up; without any, the run starts at step 1.
 
     Errors: `ResumeError` when none can be trusted, or it belongs to a run with other settings,
-    data, adapter or base.
+    data, adapter or base; without `resume`, when there are checkpoints.
     """
-    assert run.folder is not None
-    found, run.notices = checkpoints.latest(run.folder)
+    if run.folder is not None and resume:
+        _resume(run, run.folder)
+    elif run.folder is not None:
+        checkpoints.require_none(run.folder)
+
+
+def _resume(run: Resumable, folder: Path) -> None:
+    found, run.notices = checkpoints.latest(folder)
     seen = run.processes.all_of([-1 if found is None else found.step])
     if len(set(seen)) > 1:
         raise ResumeError(
             "the processes do not find the same newest checkpoint",
-            where=run.folder,
+            where=folder,
             found=", ".join(f"step {step}" if step >= 0 else "none" for step in seen),
             hint="all of them must see one folder",
         )
     if found is None:
-        run.notices.append(f"no checkpoint in {run.folder}: started from the beginning")
+        run.notices.append(f"no checkpoint in {folder}: started from the beginning")
         return
-    checkpoints.require_same(found.identity, identity_of(run), run.folder)
+    checkpoints.require_same(found.identity, identity_of(run), folder)
     try:
         _take_up(run, found)
         before = int(found.progress["processes"])
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise ResumeError(
-            "the checkpoint is malformed", where=run.folder, found=repr(error)
-        ) from error
+        raise ResumeError("the checkpoint is malformed", where=folder, found=repr(error)) from error
     if run.processes.first:
         # The kill may have come between a save and its pruning, and no later save may follow.
-        checkpoints.prune(run.folder, run.step, keep=run.config.keep_checkpoints)
+        checkpoints.prune(folder, run.step, keep=run.config.keep_checkpoints)
     run.notices.append(f"resumed after step {run.step}")
     if before != run.processes.count:
         run.notices.append(
@@ -121,7 +127,7 @@ def resume(run: Standing) -> None:
         )
 
 
-def _take_up(run: Standing, found: Checkpoint) -> None:
+def _take_up(run: Resumable, found: Checkpoint) -> None:
     run.stopped, run.step = bool(found.progress["stopped"]), found.step
     kept = checkpoints.under(found.tensors, "best/")
     device = device_of(run.trained.model)
@@ -132,7 +138,7 @@ def _take_up(run: Standing, found: Checkpoint) -> None:
     run.trained.put(checkpoints.under(found.tensors, "model/"))
 
 
-def identity_of(run: Standing) -> dict[str, Any]:
+def identity_of(run: Resumable) -> dict[str, Any]:
     """What a run that resumes this one must have in common with it."""
     installed = run.trained.adapter
     return {

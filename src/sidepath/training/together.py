@@ -26,7 +26,6 @@ from sidepath.errors import TrainError
 from sidepath.injection.surgery import route
 from sidepath.training import state
 from sidepath.training.batching import IGNORED, Batch
-from sidepath.training.checkpoint import require_none
 from sidepath.training.loss import cross_entropy, logits_and_targets
 from sidepath.training.processes import Processes
 from sidepath.training.report import StepReport
@@ -61,17 +60,13 @@ def train_together(
         require_fit(model, data)
         folder = None if checkpoints is None else Path(checkpoints) / name
         made[name] = Run(trained_of(model, name), data, None, config, folder, processes)
-    _require_alike(made)
+    _require_alike(made, resume)
     for run in made.values():
-        if run.folder is not None:
-            if resume:
-                state.resume(run)
-            else:
-                require_none(run.folder)
+        state.begin(run, resume=resume)
     return _reports(model, made)
 
 
-def _require_alike(runs: Mapping[str, Run]) -> None:
+def _require_alike(runs: Mapping[str, Run], resume: bool) -> None:
     faults = []
     for field in SHARED:
         values = {name: getattr(run.config, field) for name, run in runs.items()}
@@ -86,6 +81,8 @@ def _require_alike(runs: Mapping[str, Run]) -> None:
             faults.append(f'"{name}": watch is for a run of its own: no history is handed out here')
         if run.config.checkpoint_every and run.folder is None:
             faults.append(f'"{name}": checkpoint_every needs a folder for checkpoints')
+        if resume and run.folder is None:
+            faults.append(f'"{name}": resume needs a folder with checkpoints')
     if len({run.data.task for run in runs.values()}) > 1:
         faults.append("causal and labelled rows need models of different kinds")
     if not runs:
@@ -143,8 +140,7 @@ def _losses(
 ) -> list[Tensor]:
     first = next(iter(runs.values()))
     joined = join(batches, first.data.pad_id).to(first.device)
-    enabled = first.config.autocast == "bfloat16"
-    with torch.autocast(first.device.type, dtype=torch.bfloat16, enabled=enabled):
+    with first.autocast():
         logits, targets = logits_and_targets(model, joined)
         sizes = [
             len(batch.ids_BT) if batch.labels_B is not None else _targets(batch)
@@ -154,7 +150,7 @@ def _losses(
         found = []
         for (name, step), batch, (part, wanted) in zip(steps.items(), batches, parts, strict=True):
             total = cross_entropy(part, wanted, runs[name].config.label_smoothing)
-            found.append(total / step.weight if batch.weight else total * 0.0)
+            found.append(step.share(batch, total))
     return found
 
 

@@ -19,9 +19,8 @@ TRACKERS: dict[str, tuple[tuple[str, ...], str]] = {
     "wandb": (("wandb",), "pip install wandb"),
 }
 """Each tracker with the packages that will do for it, and how to get one."""
-
-
 PROJECT = "sidepath"
+"""Of Weights & Biases, where WANDB_PROJECT names none."""
 
 
 class Tracking:

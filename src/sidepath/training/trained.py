@@ -223,8 +223,8 @@ def _taken(model: nn.Module) -> int:
 
 def require_fit(model: Any, data: Data) -> None:
     """Raise one `DataError` with everything about which the model and the data disagree."""
-    faults = []
-    longest, context = max(data.lengths), context_of(model)
+    faults = [] if len(data) else ["there are no rows"]
+    longest, context = max(data.lengths, default=0), context_of(model)
     vocabulary = model.config.get_text_config().vocab_size
     if longest > context:
         taken = _taken(model)

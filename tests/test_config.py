@@ -14,10 +14,10 @@ from sidepath.errors import ConfigError
 )
 def test_what_is_no_number_that_a_float_holds_is_refused(value: object) -> None:
     """A file may name a whole number of any length."""
-    said = r"learning_rate = .*expected finite number"
-    with pytest.raises(ConfigError, match=said):
+    fault = r"learning_rate = .*expected finite number"
+    with pytest.raises(ConfigError, match=fault):
         TrainConfig(learning_rate=value)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=fault):
         build(TrainConfig, {"learning_rate": value})
 
 

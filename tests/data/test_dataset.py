@@ -9,8 +9,8 @@ import pytest
 
 from sidepath.data.dataset import Data, load_data
 from sidepath.errors import DataError, TrainError
-from tests.training.kit import supervised_text, whole_text
 from tests.tokens import byte_tokenizer
+from tests.training.kit import supervised_text, whole_text
 
 
 def test_only_completion_and_end_are_supervised(tokenizer: Any) -> None:

@@ -120,13 +120,13 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 def test_a_column_named_twice_is_a_fault(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text,label,text,,\na,1,b,,\n")
-    found = open_source(path)
-    assert not [row for rows in found.chunks() for row in rows]
+    rows, found = read(path)
+    assert not rows
     assert found.faults.kept == [(1, "the header names text twice; nothing was read")]
 
 
 def test_a_field_may_be_as_long_as_a_line(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text\n" + "ab" * 100_000 + "\n")
-    (row,) = [row for rows in open_source(path).chunks() for row in rows]
+    ((row,), _) = read(path)
     assert len(row.fields["text"]) == 200_000

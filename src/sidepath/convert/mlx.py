@@ -35,7 +35,7 @@ from sidepath.convert.portable import (
 from sidepath.errors import DamagedAdapter, StoreError
 from sidepath.injection.architecture import block_index, block_of, modules_of
 from sidepath.store.loading import load_tensors
-from sidepath.store.peft_config import dropout_from, rank
+from sidepath.store.peft_config import dropout_from, rank_from
 from sidepath.store.peft_format import CONFIG
 from sidepath.store.tensors import file_inside, read_header, read_json
 
@@ -43,7 +43,7 @@ WEIGHTS = "adapters.safetensors"
 _ENDINGS = (".lora_a", ".lora_b", ".m")
 _EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "token_embedding")
 _TYPES = ("lora", "dora")
-_READERS = {"scale": scale_from, "dropout": dropout_from, "rank": rank}
+_READERS = {"scale": scale_from, "dropout": dropout_from, "rank": rank_from}
 _DEFAULTS = {"dropout": 0.0}
 
 

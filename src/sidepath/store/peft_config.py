@@ -117,8 +117,8 @@ def _tail(key: str, path: str) -> bool:
     return path == name or (not whole and path.endswith(f".{name}"))
 
 
-def rank(value: Any) -> int:
-    """A rank of a file. Errors: `ValueError` for what is none."""
+def rank_from(value: Any) -> int:
+    """A rank, of a file. Errors: `ValueError`."""
     if type(value) is not int or not 1 <= value <= MAX_RANK:
         raise ValueError(f"{value!r}, expected a whole number from 1 to {MAX_RANK}")
     return value
@@ -161,7 +161,7 @@ def _names(value: Any) -> tuple[str, ...]:
 
 
 def _ranks(value: Any) -> dict[str, int]:
-    return {key: rank(one) for key, one in _patterns(value)}
+    return {key: rank_from(one) for key, one in _patterns(value)}
 
 
 def _alphas(value: Any) -> dict[str, float]:
@@ -179,7 +179,7 @@ def _patterns(value: Any) -> Iterable[tuple[str, Any]]:
 
 
 _READERS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
-    "r": ("r", rank),
+    "r": ("r", rank_from),
     "lora_alpha": ("alpha", positive),
     "lora_dropout": ("dropout", dropout_from),
     "use_rslora": ("rslora", _flag),

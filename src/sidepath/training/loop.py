@@ -42,9 +42,10 @@ def train(
 
     A step's loss is the sum over its targets by their number over all of its forward passes:
     accumulation changes neither loss nor gradient. With `held_out` rows (or `config.eval_share`)
-    the state with the lowest held-out loss is back when the last report is yielded. With `checkpoints` and `config.checkpoint_every` a run can be
-    resumed; on a CPU the resumed run ends with the unbroken run's bits. All checks are made before
-    this returns; the model is touched from the first step on.
+    the state with the lowest held-out loss is back when the last report is yielded. With
+    `checkpoints` and `config.checkpoint_every` a run can be resumed; on a CPU it then ends with the
+    unbroken run's bits. All checks are made before this returns; the model is touched from the
+    first step on.
 
     Raises:
         DataError: the audit refuses the data, or they do not fit the model.

@@ -135,6 +135,24 @@ def test_memory_for_one_way_only_is_no_verdict() -> None:
         trials.run(KEY, too_large, plain)
 
 
+def test_a_trial_for_which_memory_is_short_costs_no_answer() -> None:
+    y = torch.ones(3, 4)
+
+    def in_place(onto: Tensor) -> None:
+        if onto is not y:
+            raise torch.OutOfMemoryError("no room for zeros beside it")
+        onto.add_(ANSWER)
+
+    def timed_out(run: Callable[[], object]) -> float:
+        raise torch.OutOfMemoryError("once more")
+
+    trials = Trials(timed_out)
+    trials.add_(KEY, y, Counted(right).add_, in_place)
+    assert torch.equal(y, 1 + ANSWER)
+    assert torch.equal(trials.run(KEY, right, plain, timed=True), ANSWER)
+    assert not trials.verdicts
+
+
 @pytest.mark.parametrize(("seconds", "verdict"), [(1.0, "FAST"), (3.0, "SLOWER")])
 def test_the_faster_of_two_that_agree(seconds: float, verdict: str) -> None:
     times = {"right": seconds, "plain": 2.0}

@@ -141,3 +141,17 @@ def test_every_bad_field_is_named() -> None:
     assert len(error.value.faults) == 7
     with pytest.raises(RequestRefused, match="temperature is nan"):
         Sampling(temperature=math.nan)
+
+
+@pytest.mark.parametrize("penalty", [1e-3, 1e3])
+@pytest.mark.parametrize("temperature", [0.0, 1e-3, 100.0])
+def test_the_outermost_settings_still_choose_a_token(penalty: float, temperature: float) -> None:
+    """Beyond them numbers overflow, and a token that there is not would be chosen."""
+    sampling = Sampling(temperature, repetition_penalty=penalty, min_p=0.1, top_p=0.9)
+    for scale in (1e-3, 1.0, 1e4):
+        logits = torch.linspace(-scale, scale, VOCABULARY)[None]
+        (found,) = choose(logits, [Turn(sampling, range(VOCABULARY), 3)])
+        assert found is not None
+        assert 0 <= found.token < VOCABULARY
+    with pytest.raises(RequestRefused, match="from 0.001 to 1000"):
+        Sampling(repetition_penalty=penalty**2)

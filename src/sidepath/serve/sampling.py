@@ -63,7 +63,7 @@ _FIELDS: dict[str, tuple[Callable[[float], bool], str]] = {
     "top_k": (lambda k: k >= 0, "0 or more"),
     "top_p": (lambda p: 0 < p <= 1, "above 0 and at most 1"),
     "min_p": (lambda p: 0 <= p <= 1, "from 0 to 1"),
-    "repetition_penalty": (lambda p: 0 < p < math.inf, "above 0"),
+    "repetition_penalty": (lambda p: 1e-3 <= p <= 1e3, "from 0.001 to 1000"),
     "seed": (lambda s: 0 <= s < 2**64, "from 0 to 2^64 - 1"),
     "logprobs": (
         lambda n: n is None or 0 <= n <= MOST_LOGPROBS,

@@ -153,5 +153,5 @@ def test_the_outermost_settings_still_choose_a_token(penalty: float, temperature
         (found,) = choose(logits, [Turn(sampling, range(VOCABULARY), 3)])
         assert found is not None
         assert 0 <= found.token < VOCABULARY
-    with pytest.raises(RequestRefused, match="from 0.001 to 1000"):
+    with pytest.raises(RequestRefused, match=r"from 0\.001 to 1000"):
         Sampling(repetition_penalty=penalty**2)

@@ -115,11 +115,7 @@ def convert(
     """
     chosen = _format(to)
     options = dataclasses.replace(options or Options(), name=target.name)
-    if for_vllm and to != "peft":
-        raise ConfigError("vLLM reads PEFT's folders", found=to, expected="peft")
-    _refuse_a_pickles_name(target, to)
-    if source.resolve() == target.resolve():
-        raise StoreError("an adapter is not written over the one it comes from", where=target)
+    _refuse_target(source, target, to, for_vllm)
     name, portable = read(source, options, source_format)
     notes = [*portable.notes, *_left_out(portable)]
     if options.base is not None:
@@ -146,13 +142,17 @@ def _held_against(base: Base, portable: Portable, chosen: Format) -> Portable:
     return portable
 
 
-def _refuse_a_pickles_name(target: Path, to: str) -> None:
+def _refuse_target(source: Path, target: Path, to: str, for_vllm: bool) -> None:
+    if for_vllm and to != "peft":
+        raise ConfigError("vLLM reads PEFT's folders", found=to, expected="peft")
     if not _format(to).folder and target.name.lower().endswith(PICKLES):
         raise ConfigError(
             "the output's name is a pickle's, and what is written is none",
             where=target,
             hint="end it with .gguf" if to == "gguf" else "end it with .safetensors",
         )
+    if source.resolve() == target.resolve():
+        raise StoreError("an adapter is not written over the one it comes from", where=target)
 
 
 def _format(name: str) -> Format:

@@ -3,6 +3,9 @@
 Dimensions: N rows, O out, I in, J = I / 2 bytes of a row of the matrix, S scales of a row.
 `PACKING` is (numbers under a scale, scales under a scale, whether scales are quantised too, whether
 every row, and every tile, begins where a block does).
+
+A kernel is longer than our functions are elsewhere: Triton takes every pointer and size as an
+argument of its own, and half of the lines are those.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ Sources: Punica (Chen et al., 2023: grouped products that share a launch, split 
 dimension where tokens are few) and S-LoRA (Sheng et al., 2023: ranks of several sizes without
 padding). Here split sums lie side by side and are added in order, not with atomics: the same batch
 gives the same bits.
+A kernel is longer than our functions are elsewhere: half of its lines are Triton's arguments.
 
 Dimensions: N tokens, I in, O out, S sum of ranks, K adapters, T tiles, P parts of the inner
 dimension, R greatest rank.

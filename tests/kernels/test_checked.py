@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sidepath.errors import KernelNotice, RoutingError
-from sidepath.kernels.checked import TOLERANCES, Key, Trials, Verdict, compare, eligible
+from sidepath.kernels.checked import TOLERANCES, TRIALS, Key, Trials, Verdict, compare, eligible
 from sidepath.kernels.tiles import tiles_of
 from sidepath.kernels.triton_nf4 import packed_of, product
 from sidepath.kernels.triton_nf4 import shape_class as nf4_shape_class
@@ -312,6 +312,8 @@ def test_the_4_bit_kernel_passes(dtype: torch.dtype) -> None:
 
 def test_plain_tensors_are_not_eligible() -> None:
     assert not eligible(torch.zeros(1))
+    tried = {key.kernel for key in TRIALS.verdicts} - {"blocked"}  # which is for processors
+    assert not tried or torch.cuda.is_available()
 
 
 def test_the_warning_can_be_an_error() -> None:

@@ -28,7 +28,7 @@ class LaidOut:
         self.stale = True
         """Whether the weights may have changed since `lay`."""
         self.laid_OI: Tensor | None = None
-        """The copy in blocks, where its product agreed with the layer's own."""
+        """The copy in blocks, where such products agreed with the plain one."""
 
     def __call__(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or x.dtype != self.view.dtype or not x.numel():
@@ -45,7 +45,7 @@ class LaidOut:
 
     @torch.no_grad()
     def lay(self) -> None:
-        """Make the copy, and hold its product with some rows against the layer's own."""
+        """Make the copy; the first of each shape is held against the layer's own product."""
         self.stale, self.laid_OI = False, None
         matrix, bias = self.view.matrix().detach(), self.view.bias
         key = Key(KERNEL, (matrix.dtype,), tuple(matrix.shape))

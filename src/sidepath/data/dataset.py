@@ -210,7 +210,9 @@ def load_data(
     name optional), from several of these in a list, or from a list of mappings. They have one
     schema: `messages` (with `tools`), `prompt` + `completion`, `text` + `label`, or `text`;
     ShareGPT's and Alpaca's forms are made into these. `columns` maps a schema's names to the
-    file's: `{"prompt": "mr", "completion": "ref"}`. Of several sources, `weights` gives the share of the rows drawn from each in training (they
+    file's: `{"prompt": "mr", "completion": "ref"}`.
+
+    Of several sources, `weights` gives the share of the rows drawn from each in training (they
     are divided by their sum); without, each row is seen once an epoch. `limit` holds for each
     source. With `stream` the examples are kept in memory-mapped files instead of in memory, in
     a temporary folder (TMPDIR says where) that goes with the `Data`. `transform` is called on a
